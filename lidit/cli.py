@@ -1,0 +1,114 @@
+"""The `lidit` command: lists and runs every job; `lidit embed ...` is `python pipelines/embed.py ...`.
+
+A job is a module with a config dataclass `<Job>Config` and `main(config)`. Its flags are the config's fields, nested ones
+dotted (`--actors.max 4`); `--config FILE.yaml` sets them from a file, flags after it override.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+JOBS = {
+    "ingest": ("pipelines.ingest", "rows of a source -> the samples table"),
+    "embed": ("pipelines.embed", "text columns -> prompt embeddings of several LLMs"),
+    "verify": ("pipelines.verify", "checks a store: counts, checksums, embeddings against an independent path"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a job; returns its exit status: 0 done, 1 not finished, 2 the user's input is wrong."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if argv[0] not in JOBS:
+        print(f"lidit: no job {argv[0]!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    module = importlib.import_module(JOBS[argv[0]][0])
+    try:
+        summary = module.main(parse_config(argv[0], module, argv[1:]))
+        print(summary.to_text(), file=sys.stderr)
+        print(summary.to_json())
+        return 0 if summary.ok else 1
+    except ValueError as error:
+        print(f"lidit {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"lidit {argv[0]}: stopped; what is committed is kept, the same command goes on", file=sys.stderr)
+        return 130
+    except (RuntimeError, OSError) as error:
+        print(f"lidit {argv[0]}: {_last_cause(error)}", file=sys.stderr)
+        return 1
+
+
+def parse_config(job: str, module: Any, argv: list[str]) -> Any:
+    """Command line and YAML -> the job's config. Raises ValueError naming the flag or key that does not fit."""
+    import jsonargparse
+
+    class HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Types and defaults beside each flag, the job's description as it is written."""
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    config_class = getattr(module, f"{job.capitalize()}Config")
+    fields = dataclasses.fields(config_class)
+    names, argv = _take_names(argv, "--encoders") if hasattr(config_class, "only") else ([], argv)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"lidit {job}", description=module.__doc__, formatter_class=HelpFormatter, exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
+    parser.add_class_arguments(config_class, as_group=False)
+    try:
+        parsed = parser.instantiate_classes(parser.parse_args(_normalise(argv, fields)))
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        known = ", ".join(field.name for field in fields)
+        raise ValueError(
+            f"{error}\nexpected flags or YAML keys: {known} (`lidit {job} --help` explains them)"
+        ) from error
+    config = config_class(**{field.name: getattr(parsed, field.name) for field in fields})
+    return config.only(names) if names else config
+
+
+def _normalise(argv: list[str], fields: Sequence[dataclasses.Field[Any]]) -> list[str]:
+    """`--rows-per-fragment 8 --dry-run` -> `--rows_per_fragment 8 --dry_run true`: the spelling that the parser knows."""
+    switches = {f"--{field.name}" for field in fields if field.type in (bool, "bool")}
+    normal: list[str] = []
+    for index, word in enumerate(argv):
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            word = flag.replace("-", "_").replace("__", "--", 1) + equals + value
+        normal.append(word)
+        if word in switches and argv[index + 1 : index + 2] not in (["true"], ["false"]):
+            normal.append("true")
+    return normal
+
+
+def _take_names(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
+    """Takes `FLAG NAME ...` out of a command line; `FLAG=[{...}]` is left to the parser."""
+    if flag not in argv:
+        return [], argv
+    first = argv.index(flag) + 1
+    last = first
+    while last < len(argv) and not argv[last].startswith(("-", "[", "{")):
+        last += 1
+    if last == first:
+        return [], argv
+    return argv[first:last], argv[: first - 1] + argv[last:]
+
+
+def _last_cause(error: BaseException) -> str:
+    """The innermost message: Ray wraps a worker's error in its own, with a remote traceback."""
+    cause = getattr(error, "cause", None) or error.__cause__
+    return _last_cause(cause) if isinstance(cause, BaseException) and cause is not error else str(error).strip()
+
+
+def _usage() -> str:
+    jobs = "\n".join(f"  {name:10} {text}" for name, (_, text) in JOBS.items())
+    return f"usage: lidit JOB [--help] [--config FILE.yaml] [flags]\n\njobs:\n{jobs}\n\n`lidit JOB --help` explains every flag."

@@ -1,0 +1,110 @@
+"""Ragged prompt embeddings as bytes: `encode` on the encoder's device, `decode` from a column and its field alone.
+
+A row holds its L tokens one after the other, each of `bytes_per_token(codec, E)` bytes, little-endian:
+
+| codec      | one token of width E                         | rms error on LLM states |
+|------------|----------------------------------------------|-------------------------|
+| `fp32`     | E float32                                    | none                    |
+| `bf16`     | E bfloat16                                   | 0.17 %                  |
+| `fp8_e4m3` | E float8_e4m3fn, then one float32 scale      | 2.7 %                   |
+
+The value of an fp8 token is `float8 * scale`, with `scale = max|x| / 448`, so that one token's outliers never spoil
+another token. L is the number of bytes over `bytes_per_token`; a prompt of no tokens is an empty value, not a null.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lidit import columns
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CODECS = ("bf16", "fp32", "fp8_e4m3")
+FP8_MAX = 448.0  # largest finite float8_e4m3fn
+
+# How far a decoded value may lie from what was encoded, as (share of the value, share of the token's largest value):
+# half a unit in the last place of the format, and for fp8 also half the spacing of its subnormals.
+TOLERANCE = {"fp32": (0.0, 0.0), "bf16": (2.0**-8, 0.0), "fp8_e4m3": (2.0**-4, 2.0**-10 / FP8_MAX * 1.01)}
+
+
+def check_codec(codec: str) -> str:
+    """Returns `codec`, or raises ValueError naming the ones that exist."""
+    if codec not in CODECS:
+        raise ValueError(f"codec: expected one of {', '.join(CODECS)}, received {codec!r}")
+    return codec
+
+
+def bytes_per_token(codec: str, width: int) -> int:
+    """Bytes of one token of `width` channels."""
+    return {"bf16": 2 * width, "fp32": 4 * width, "fp8_e4m3": width + 4}[check_codec(codec)]
+
+
+def encode(prompt_embeds: torch.Tensor, codec: str) -> torch.Tensor:
+    """`prompt_embeds` (T, E) float, on any device -> (T, bytes_per_token) uint8 on the same device.
+
+    Non-finite values are the caller's to catch before: they do not survive fp8.
+    """
+    tokens, width = prompt_embeds.shape
+    if check_codec(codec) == "fp32":
+        packed = prompt_embeds.float().contiguous().view(torch.uint8)
+    elif codec == "bf16":
+        packed = prompt_embeds.bfloat16().contiguous().view(torch.uint8)
+    else:
+        states = prompt_embeds.float()
+        scale = states.abs().amax(dim=1, keepdim=True) / FP8_MAX  # (T, 1)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale)).contiguous()
+        values = (states / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).contiguous()
+        packed = torch.cat([values.view(torch.uint8), scale.view(torch.uint8)], dim=1)
+    return packed.reshape(tokens, bytes_per_token(codec, width))
+
+
+def decode_bytes(data: bytes | memoryview | np.ndarray, codec: str, width: int) -> np.ndarray:
+    """The bytes of one row -> float32 (L, E). Raises ValueError where they are no whole number of tokens."""
+    raw = np.frombuffer(data, dtype=np.uint8)
+    per_token = bytes_per_token(codec, width)
+    if raw.size % per_token:
+        raise ValueError(
+            f"{codec} embeddings of width {width}: expected a multiple of {per_token} bytes, received {raw.size}; "
+            f"the column and its metadata do not belong together"
+        )
+    raw = raw.reshape(-1, per_token)
+    if codec == "fp32":
+        return raw.view("<f4").copy()
+    if codec == "bf16":
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    scale = np.ascontiguousarray(raw[:, width:]).view("<f4")  # (L, 1)
+    return _fp8_values()[raw[:, :width]] * scale
+
+
+def decode(column: pa.Array | pa.ChunkedArray, field: pa.Field) -> list[np.ndarray | None]:
+    """A column of embeddings -> one float32 (L, E) per row, None where the row is null.
+
+    Needs only the field's metadata (`lidit:codec`, `lidit:width`), as every table of the store carries it.
+    """
+    metadata = field.metadata or {}
+    codec, width = metadata.get(columns.META_CODEC.encode()), metadata.get(columns.META_WIDTH.encode())
+    if codec is None or width is None:
+        raise ValueError(
+            f"column {field.name!r}: expected field metadata {columns.META_CODEC!r} and {columns.META_WIDTH!r}, "
+            f"received {sorted(key.decode() for key in metadata)}; pass the field of the table's own schema"
+        )
+    return [
+        None if not value.is_valid else decode_bytes(value.as_buffer() or b"", codec.decode(), int(width))
+        for value in column
+    ]
+
+
+@functools.cache
+def _fp8_values() -> np.ndarray:
+    """The 256 values of float8_e4m3fn: 4 exponent bits (bias 7), 3 of mantissa, no infinities, 0x7F and 0xFF NaN."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    values = np.where(exponent > 0, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0), mantissa / 8 * 2.0**-6)
+    values[(code & 127) == 127] = np.nan
+    return (values * np.where(code < 128, 1, -1)).astype(np.float32)

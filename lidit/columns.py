@@ -1,0 +1,54 @@
+"""The names of the feature store, each defined once: tables, columns, keys of a field's metadata.
+
+`pipelines` and `trainer` share this file and nothing else. A *text* is the name of a text column (`caption`,
+`caption_original`), an *encoder* the short key of a frozen LLM (`llama3`, `qwen15`).
+"""
+
+SAMPLES_TABLE = "samples.lance"
+ENCODERS_TABLE = "encoders.lance"
+RUNS_FOLDER = "runs"
+
+IMAGE_ID = "image_id"  # string, unique in the table
+IMAGE = "image"  # large_binary, the encoded image as it came (JPEG, PNG, WebP ...)
+HEIGHT = "height"  # int32, pixels, upright (after EXIF rotation)
+WIDTH = "width"  # int32, pixels
+CAPTION = "caption"  # string, written by a VLM, or the prompt of a prompt table
+CAPTION_ORIGINAL = "caption_original"  # string, the text that came with the image
+TRUTH = "truth"  # string, JSON: what a rendered scene really holds
+
+# Columns of the encoders table.
+ENCODER = "encoder"
+FINGERPRINT = "fingerprint"
+ENCODER_CONFIG = "config"  # JSON: the EncoderConfig it was made with
+EMBED_WIDTH = "width"
+INSTRUCTION_EMBEDS = "instruction_embeds"  # float32 bytes, (P, E): the states of the shared prefix
+NULL_EMBEDS = "null_embeds"  # float32 bytes, (L, E): the states of the empty prompt; L may be 0
+
+# Keys of a field's metadata. A reader needs nothing else to decode the column.
+META_CODEC = "lidit:codec"  # bf16 | fp32 | fp8_e4m3
+META_WIDTH = "lidit:width"  # E, the encoder's hidden width
+META_ENCODER = "lidit:encoder"
+META_TEXT = "lidit:text"
+META_STAGE = "lidit:stage"
+META_FINGERPRINT = "lidit:fingerprint"  # JSON: everything the values depend on
+META_VERSIONS = "lidit:versions"  # JSON: library versions at the time; informative, never compared
+
+
+def embeds(text: str, encoder: str) -> str:
+    """Column of ragged prompt embeddings, one `(L, E)` per row, encoded by the field's codec."""
+    return f"{text}_embeds_{encoder}"
+
+
+def length(text: str, encoder: str) -> str:
+    """Column of L, the number of prompt tokens kept (int32)."""
+    return f"{text}_length_{encoder}"
+
+
+def truncated(text: str, encoder: str) -> str:
+    """Column of the number of prompt tokens cut off beyond the limit (int32; 0 = the prompt is whole)."""
+    return f"{text}_truncated_{encoder}"
+
+
+def error(stage: str) -> str:
+    """Column of the reason why a row has nulls instead of the stage's columns (string; null = no error)."""
+    return f"{stage}_error"

@@ -1,0 +1,118 @@
+"""Where a model's files lie, whether they are whole, and what they hold: paths, checks and digests without loading it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+COMMIT = re.compile(r"[0-9a-f]{40}")
+WEIGHT_FILES = "*.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model",
+)  # fmt: skip
+
+
+def resolve_model(model: str, revision: str | None) -> Path:
+    """A local folder, or a hub id with a pinned commit -> the folder that holds the model's files.
+
+    A relative path is looked up from the working directory, then from the project's root. Hub ids need `revision` to be
+    a full commit hash: a branch name would let two runs of one job read two different models.
+
+    Raises:
+        ValueError: nothing is there, files are missing or cut short, or the revision is not pinned.
+    """
+    for folder in (Path(model), PROJECT_ROOT / model):
+        if folder.is_dir():
+            check_model_folder(folder)
+            return folder.resolve()
+    if model.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ValueError(
+            f"model {model!r}: expected a folder with config.json, or a hub id `owner/name`; nothing is there"
+        )
+    if not revision or not COMMIT.fullmatch(revision):
+        raise ValueError(
+            f"model {model!r} is no local folder, so it is read as a hub id: expected `revision` to be a full commit hash "
+            f"(40 hex digits), received {revision!r}; copy it from the model's commit list, or give the path of a folder"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(model, revision=revision, allow_patterns=[WEIGHT_FILES, "*.json", *TOKENIZER_FILES])
+    except Exception as error:  # the hub client raises its own, its HTTP library's and OSError: all mean the same here
+        raise ValueError(
+            f"model {model!r} at {revision[:12]}: expected to find it in the local hub cache or on the hub, "
+            f"received {type(error).__name__}: {error}; check the name and the network, or give the path of a folder"
+        ) from error
+    check_model_folder(Path(path))
+    return Path(path)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises ValueError unless config.json, a tokenizer and whole safetensors files (every shard) are there."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model folder {folder}: expected config.json, received {_listing(folder)}")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"model folder {folder}: expected a tokenizer (tokenizer.json or the like), {_listing(folder)}"
+        )
+    index = folder / "model.safetensors.index.json"
+    wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    present = {path.name for path in folder.glob(WEIGHT_FILES)}
+    if not present or wanted - present:
+        missing = ", ".join(sorted(wanted - present)) or WEIGHT_FILES
+        raise ValueError(
+            f"model folder {folder}: missing {missing} ({_listing(folder)}); "
+            f"only safetensors weights are read, convert pickled ones first"
+        )
+    for name in sorted(present):
+        try:
+            with safe_open(folder / name, framework="np") as weights:
+                weights.keys()
+        except SafetensorError as error:
+            size = (folder / name).stat().st_size
+            raise ValueError(
+                f"weights {folder / name}: file is cut short or damaged ({size:,} bytes): {error}"
+            ) from error
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over the digests of all weight files, in name order (files are hashed in parallel)."""
+    return _digest(sorted(folder.glob(WEIGHT_FILES)))
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """sha256 over the tokenizer's files, chat template included."""
+    return _digest([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()])
+
+
+def _digest(paths: list[Path]) -> str:
+    def file_digest(path: Path) -> str:
+        stat = path.stat()
+        return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+
+    with ThreadPoolExecutor(8) as pool:
+        digests = list(pool.map(file_digest, paths))
+    joined = "\n".join(f"{path.name} {digest}" for path, digest in zip(paths, digests))
+    return hashlib.sha256(joined.encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
+    """Digest of a file as it was then: one job asks for it several times."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return (
+        f"the folder holds {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "the folder is empty"
+    )

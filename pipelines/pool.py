@@ -1,0 +1,203 @@
+"""Ray's part of a stage: a pool of actors that work on units, and the tracker that knows who was doing what.
+
+Units and results are small JSON-able dictionaries: features never pass through Ray. Ray repeats a call whose actor died,
+for ever; the tracker bounds that. It hears of every piece of work before it is begun, so when a process dies it knows the
+piece that was in hand: next time that piece is taken row by row, and a row that kills its process twice is left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+DEATHS_OF_A_ROW = 2  # before it is quarantined
+DEATHS_OF_A_UNIT = 16  # before the job gives up on it
+POLL_SECONDS = 0.5
+MAX_BLOCKS = 2000  # blocks that Ray Data is given; more units than that share blocks
+
+
+@dataclass(frozen=True)
+class ActorsConfig:
+    """The pool of actors, each with its own copy of the models."""
+
+    min: int = 1
+    """Actors to start with."""
+    max: int | None = None
+    """Actors at most. Default: as many as the cluster's GPUs (or CPUs, without GPUs) hold now."""
+    num_cpus: float = 1.0
+    """CPU cores per actor; also its torch threads."""
+    num_gpus: float | None = None
+    """GPUs per actor, fractions allowed. Default: 1 where the cluster has GPUs, else 0."""
+
+    def __post_init__(self) -> None:
+        if self.min < 1 or (self.max is not None and self.max < self.min):
+            raise ValueError(f"actors: expected 1 <= min <= max, received min {self.min}, max {self.max}")
+
+
+@dataclass
+class Attempt:
+    """What an actor must know before it begins a unit."""
+
+    careful: list[tuple[int, int]]  # row ranges to take row by row
+    quarantined: list[int]  # rows to leave out
+
+
+@dataclass
+class _UnitState:
+    deaths: int = 0
+    in_hand: tuple[int, int] | None = None
+    careful: list[tuple[int, int]] = field(default_factory=list)
+    row_deaths: Counter[int] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class Tracker:
+    """Which unit's which rows are in hand, and how far all is. One small actor beside the driver."""
+
+    def __init__(self) -> None:
+        self._units: dict[str, _UnitState] = {}
+        self._finished: Counter[str] = Counter()
+
+    def begin(self, unit: str) -> Attempt:
+        """An actor takes up a unit. If an earlier one left it in the middle, its process has died.
+
+        Raises:
+            RuntimeError: processes died on this unit too often.
+        """
+        state = self._units.setdefault(unit, _UnitState())
+        if state.in_hand is not None:
+            state.deaths += 1
+            first, stop = state.in_hand
+            if stop - first == 1:
+                state.row_deaths[first] += 1
+            else:
+                state.careful.append((first, stop))
+            if state.deaths > DEATHS_OF_A_UNIT:
+                raise RuntimeError(
+                    f"processes died {state.deaths} times on unit {unit}, last at rows {first} to {stop - 1}: out of "
+                    f"memory? Lower batch_tokens or give the actors more; what is committed is kept"
+                )
+        state.in_hand, state.counts = None, Counter()
+        quarantined = [row for row, deaths in state.row_deaths.items() if deaths >= DEATHS_OF_A_ROW]
+        return Attempt(state.careful, quarantined)
+
+    def enter(self, unit: str, first: int, stop: int) -> None:
+        """The actor is about to work on rows first to stop - 1."""
+        self._units[unit].in_hand = (first, stop)
+
+    def leave(self, unit: str, counts: dict[str, float]) -> None:
+        """These rows are done; `counts` are added up for the progress display."""
+        state = self._units[unit]
+        state.in_hand = None
+        state.counts.update(counts)  # type: ignore[arg-type]
+
+    def end(self, unit: str) -> None:
+        """The unit's file is written."""
+        self._finished.update(self._units.pop(unit).counts)
+
+    def totals(self) -> dict[str, float]:
+        """Counts over all units, those in hand included."""
+        return dict(sum((state.counts for state in self._units.values()), Counter(self._finished)))
+
+
+def start_ray() -> None:
+    """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts a local one for this process."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data's own actors trip a warning at every start
+    # Ray starts its processes by fork and exec, which is safe; Lance warns of any fork.
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
+    if not ray.is_initialized():
+        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "object_store_memory": 256 << 20}
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.data._internal.execution.streaming_executor"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def start_tracker() -> Any:
+    """The tracker of a run, kept on the driver's own node, which must not go away either."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Tracker).options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+def resolve_actors(config: ActorsConfig) -> tuple[int, int, float]:
+    """(min, max, num_gpus) as the cluster at hand allows."""
+    resources = ray.cluster_resources()
+    gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 1.0)
+    num_gpus = config.num_gpus if config.num_gpus is not None else float(gpus > 0)
+    fit = gpus / num_gpus if num_gpus else cpus / max(config.num_cpus, 1e-3)
+    largest = config.max or max(config.min, int(fit), 1)
+    return config.min, largest, num_gpus
+
+
+def run_units(
+    worker: type, worker_kwargs: dict[str, Any], units: list[dict[str, Any]], actors: ActorsConfig
+) -> Iterator[dict[str, Any] | None]:
+    """Sends units through a Ray Data actor pool; yields results as they come, and None every half second without one.
+
+    `worker(**worker_kwargs)` is called once per actor, the object then with each unit. An exception in it ends the run
+    here; the death of its process does not.
+    """
+    smallest, largest, num_gpus = resolve_actors(actors)
+    largest = min(largest, len(units))
+    dataset = ray.data.from_items(
+        [{"unit": unit} for unit in units], override_num_blocks=min(len(units), MAX_BLOCKS)
+    ).map_batches(
+        _UnitCaller,
+        fn_constructor_args=(worker, worker_kwargs),
+        batch_size=1,
+        zero_copy_batch=True,
+        num_cpus=actors.num_cpus,
+        num_gpus=num_gpus,
+        compute=ray.data.ActorPoolStrategy(min_size=min(smallest, largest), max_size=largest),
+    )
+    return _poll(lambda: (row["result"] for row in dataset.iter_rows()))
+
+
+class _UnitCaller:
+    """The batch function that Ray Data calls: unwraps the unit, wraps the result."""
+
+    def __init__(self, worker: type, worker_kwargs: dict[str, Any]):
+        self.worker = worker(**worker_kwargs)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        return {"result": [self.worker(unit) for unit in batch["unit"]]}
+
+
+def _poll(source: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """Runs an iterator in a thread; yields its items, or None after each `POLL_SECONDS` without one."""
+    items: queue.Queue[tuple[str, Any]] = queue.Queue()
+
+    def pump() -> None:
+        try:
+            for item in source():
+                items.put(("item", item))
+            items.put(("end", None))
+        except BaseException as error:  # handed to the consumer, which raises it
+            items.put(("error", error))
+
+    threading.Thread(target=pump, daemon=True).start()
+    while True:
+        try:
+            kind, value = items.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            yield None
+            continue
+        if kind == "end":
+            return
+        if kind == "error":
+            raise value
+        yield value

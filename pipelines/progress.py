@@ -1,0 +1,57 @@
+"""What a person sees while a job runs: a bar with rate and ETA on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LOG_SECONDS = 30.0
+
+
+class JobProgress:
+    """Rows done of `total`, rows/s, tokens/s, padding waste, errors and ETA, read from the run's tracker."""
+
+    def __init__(self, job: str, total: int):
+        self.job, self.total = job, total
+        self.totals: dict[str, float] = {}
+        self._start: float | None = None
+        self._last_line = time.monotonic()
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task(job, total=total, detail="starting actors")
+        self._bar.start()
+
+    def show(self, tracker: Any, final: bool = False) -> None:
+        """Fetches the counts and displays them."""
+        self.totals = ray.get(tracker.totals.remote())
+        rows, now = int(self.totals.get("rows", 0)), time.monotonic()
+        if rows and self._start is None:
+            self._start = now
+        detail = self._detail(now - self._start) if self._start is not None and now > self._start else "starting actors"
+        self._bar.update(self._task, completed=rows, detail=detail)
+        if self._bar.disable and (final or now - self._last_line > LOG_SECONDS):
+            print(f"{self.job}: {rows:,} of {self.total:,} rows, {detail}", file=sys.stderr, flush=True)
+            self._last_line = now
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.stop()
+
+    def _detail(self, seconds: float) -> str:
+        totals = self.totals
+        parts = [f"{totals['rows'] / seconds:,.0f} rows/s"]
+        if totals.get("tokens"):
+            parts.append(f"{totals['tokens'] / seconds:,.0f} tokens/s")
+        if totals.get("slots"):
+            parts.append(f"padding {1 - totals.get('tokens', 0) / totals['slots']:.1%}")
+        if totals.get("errors"):
+            parts.append(f"{totals['errors']:,.0f} errors")
+        return ", ".join(parts)

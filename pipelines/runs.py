@@ -1,0 +1,113 @@
+"""A run's folder in the store, `<store>/runs/<run id>/`: its config, its summary, and a sign that it is alive.
+
+The sign tells the next run which unfinished files it may delete: those of runs that are dead, never those of a run that
+works beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import fsspec
+
+from lidit import columns
+
+HEARTBEAT_SECONDS = 30.0
+DEAD_AFTER_SECONDS = 900.0  # of silence, for a run on another host
+
+
+class Run:
+    """One run of a job on a store. Use as a context: alive inside, over after.
+
+    Args:
+        store: folder or URI of the store.
+        job: name of the job, the first part of the run's id.
+    """
+
+    def __init__(self, store: str, job: str):
+        self.store = store
+        self.id = f"{job}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+        self._fs, self._root = fsspec.core.url_to_fs(f"{store.rstrip('/')}/{columns.RUNS_FOLDER}")
+        self._over = threading.Event()
+        self._last_beat = time.monotonic()
+
+    def __enter__(self) -> Run:
+        self._fs.makedirs(f"{self._root}/{self.id}", exist_ok=True)
+        self._beat()
+        threading.Thread(target=self._keep_alive, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+        alive = f"{self._root}/{self.id}/alive"
+        if self._fs.exists(alive):
+            self._fs.rm_file(alive)
+
+    def write(self, name: str, text: str) -> str:
+        """Puts a file into the run's folder; returns where."""
+        path = f"{self._root}/{self.id}/{name}"
+        self._fs.pipe_file(path, text.encode())
+        return self._fs.unstrip_protocol(path).removeprefix("file://")
+
+    def check_alive(self) -> None:
+        """Raises RuntimeError where this run was silent for so long that others may take it for dead."""
+        silent = time.monotonic() - self._last_beat
+        if silent > DEAD_AFTER_SECONDS / 2:
+            raise RuntimeError(
+                f"this run could not show that it is alive for {silent:.0f} s (suspended, or the store is unreachable), so "
+                f"another may have removed its unfinished files; run the same command again: what is committed is kept"
+            )
+
+    def alive(self) -> list[str]:
+        """Ids of the other runs that are alive in the store."""
+        ids = [str(path).rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
+        return [run_id for run_id in sorted(ids) if not self.is_dead(run_id)]
+
+    def is_dead(self, run_id: str) -> bool:
+        """Whether the run of that id is over, was killed, or is this very one (whose work is done when it asks)."""
+        if run_id == self.id:
+            return True
+        path = f"{self._root}/{run_id}/alive"
+        try:
+            sign = json.loads(self._fs.cat_file(path))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return True
+        if sign["host"] == _host():
+            return _process_start(sign["pid"]) != sign["started"]
+        return time.time() - sign["beat"] > DEAD_AFTER_SECONDS
+
+    def _keep_alive(self) -> None:
+        while not self._over.wait(HEARTBEAT_SECONDS):
+            self._beat()
+
+    def _beat(self) -> None:
+        pid = os.getpid()
+        sign: dict[str, Any] = {"host": _host(), "pid": pid, "started": _process_start(pid), "beat": time.time()}
+        self._fs.pipe_file(f"{self._root}/{self.id}/alive", json.dumps(sign).encode())
+        self._last_beat = time.monotonic()
+
+
+def _host() -> str:
+    """This machine's name and boot, so that a pid means one process only."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{socket.gethostname()} {file.read().strip()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process of this machine started, in the kernel's own clock; None where there is none (or it is a zombie)."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]

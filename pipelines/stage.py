@@ -1,0 +1,260 @@
+"""Runs any stage on a table: what is missing, actors to do it, one committer, a summary.
+
+Send ids, work where the data is, commit once. The driver asks the table which fragments lack the stage's columns and
+sends their ids through a pool of actors; each actor reads its fragment's columns, computes, and writes one column file;
+the driver attaches finished files in batches. Whatever is killed, and whenever: run the same command again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lance
+import pyarrow as pa
+import yaml
+
+from lidit import columns
+from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray, start_tracker
+from pipelines.progress import JobProgress
+from pipelines.runs import Run
+from pipelines.summary import Summary
+from pipelines.table import ColumnFile, Table, field_differences
+from pipelines.worker import EXAMPLES, READS, FragmentWorker, Stage
+
+COMMIT_SHARE = 0.01  # of the time at most
+PASSES = 5  # over what is still missing, when others changed fragments under this run
+SAMPLE_ROWS = 256  # that a dry run estimates from
+ERROR_BASE = 1000  # rows that the error rate is taken over at least (or all, if there are fewer)
+
+
+@dataclass(frozen=True)
+class CommitConfig:
+    """When finished fragments become visible: whichever comes first."""
+
+    fragments: int = 32
+    """Finished fragments that wait at most."""
+    seconds: float = 30.0
+    """Seconds that a finished fragment waits at most (longer where committing would take over a hundredth of the time)."""
+
+    def __post_init__(self) -> None:
+        if self.fragments < 1 or self.seconds < 0:
+            raise ValueError(f"commit: expected fragments >= 1 and seconds >= 0, received {self}")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What every stage's config has."""
+
+    store: str = "./store"
+    """Folder or URI of the feature store; the table is `<store>/samples.lance`."""
+    actors: ActorsConfig = ActorsConfig()
+    """The pool of workers."""
+    commit: CommitConfig = CommitConfig()
+    """When finished fragments become visible."""
+    max_error_rate: float = 0.01
+    """Share of rows that may fail (0 to 1); above it the job stops and says so."""
+    overwrite: bool = False
+    """Replace columns that were made with another fingerprint, or anew if they are complete."""
+    dry_run: bool = False
+    """Print the plan (fragments, rows, resources, bytes) and exit."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_error_rate <= 1:
+            raise ValueError(f"max_error_rate: expected a share from 0 to 1, received {self.max_error_rate}")
+
+
+class ErrorRateExceeded(RuntimeError):
+    """More rows failed than `max_error_rate` allows."""
+
+
+def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
+    """Brings the stage's columns up to date on every fragment of `<store>/samples.lance`.
+
+    Raises:
+        ValueError: no table, no column to read, or columns made with another fingerprint.
+        ErrorRateExceeded: too many rows failed; fragments without errors up to then are committed.
+        RuntimeError: an actor failed, or fragments stayed missing; what is committed is kept.
+    """
+    table = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    fields = [*stage.writes(config), pa.field(columns.error(stage.name), pa.string())]
+    dataset = table.open()
+    _check_reads(stage, fields[:-1], dataset, table)
+    start = time.monotonic()
+    if config.dry_run:
+        return _plan(stage, config, table, fields[:-1])
+    with Run(config.store, stage.name) as run:
+        run.write("config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+        if config.overwrite:
+            _overwrite(table, fields)
+        table.declare(fields, columns.META_FINGERPRINT)
+        summary = Summary(stage.name, config.store, run.id)
+        for _ in range(PASSES):
+            units, summary.fragments_waiting = _units(table, fields[:-1])
+            if not units:
+                break
+            _Pass(stage, config, table, run, summary).run(units)
+        else:
+            raise RuntimeError(
+                f"{len(units)} fragments are still missing after {PASSES} passes: other jobs keep changing them. Run the "
+                f"same command when those are over; what is committed is kept"
+            )
+        summary.orphans_removed = len(table.remove_orphans(run.is_dead))
+        summary.seconds, summary.ok = time.monotonic() - start, True
+        summary.next = f"lidit verify --store {config.store} --sample 64"
+        run.write("summary.json", summary.to_json())
+    return summary
+
+
+class _Pass:
+    """One pass of the actors over what is missing, with its committer."""
+
+    def __init__(self, stage: type[Stage], config: StageConfig, table: Table, run: Run, summary: Summary):
+        self.stage, self.config, self.table, self.run_, self.summary = stage, config, table, run, summary
+        self.pending: list[tuple[ColumnFile, dict[str, Any]]] = []
+        self.oldest = self.last_commit = time.monotonic()
+        self.last_commit_took = 0.0
+
+    def run(self, units: list[dict[str, Any]]) -> None:
+        """Sends the units, commits what comes back; on any end but a crash, what is finished is committed."""
+        total = sum(unit.pop("rows") for unit in units)
+        start_ray()
+        tracker = start_tracker()
+        worker_kwargs = {
+            "stage": self.stage,
+            "config": self.config,
+            "table_uri": self.table.uri,
+            "run_id": self.run_.id,
+            "tracker": tracker,
+        }
+        begun, ended = float("inf"), 0.0
+        progress = JobProgress(self.stage.name, total)
+        try:
+            for result in run_units(FragmentWorker, worker_kwargs, units, self.config.actors):
+                progress.show(tracker)
+                self._check_errors(progress.totals, total)
+                if result is not None and result["file"] is not None:
+                    begun, ended = min(begun, result["begun"]), max(ended, result["ended"])
+                    self.oldest = self.oldest if self.pending else time.monotonic()
+                    self.pending.append((ColumnFile(**result["file"]), result))
+                if self._due():
+                    self._commit()
+            progress.show(tracker, final=True)
+            self._check_errors(progress.totals, total)
+        except ErrorRateExceeded:
+            self.pending = [item for item in self.pending if not item[1]["errors"]]
+            raise
+        finally:
+            progress.close()
+            self._commit()
+            self.summary.work_seconds += max(0.0, ended - begun)
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if not self.pending or now - self.last_commit < self.last_commit_took / COMMIT_SHARE:
+            return False
+        return len(self.pending) >= self.config.commit.fragments or now - self.oldest >= self.config.commit.seconds
+
+    def _commit(self) -> None:
+        """Attaches the finished files; counts only what this run really added."""
+        if not self.pending:
+            return
+        start = time.monotonic()
+        self.run_.check_alive()
+        outcome = self.table.attach([file for file, _ in self.pending])
+        attached = {file.path for file in outcome.done}
+        summary, counts = self.summary, Counter(self.summary.counts)
+        for file, result in self.pending:
+            if file.path in attached:
+                summary.fragments += 1
+                summary.rows += int(result["counts"].get("rows", 0))
+                summary.errors += result["errors"]
+                summary.bytes_written += file.size
+                summary.error_examples += [
+                    {"fragment": result["fragment"], **example} for example in result["examples"]
+                ]
+                counts.update({key: value for key, value in result["counts"].items() if key not in ("rows", "errors")})
+        summary.counts, summary.error_examples = dict(counts), summary.error_examples[:EXAMPLES]
+        self.pending = []
+        self.last_commit = time.monotonic()
+        self.last_commit_took = self.last_commit - start
+        summary.commits += 1
+        summary.commit_seconds += self.last_commit_took
+
+    def _check_errors(self, totals: dict[str, float], total: int) -> None:
+        errors, rows = int(totals.get("errors", 0)), int(totals.get("rows", 0))
+        base = max(rows, min(total, ERROR_BASE))
+        if errors > self.config.max_error_rate * base:
+            examples = [example["error"] for _, result in self.pending for example in result["examples"]]
+            raise ErrorRateExceeded(
+                f"{errors:,} of {rows:,} rows failed, more than max_error_rate {self.config.max_error_rate:g} allows"
+                f"{'; such as: ' + examples[0] if examples else ''}. Fragments without errors are committed. Mend the cause, "
+                f"or raise max_error_rate, and run the same command again"
+            )
+
+
+def _check_reads(stage: type[Stage], fields: list[pa.Field], dataset: lance.LanceDataset, table: Table) -> None:
+    absent = [name for name in _reads(fields) if name not in dataset.schema.names]
+    if absent:
+        raise ValueError(
+            f"{stage.name} reads column {absent[0]!r}, which {table.uri} does not have; it has "
+            f"{', '.join(dataset.schema.names)}"
+        )
+
+
+def _reads(fields: list[pa.Field]) -> list[str]:
+    """The columns that these are made from."""
+    return sorted({f.metadata[READS.encode()].decode() for f in fields})
+
+
+def _units(table: Table, fields: list[pa.Field]) -> tuple[list[dict[str, Any]], int]:
+    """(fragments with the columns they lack and can get now, number of fragments that wait for a column to read)."""
+    dataset = table.open()
+    reads = {f.name: f.metadata[READS.encode()].decode() for f in fields}
+    unread = table.missing(_reads(fields), dataset)
+    lacking = table.missing(list(reads), dataset)
+    rows = {fragment.fragment_id: fragment.count_rows() for fragment in dataset.get_fragments()}
+    units, waiting = [], 0
+    for fragment, absent in lacking.items():
+        wanted = [name for name in absent if reads[name] not in unread.get(fragment, ())]
+        if wanted and rows[fragment]:
+            units.append({"fragment": fragment, "wanted": wanted, "rows": rows[fragment]})
+        waiting += not wanted
+    return units, waiting
+
+
+def _overwrite(table: Table, fields: list[pa.Field]) -> None:
+    """Drops the columns that were made differently, or are complete; half-done ones of this fingerprint go on."""
+    schema = table.open().schema
+    present = [f for f in fields[:-1] if f.name in schema.names]
+    complete = not _units(table, present)[0]
+    drop = {f.name for f in present if complete or field_differences(schema.field(f.name), f, columns.META_FINGERPRINT)}
+    stage = fields[0].metadata[columns.META_STAGE.encode()]
+    kept = [f for f in schema if (f.metadata or {}).get(columns.META_STAGE.encode()) == stage and f.name not in drop]
+    table.drop(drop if kept else drop | {fields[-1].name})
+
+
+def _plan(stage: type[Stage], config: StageConfig, table: Table, fields: list[pa.Field]) -> Summary:
+    """Prints what a run would do, changing nothing."""
+    dataset = table.open()
+    schema = dataset.schema
+    units, waiting = _units(table, fields)
+    rows = sum(unit["rows"] for unit in units)
+    start_ray()
+    smallest, largest, num_gpus = resolve_actors(config.actors)
+    per_row = stage.bytes_per_row(config, dataset.head(SAMPLE_ROWS, columns=_reads(fields)), fields)
+    print(f"table      {table.uri}, version {dataset.version}, {dataset.count_rows():,} rows")
+    for wanted in fields:
+        state = "new"
+        if wanted.name in schema.names:
+            differences = field_differences(schema.field(wanted.name), wanted, columns.META_FINGERPRINT)
+            state = (
+                f"REFUSED unless --overwrite: {'; '.join(differences)}" if differences else "there, same fingerprint"
+            )
+        print(f"column     {wanted.name}: {state}")
+    print(f"to do      {len(units):,} fragments, {rows:,} rows{f'; {waiting:,} fragments wait' if waiting else ''}")
+    print(f"actors     {smallest} to {largest}, each {config.actors.num_cpus:g} CPUs, {num_gpus:g} GPUs")
+    print(f"to write   about {rows * per_row / 1e6:,.1f} MB ({per_row:,.0f} bytes a row, from {SAMPLE_ROWS} rows)")
+    return Summary(stage.name, config.store, dry_run=True, ok=True, fragments_waiting=waiting)

@@ -1,0 +1,81 @@
+"""What a run did: for a person on stderr, for a machine as JSON on stdout and in the run's folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Summary:
+    """Figures of one run. `ok` only if every fragment that has the columns read now has the columns written."""
+
+    job: str
+    store: str
+    run: str = ""
+    ok: bool = False
+    dry_run: bool = False
+    fragments: int = 0  # committed by this run
+    fragments_waiting: int = 0  # that lack the column to read
+    rows: int = 0
+    errors: int = 0
+    error_examples: list[dict[str, Any]] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)
+    bytes_written: int = 0
+    seconds: float = 0.0  # the whole run
+    work_seconds: float = 0.0  # first actor's begin to last actor's end, writing included
+    commits: int = 0
+    commit_seconds: float = 0.0
+    orphans_removed: int = 0
+    next: str = ""
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """rows/s, tokens/s, share of padding, bytes a row: those that there is anything to say of."""
+        rates = {}
+        if self.work_seconds:
+            rates["rows_per_second"] = self.rows / self.work_seconds
+            if self.counts.get("tokens"):
+                rates["tokens_per_second"] = self.counts["tokens"] / self.work_seconds
+        if self.counts.get("slots"):
+            rates["padding_waste"] = 1 - self.counts.get("tokens", 0) / self.counts["slots"]
+        if self.rows:
+            rates["bytes_per_row"] = self.bytes_written / self.rows
+        return rates
+
+    def to_json(self) -> str:
+        """One JSON object on one line, rates included."""
+        return json.dumps({**asdict(self), **self.rates})
+
+    def to_text(self) -> str:
+        """A few lines for a person: what was done, how fast, where it is, what to run next."""
+        if self.dry_run:
+            return "dry run: nothing was changed"
+        lines = [
+            f"{self.job}: {'done' if self.ok else 'NOT DONE'}, {self.rows:,} rows in {self.fragments:,} fragments, "
+            f"{self.seconds:,.1f} s ({self.work_seconds:,.1f} s of work, {self.commits} commits in {self.commit_seconds:.2f} s)"
+        ]
+        rates, counts = self.rates, self.counts
+        if "rows_per_second" in rates and self.rows:
+            speed = f"  speed      {rates['rows_per_second']:,.0f} rows/s"
+            if "tokens_per_second" in rates:
+                speed += f", {rates['tokens_per_second']:,.0f} tokens/s, padding waste {rates['padding_waste']:.1%}"
+            lines.append(speed)
+        if self.rows:
+            lines.append(f"  written    {self.bytes_written / 1e6:,.1f} MB, {rates['bytes_per_row']:,.0f} bytes a row")
+        if counts.get("truncated"):
+            lines.append(f"  truncated  {counts['truncated']:,.0f} prompts were longer than the limit and cut")
+        if counts.get("already_there"):
+            lines.append(f"  unchanged  {counts['already_there']:,.0f} rows were there already")
+        if self.fragments_waiting:
+            lines.append(f"  waiting    {self.fragments_waiting:,} fragments lack the column to read")
+        if self.errors:
+            lines.append(f"  errors     {self.errors:,} rows have nulls and a reason in `{self.job}_error`; such as")
+            lines += [f"             {example['error']}" for example in self.error_examples]
+        if self.orphans_removed:
+            lines.append(f"  cleaned    {self.orphans_removed} unfinished files of killed runs")
+        lines.append(f"  table      {self.store.rstrip('/')}/samples.lance")
+        if self.next:
+            lines.append(f"  next       {self.next}")
+        return "\n".join(lines)

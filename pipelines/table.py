@@ -1,0 +1,339 @@
+"""The only writer of Lance: a table that grows columns, one file per fragment, committed by one process.
+
+A stage's column exists from its first run as a field whose values are null (`declare`). A worker then writes one
+`ColumnFile` per fragment with all columns of the stage in it; nothing of it is visible until the committer attaches it
+(`attach`). What is missing is asked of the table (`missing`): fragments that have no file for a field. So there is no
+ledger to fall out of step, and a job may be killed at any point: files that no version refers to are garbage, which the
+next successful run removes (`remove_orphans`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import lance
+import pyarrow as pa
+from lance.commit import CommitConflictError
+from lance.file import LanceFileReader, LanceFileWriter
+from lance.fragment import DataFile, FragmentMetadata
+
+from pipelines.checksum import ColumnDigest
+
+# Chosen by measurement, docs/storage.md: large_binary without compression.
+STORAGE_VERSION = "2.1"
+UNCOMPRESSED = {"lance-encoding:compression": "none"}
+DIGEST = "lidit:digest:"  # + column name: key of the file's own metadata
+TOMBSTONE = -2  # Lance's mark for a field of a data file that a later file has replaced
+COMMIT_TRIES = 20
+
+
+@dataclass(frozen=True)
+class ColumnFile:
+    """A data file that a worker has written and nobody can see yet. Travels to the committer as JSON."""
+
+    path: str  # name inside the table's data folder
+    columns: list[str]
+    rows: int
+    size: int  # bytes
+    fragment_id: int | None = None  # None: rows of a new fragment
+    replaces: dict[str, str | None] = field(default_factory=dict)  # column -> the file that held it when we read it
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Attached:
+    """What became of some column files: attached, not needed (somebody was first), or to be done again."""
+
+    done: list[ColumnFile] = field(default_factory=list)
+    duplicate: list[ColumnFile] = field(default_factory=list)
+    stale: list[ColumnFile] = field(default_factory=list)
+
+
+class ColumnFileWriter:
+    """Writes a column file batch by batch, with a content digest of every column in the file's own metadata."""
+
+    def __init__(self, table_uri: str, schema: pa.Schema, run_id: str):
+        self.path = f"{run_id}-{uuid.uuid4().hex}.lance"
+        self._schema = schema
+        self._writer = LanceFileWriter(data_file_uri(table_uri, self.path), schema, version=STORAGE_VERSION)
+        self._digests = {name: ColumnDigest() for name in schema.names}
+        self.rows = 0
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Appends rows; columns in the order of the schema."""
+        for name, digest in self._digests.items():
+            digest.update(batch.column(name))
+        self._writer.write_batch(batch.cast(self._schema))
+        self.rows += batch.num_rows
+
+    def finish(self, fragment_id: int | None = None, replaces: dict[str, str | None] | None = None) -> ColumnFile:
+        """Closes the file; only now it is whole."""
+        for name, digest in self._digests.items():
+            self._writer.add_schema_metadata(DIGEST + name, digest.hexdigest())
+        self._writer.close()
+        return ColumnFile(
+            self.path, self._schema.names, self.rows, self._writer.size_bytes or 0, fragment_id, replaces or {}
+        )
+
+
+class Table:
+    """A Lance table at a URI. Opens the newest version at every call, since others may commit meanwhile."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+
+    def exists(self) -> bool:
+        """Whether there is a table at the URI."""
+        fs, path = fsspec.core.url_to_fs(self.uri)
+        return fs.exists(f"{path}/_versions")
+
+    def open(self, version: int | None = None) -> lance.LanceDataset:
+        """The newest version, or the given one."""
+        if not self.exists():
+            raise ValueError(f"no table at {self.uri}: ingest rows first (`lidit ingest --store DIR --source SPEC`)")
+        return lance.dataset(self.uri, version=version)
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def create(self, schema: pa.Schema) -> None:
+        """Makes an empty table, or adds the columns that an existing one lacks. Safe against another creator."""
+        if not self.exists():
+            try:
+                lance.write_dataset(schema.empty_table(), self.uri, mode="create", data_storage_version=STORAGE_VERSION)
+            except OSError:
+                if not self.exists():
+                    raise
+        self._add_fields(list(schema))
+
+    def append(self, files: Sequence[ColumnFile]) -> None:
+        """Adds each file as a new fragment, all of them or none; columns that a file lacks read as null."""
+
+        def operation(dataset: lance.LanceDataset) -> lance.LanceOperation.Append | None:
+            known = _data_paths(dataset)
+            new = [file for file in files if file.rows and file.path not in known]
+            if not new:
+                return None  # an earlier try did land, whatever its answer said
+            return lance.LanceOperation.Append(
+                [FragmentMetadata(0, [DataFile.create(dataset, file.path)], file.rows) for file in new]
+            )
+
+        self._commit(operation)
+
+    def upsert(self, key: str, row: dict[str, Any]) -> None:
+        """Replaces the row whose `key` column has the row's value, or adds it. The key must be the table's primary key."""
+        dataset = self.open()
+        rows = pa.Table.from_pylist([row], schema=dataset.schema)
+        dataset.merge_insert(key).when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+    # -- columns ------------------------------------------------------------------------------------------------------
+
+    def declare(self, fields: Sequence[pa.Field], compare: str) -> None:
+        """Adds fields as null columns, metadata and all; those that exist must be the same.
+
+        `compare` is the metadata key whose JSON value says what a column's values depend on.
+
+        Raises:
+            ValueError: a field exists with another type or another fingerprint; says what differs.
+        """
+        schema = self.open().schema
+        for wanted in fields:
+            if wanted.name in schema.names:
+                differences = field_differences(schema.field(wanted.name), wanted, compare)
+                if differences:
+                    raise ValueError(
+                        f"column {wanted.name!r} of {self.uri} was made differently: {'; '.join(differences)}. "
+                        f"Pass --overwrite to replace it, or give the encoder another name to keep both"
+                    )
+        self._add_fields(fields)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Removes columns from the newest version; older versions keep them until they are cleaned up."""
+        for _ in range(COMMIT_TRIES):
+            dataset = self.open()
+            present = [name for name in names if name in dataset.schema.names]
+            if not present:
+                return
+            try:
+                dataset.drop_columns(present)
+            except CommitConflictError as conflict:
+                _wait_or_raise(conflict)
+
+    def _add_fields(self, fields: Sequence[pa.Field]) -> None:
+        for _ in range(COMMIT_TRIES):
+            dataset = self.open()
+            new = [wanted for wanted in fields if wanted.name not in dataset.schema.names]
+            if not new:
+                return
+            try:
+                dataset.add_columns(pa.schema([wanted.with_nullable(True) for wanted in new]))
+            except CommitConflictError as conflict:
+                _wait_or_raise(conflict)
+        raise RuntimeError(f"{self.uri}: could not add {[f.name for f in fields]} in {COMMIT_TRIES} tries")
+
+    def missing(self, names: Sequence[str], dataset: lance.LanceDataset | None = None) -> dict[int, list[str]]:
+        """Fragment id -> those of the columns that it has no file for; fragments that have all are left out."""
+        dataset = dataset or self.open()
+        ids = field_ids(dataset)
+        found: dict[int, list[str]] = {}
+        for fragment in dataset.get_fragments():
+            held = {field_id for file in fragment.metadata.files for field_id in file.fields}
+            absent = [name for name in names if ids.get(name) not in held]
+            if absent:
+                found[fragment.fragment_id] = absent
+        return found
+
+    def attach(self, files: Sequence[ColumnFile]) -> Attached:
+        """Makes finished column files part of their fragments, in one commit.
+
+        Rebases on whatever was committed meanwhile. A file whose columns somebody else has filled is a `duplicate`; one
+        whose fragment is gone, has other rows, or had a column that it replaces changed under it, is `stale`: its
+        fragment is still missing and will be done again. An unknown outcome is resolved by reading the table.
+        """
+        outcome = Attached()
+
+        def operation(dataset: lance.LanceDataset) -> lance.LanceOperation.Merge | None:
+            outcome.done, outcome.duplicate, outcome.stale = [], [], []
+            ids = field_ids(dataset)
+            fragments = {fragment.fragment_id: fragment.metadata for fragment in dataset.get_fragments()}
+            changed = False
+            for file in files:
+                verdict = _place(file, fragments.get(file.fragment_id or 0), ids, dataset)
+                getattr(outcome, verdict or "done").append(file)
+                changed |= verdict is None
+            if not changed:
+                return None
+            return lance.LanceOperation.Merge(
+                list(fragments.values()), dataset.lance_schema, preserves_nullability=True
+            )
+
+        self._commit(operation)
+        return outcome
+
+    def _commit(self, operation: Any) -> None:
+        """Commits what `operation(newest version)` returns until it lands or is no longer needed (None)."""
+        failure: OSError | None = None
+        for attempt in range(COMMIT_TRIES):
+            dataset = self.open()
+            wanted = operation(dataset)
+            if wanted is None:
+                return
+            try:
+                lance.LanceDataset.commit(self.uri, wanted, read_version=dataset.version)
+                return
+            except CommitConflictError as conflict:
+                _wait_or_raise(conflict, attempt)
+            except OSError as error:  # may have landed all the same: the next round looks before it tries again
+                if failure is not None and str(failure) == str(error) and attempt > 3:
+                    raise
+                failure = error
+                time.sleep(min(5.0, 0.1 * 2**attempt))
+        raise RuntimeError(f"{self.uri}: could not commit in {COMMIT_TRIES} tries; last error: {failure}")
+
+    # -- garbage ------------------------------------------------------------------------------------------------------
+
+    def remove_orphans(self, is_dead: Any) -> list[str]:
+        """Deletes data files that no version of the table refers to and whose run `is_dead(run_id)`.
+
+        Only files named after a run are looked at: whoever else writes to the table is left alone.
+        """
+        dataset = self.open()
+        present = dataset.all_files().read_all().column("path").to_pylist()
+        candidates = {}
+        for path in present:
+            run_id, _, rest = PurePosixPath(path).name.rpartition("-")
+            if PurePosixPath(path).parent.name == "data" and run_id and ".lance" in rest:
+                candidates.setdefault(run_id, []).append(path)
+        dead = [path for run_id, paths in candidates.items() if is_dead(run_id) for path in paths]
+        if not dead:
+            return []
+        tracked = set(dataset.tracked_files().read_all().column("path").to_pylist())
+        orphans = sorted(set(dead) - tracked)
+        fs, root = fsspec.core.url_to_fs(self.uri)
+        for path in orphans:
+            fs.rm_file(f"{root}/{path}")
+        return orphans
+
+
+def data_file_uri(table_uri: str, path: str) -> str:
+    """Where a table keeps the data file of that name."""
+    return f"{table_uri.rstrip('/')}/data/{path}"
+
+
+def field_ids(dataset: lance.LanceDataset) -> dict[str, int]:
+    """Top-level column name -> Lance's id of the field."""
+    return {field.name(): field.id() for field in dataset.lance_schema.fields()}
+
+
+def column_holder(metadata: FragmentMetadata, field_id: int) -> str | None:
+    """Name of the fragment's data file that holds the field, None where it has none."""
+    return next((file.path for file in metadata.files if field_id in file.fields), None)
+
+
+def file_digests(table_uri: str, path: str) -> dict[str, str]:
+    """Column -> content digest, as the writer left it in the file's metadata; empty where another tool wrote it."""
+    metadata = LanceFileReader(data_file_uri(table_uri, path)).metadata().schema.metadata or {}
+    return {
+        key.decode().removeprefix(DIGEST): value.decode()
+        for key, value in metadata.items()
+        if key.startswith(DIGEST.encode())
+    }
+
+
+def field_differences(present: pa.Field, wanted: pa.Field, key: str) -> list[str]:
+    """What makes two fields different columns: type, then every entry of the JSON under `key`; empty if nothing."""
+    if present.type != wanted.type:
+        return [f"type: the table has {present.type}, this run makes {wanted.type}"]
+    old, new = (json.loads((f.metadata or {}).get(key.encode(), b"{}")) for f in (present, wanted))
+    return [
+        f"{name}: the table has {_short(old.get(name))}, this run makes {_short(new.get(name))}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _place(
+    file: ColumnFile, fragment: FragmentMetadata | None, ids: dict[str, int], dataset: lance.LanceDataset
+) -> str | None:
+    """Puts the file into the fragment's metadata and returns None; or the verdict why not."""
+    if fragment is None or fragment.physical_rows != file.rows or any(name not in ids for name in file.columns):
+        return "stale"
+    if any(held.path == file.path for held in fragment.files):
+        return "done"
+    held_ids = {field_id for held in fragment.files for field_id in held.fields}
+    new = [name for name in file.columns if name not in file.replaces]
+    if all(ids[name] in held_ids for name in new):
+        return "duplicate"
+    if any(ids[name] in held_ids for name in new):
+        return "stale"
+    if any(column_holder(fragment, ids[name]) != path for name, path in file.replaces.items()):
+        return "stale"
+    replaced = {ids[name] for name in file.replaces}
+    for held in fragment.files:
+        held.fields = [TOMBSTONE if field_id in replaced else field_id for field_id in held.fields]
+    fragment.files.append(DataFile.create(dataset, file.path))
+    return None
+
+
+def _data_paths(dataset: lance.LanceDataset) -> set[str]:
+    return {file.path for fragment in dataset.get_fragments() for file in fragment.metadata.files}
+
+
+def _wait_or_raise(conflict: CommitConflictError, attempt: int = 0) -> None:
+    if not conflict.retryable:
+        raise conflict
+    time.sleep(random.uniform(0, min(1.0, 0.02 * 2**attempt)))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"

@@ -1,0 +1,233 @@
+"""What a stage's actor does with one fragment: read, compute, write, overlapping, and nothing visible until committed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import fsspec
+import lance
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from lidit import columns
+from pipelines.pool import Attempt
+from pipelines.table import ColumnFileWriter, Table, column_holder, data_file_uri, field_differences, field_ids
+
+READS = "lidit:reads"  # field metadata: the column that a column is made from
+EXAMPLES = 5  # errors of a fragment that are shown in the summary
+
+
+@dataclass
+class Columns:
+    """What a stage makes of a window: one array per wanted column, in the window's row order."""
+
+    arrays: dict[str, pa.Array]
+    errors: dict[int, str] = field(default_factory=dict)  # row of the window -> why its values are null
+    counts: dict[str, float] = field(default_factory=dict)  # added up for progress and summary
+
+
+class Stage(Protocol):
+    """A step of the pipeline: columns in, columns out. See `pipelines/embed.py` for one."""
+
+    name: str
+    window_rows: int  # rows handed to it at a time: what bounds an actor's memory
+
+    def __init__(self, config: Any) -> None:
+        """Loads what it needs; once per actor."""
+
+    @classmethod
+    def writes(cls, config: Any) -> list[pa.Field]:
+        """The columns it adds, nullable, each with `READS`, codec and fingerprint in its metadata. Loads no weights."""
+
+    @classmethod
+    def bytes_per_row(cls, config: Any, sample: pa.Table, fields: list[pa.Field]) -> float:
+        """Estimate of what a row of these fields takes, from a few rows of the columns read."""
+
+    def __call__(self, window: pa.RecordBatch, wanted: list[str]) -> Columns:
+        """The columns read -> the wanted columns. May be called again for the same rows."""
+
+
+class FragmentWorker:
+    """One actor of a stage. Its unit is `{"fragment": id, "wanted": [columns]}`."""
+
+    def __init__(self, stage: type[Stage], config: Any, table_uri: str, run_id: str, tracker: Any):
+        torch.set_num_threads(max(1, int(config.actors.num_cpus)))
+        self.stage, self.config = stage(config), config
+        self.table, self.run_id, self.tracker = Table(table_uri), run_id, tracker
+        self.error_column = columns.error(stage.name)
+        schema = self.table.open().schema
+        for made_here in stage.writes(config):
+            differences = field_differences(schema.field(made_here.name), made_here, columns.META_FINGERPRINT)
+            if differences:
+                raise ValueError(
+                    f"this node would make {made_here.name!r} differently from the driver: {'; '.join(differences)}. "
+                    f"Put the same model files on every node"
+                )
+
+    def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
+        fragment_id, begun = unit["fragment"], time.time()
+        dataset = self.table.open()
+        wanted = self.table.missing(unit["wanted"], dataset).get(fragment_id)
+        if not wanted or dataset.get_fragment(fragment_id) is None:
+            return {"fragment": fragment_id, "file": None}  # another run was first, or the fragment is gone
+        task = _Task(self, dataset, fragment_id, wanted)
+        try:
+            file = task.run()
+        except BaseException:
+            task.remove_file()
+            raise
+        ray.get(self.tracker.end.remote(str(fragment_id)))
+        return {
+            "fragment": fragment_id,
+            "file": file.to_json(),
+            "errors": len(task.errors),
+            "examples": [{"row": row, "error": task.errors[row]} for row in sorted(task.errors)[:EXAMPLES]],
+            "counts": dict(task.counts),
+            "begun": begun,
+            "ended": time.time(),
+        }
+
+
+class _Task:
+    """One fragment on its way through a worker."""
+
+    def __init__(self, worker: FragmentWorker, dataset: lance.LanceDataset, fragment_id: int, wanted: list[str]):
+        self.stage, self.tracker = worker.stage, worker.tracker
+        self.dataset, self.fragment_id, self.wanted = dataset, fragment_id, wanted
+        self.fragment = dataset.get_fragment(fragment_id)
+        self.error_column = worker.error_column
+        error_id = field_ids(dataset)[self.error_column]
+        holder = column_holder(self.fragment.metadata, error_id)
+        self.replaces = {} if holder is None else {self.error_column: holder}
+        self.earlier_errors = self._earlier_errors() if holder else {}
+        self.schema = pa.schema([dataset.schema.field(name) for name in [*wanted, self.error_column]])
+        self.reads = sorted({self.schema.field(name).metadata[READS.encode()].decode() for name in wanted})
+        self.writer = ColumnFileWriter(worker.table.uri, self.schema, worker.run_id)
+        self.errors: dict[int, str] = {}
+        self.counts: Counter[str] = Counter()
+        self.attempt: Attempt = ray.get(self.tracker.begin.remote(str(fragment_id)))
+
+    def run(self) -> Any:
+        """Reads a window ahead and writes a window behind, while the stage computes."""
+        windows = self._windows()
+        written: Future[None] | None = None
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+            upcoming = reading.submit(next, windows, None)
+            while (item := upcoming.result()) is not None:
+                upcoming = reading.submit(next, windows, None)
+                positions, window = item
+                batch = self._with_gaps(positions, self._compute(positions, window))
+                if written is not None:
+                    written.result()
+                written = writing.submit(self.writer.write, batch)
+            if written is not None:
+                written.result()
+            trailing = self.fragment.physical_rows - self.writer.rows
+            if trailing:
+                self.writer.write(pa.record_batch([pa.nulls(trailing, f.type) for f in self.schema], self.schema))
+        return self.writer.finish(self.fragment_id, self.replaces)
+
+    def remove_file(self) -> None:
+        """Takes the unfinished file away: a full disk stays full otherwise."""
+        fs, path = fsspec.core.url_to_fs(data_file_uri(self.dataset.uri, self.writer.path))
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(path)
+
+    def _windows(self) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+        """(position of each row in the fragment, the columns read) in order; deleted rows are not among them."""
+        batches = self.fragment.to_batches(columns=self.reads, batch_size=self.stage.window_rows, with_row_address=True)
+        for batch in batches:
+            if batch.num_rows:
+                positions = batch.column("_rowaddr").to_numpy() & 0xFFFFFFFF
+                yield positions.astype(np.int64), batch.select(self.reads)
+
+    def _compute(self, positions: np.ndarray, window: pa.RecordBatch) -> pa.RecordBatch:
+        """The stage's columns for a window, error column included; row by row where it must be."""
+        first, stop = int(positions[0]), int(positions[-1]) + 1
+        quarantined = set(self.attempt.quarantined)
+        suspect = any(first < to and since < stop for since, to in self.attempt.careful)
+        parts: list[Columns] = []
+        if not suspect:
+            try:
+                parts = [self._piece(first, stop, window)]
+            except Exception:  # some row of it: each is tried alone below, and keeps its own error
+                suspect = True
+        if suspect:
+            for row, position in enumerate(positions.tolist()):
+                if position in quarantined:
+                    parts.append(self._null_row("the process died on this row, and again when it was tried alone"))
+                    continue
+                try:
+                    parts.append(self._piece(position, position + 1, window.slice(row, 1)))
+                except Exception as error:
+                    parts.append(self._null_row(f"{type(error).__name__}: {error}"))
+        merged = self._merge(parts)
+        for row, reason in merged.errors.items():
+            self.errors[int(positions[row])] = reason
+        self.counts.update(merged.counts)  # type: ignore[arg-type]
+        texts = [self._error_text(int(position)) for position in positions]
+        arrays = [merged.arrays[name] for name in self.wanted]
+        return pa.record_batch([*arrays, pa.array(texts, pa.string())], self.schema)
+
+    def _piece(self, first: int, stop: int, window: pa.RecordBatch) -> Columns:
+        """Calls the stage; the tracker knows before and after."""
+        unit = str(self.fragment_id)
+        ray.get(self.tracker.enter.remote(unit, first, stop))
+        made = self.stage(window, self.wanted)
+        counts = {"rows": window.num_rows, "errors": len(made.errors), **made.counts}
+        made.counts = counts
+        ray.get(self.tracker.leave.remote(unit, counts))
+        return made
+
+    def _null_row(self, reason: str) -> Columns:
+        counts = {"rows": 1, "errors": 1}
+        ray.get(self.tracker.leave.remote(str(self.fragment_id), counts))
+        nulls = {name: pa.nulls(1, self.schema.field(name).type) for name in self.wanted}
+        return Columns(nulls, {0: reason}, counts)
+
+    def _merge(self, parts: list[Columns]) -> Columns:
+        if len(parts) == 1:
+            return parts[0]
+        merged = Columns({name: pa.concat_arrays([part.arrays[name] for part in parts]) for name in self.wanted})
+        counts: Counter[str] = Counter()
+        for row, part in enumerate(parts):  # more than one part: one row each
+            for reason in part.errors.values():
+                merged.errors[row] = reason
+            counts.update(part.counts)  # type: ignore[arg-type]
+        merged.counts = dict(counts)
+        return merged
+
+    def _with_gaps(self, positions: np.ndarray, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Nulls where rows of the fragment are deleted: a column file has one value per physical row."""
+        first, stop = self._next_position, int(positions[-1]) + 1
+        self._next_position = stop
+        if stop - first == len(positions):
+            return batch
+        rows = np.full(stop - first, -1)
+        rows[positions - first] = np.arange(len(positions))
+        return batch.take(pa.array(rows, mask=rows < 0))
+
+    _next_position = 0
+
+    def _earlier_errors(self) -> dict[int, str]:
+        """Position -> error of an earlier run of this stage on the fragment, for other columns; mostly empty."""
+        own = tuple(f"{name}: " for name in self.wanted)
+        table = self.fragment.to_table(columns=[self.error_column], with_row_address=True)
+        return {
+            address & 0xFFFFFFFF: "; ".join(part for part in text.split("; ") if not part.startswith(own))
+            for address, text in zip(table["_rowaddr"].to_pylist(), table[self.error_column].to_pylist())
+            if text is not None
+        }
+
+    def _error_text(self, position: int) -> str | None:
+        return (
+            "; ".join(text for text in (self.earlier_errors.get(position), self.errors.get(position)) if text) or None
+        )
