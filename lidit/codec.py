@@ -100,6 +100,18 @@ def decode(column: pa.Array | pa.ChunkedArray, field: pa.Field) -> list[np.ndarr
     ]
 
 
+def finite_values(data: bytes | memoryview | pa.Buffer, codec: str, width: int) -> bool:
+    """Whether the bytes of one row hold neither NaN nor Inf, told from the exponent bits."""
+    raw = np.frombuffer(data, np.uint8)
+    if codec == "bf16":
+        return not bool(((raw.view("<u2") & 0x7F80) == 0x7F80).any())
+    if codec == "fp32":
+        return bool(np.isfinite(raw.view("<f4")).all())
+    raw = raw.reshape(-1, bytes_per_token(codec, width))
+    scale = np.ascontiguousarray(raw[:, width:]).view("<f4")
+    return bool(((raw[:, :width] & 127) != 127).all() and np.isfinite(scale).all())
+
+
 @functools.cache
 def _fp8_values() -> np.ndarray:
     """The 256 values of float8_e4m3fn: 4 exponent bits (bias 7), 3 of mantissa, no infinities, 0x7F and 0xFF NaN."""

@@ -1,0 +1,289 @@
+"""Verifies a store: that `samples.lance` holds what its stages claim, to the byte, and that the embeddings are right.
+
+- **rows**: the table is valid, every `image_id` is there once.
+- **complete**: every fragment that has a stage's input has its output.
+- **content**: every column of every fragment has the digest that its writer noted: one flipped byte is found.
+- **embeddings**: byte lengths fit the token counts, nulls have a reason, no NaN or Inf.
+- **again**: random rows encoded once more by an independent path (plain transformers, one prompt at a time, full depth, no
+  shared prefix) agree within the codec's tolerance.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import transformers
+from lance.file import LanceFileReader
+
+from lidit import columns
+from lidit.codec import TOLERANCE, bytes_per_token, decode, decode_bytes, finite_values
+from lidit.model_files import resolve_model, tokenizer_digest, weights_digest
+from lidit.text import DTYPES, ENCODER_ONLY, EncoderConfig
+from pipelines.checksum import ColumnDigest
+from pipelines.table import Table, data_file_uri, field_ids, file_digests
+from pipelines.worker import READS
+
+READ_ROWS = 256
+SHOWN = 5  # problems of one check that are listed
+# Rounding of the model's own arithmetic when batches and prefix are cut differently, as a share of a token's largest value.
+ARITHMETIC = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """The verify job."""
+
+    store: str = "./store"
+    """Folder or URI of the feature store."""
+    sample: int = 64
+    """Random rows that are encoded again, per text column and encoder; 0 for none."""
+    seed: int = 0
+    """Which random rows."""
+
+
+@dataclass
+class Report:
+    """Checks made and problems found; `ok` if there are none."""
+
+    store: str
+    checks: dict[str, str] = field(default_factory=dict)  # name -> what was looked at
+    problems: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """No problems."""
+        return not any(self.problems.values())
+
+    def to_json(self) -> str:
+        """One JSON object on one line."""
+        return json.dumps({"job": "verify", "ok": self.ok, **asdict(self)})
+
+    def to_text(self) -> str:
+        """A line per check, the problems below it."""
+        lines = []
+        for name, what in self.checks.items():
+            found = self.problems.get(name, [])
+            lines.append(f"  {'FAILED' if found else 'ok':7} {name:10} {what}")
+            lines += [f"            - {problem}" for problem in found[:SHOWN]]
+            lines += [f"            - and {len(found) - SHOWN:,} more"] if len(found) > SHOWN else []
+        verdict = "nothing wrong found" if self.ok else "PROBLEMS FOUND: embed the fragments named again (--overwrite)"
+        return "\n".join([f"verify {self.store}: {verdict}", *lines])
+
+
+def main(config: VerifyConfig) -> Report:
+    """Runs all checks on the newest version."""
+    table = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    dataset = table.open()
+    report = Report(config.store)
+    made = [f for f in dataset.schema if columns.META_FINGERPRINT.encode() in (f.metadata or {})]
+    embeds = [f for f in made if columns.META_CODEC.encode() in f.metadata]
+
+    def check(name: str, what: str, find: Callable[[], Iterator[str]]) -> None:
+        print(f"verify: {name} ...", file=sys.stderr, flush=True)
+        report.checks[name] = what
+        try:
+            report.problems[name] = list(find())
+        except (OSError, pa.ArrowInvalid) as error:  # a damaged file: what Lance says of it
+            report.problems[name] = [f"could not be read: {error}"]
+
+    check("rows", f"{dataset.count_rows():,} rows, version {dataset.version}", lambda: _rows(dataset))
+    check("complete", f"{len(made)} columns of stages", lambda: _complete(table, dataset, made))
+    fragments = len(dataset.get_fragments())
+    check("content", f"digests of every column, {fragments:,} fragments", lambda: _content(table, dataset))
+    check("embeddings", f"{len(embeds)} columns", lambda: _embeddings(dataset, embeds))
+    if config.sample:
+        check("again", f"{config.sample} rows of {len(embeds)} columns", lambda: _again(config, dataset, embeds))
+    return report
+
+
+def _rows(dataset: lance.LanceDataset) -> Iterator[str]:
+    dataset.validate()
+    ids = dataset.to_table(columns=[columns.IMAGE_ID]).column(columns.IMAGE_ID)
+    if ids.null_count:
+        yield f"{ids.null_count:,} rows have no {columns.IMAGE_ID}"
+    for entry in pc.value_counts(ids).filter(pc.greater(pc.struct_field(pc.value_counts(ids), "counts"), 1)):
+        yield f"{columns.IMAGE_ID} {entry['values'].as_py()!r} is there {entry['counts'].as_py()} times"
+
+
+def _complete(table: Table, dataset: lance.LanceDataset, made: list[pa.Field]) -> Iterator[str]:
+    reads = {f.name: f.metadata[READS.encode()].decode() for f in made}
+    unread = table.missing(sorted(set(reads.values())), dataset)
+    for fragment, absent in table.missing(list(reads), dataset).items():
+        due = [name for name in absent if reads[name] not in unread.get(fragment, ())]
+        if due:
+            yield f"fragment {fragment} lacks {', '.join(due)}: run the embed job"
+
+
+def _content(table: Table, dataset: lance.LanceDataset) -> Iterator[str]:
+    """Reads every data file, as it lies there, against the digests that its writer left in it."""
+    names = {field_id: name for name, field_id in field_ids(dataset).items()}
+    for fragment in dataset.get_fragments():
+        for file in fragment.metadata.files:
+            where = f"fragment {fragment.fragment_id}, file {file.path}"
+            try:
+                noted = file_digests(table.uri, file.path)
+                current = [names[field_id] for field_id in file.fields if field_id in names]
+                for name in (name for name in current if name in noted):
+                    if _digest(data_file_uri(table.uri, file.path), name) != noted[name]:
+                        yield f"{where}: column {name} is not what was written"
+                if not noted:
+                    yield f"{where}: no digests; it was written or compacted by another tool"
+            except (OSError, ValueError, RuntimeError) as error:
+                yield f"{where}: cannot be read: {error}"
+
+
+def _digest(uri: str, name: str) -> str:
+    digest = ColumnDigest()
+    for batch in LanceFileReader(uri, columns=[name]).read_all(batch_size=READ_ROWS, batch_readahead=2).to_batches():
+        digest.update(batch.column(0))
+    return digest.hexdigest()
+
+
+def _embeddings(dataset: lance.LanceDataset, embeds: list[pa.Field]) -> Iterator[str]:
+    for stored in embeds:
+        metadata = {key.decode(): value.decode() for key, value in stored.metadata.items()}
+        codec, width = metadata[columns.META_CODEC], int(metadata[columns.META_WIDTH])
+        text, encoder = metadata[columns.META_TEXT], metadata[columns.META_ENCODER]
+        length, error = columns.length(text, encoder), columns.error(metadata[columns.META_STAGE])
+        per_token = bytes_per_token(codec, width)
+        for batch in dataset.to_batches(
+            columns=[text, stored.name, length, error, columns.IMAGE_ID], batch_size=READ_ROWS
+        ):
+            values, tokens = batch.column(stored.name), batch.column(length)
+            sizes = pc.fill_null(pc.binary_length(values), 0).to_numpy()
+            is_null = values.is_null().to_numpy(False)
+            unexplained = is_null & batch.column(text).is_valid().to_numpy(False)
+            unexplained &= batch.column(error).is_null().to_numpy(False)
+            counted = sizes == pc.fill_null(tokens, 0).to_numpy().astype(np.int64) * per_token
+            wrong_null = is_null != tokens.is_null().to_numpy(False)
+            finite = np.array(
+                [not value.is_valid or finite_values(value.as_buffer(), codec, width) for value in values]
+            )
+            for row in np.flatnonzero(unexplained | ~counted | wrong_null | ~finite).tolist():
+                what = "NaN or Inf" if not finite[row] else "null without a reason" if unexplained[row] else ""
+                what = what or f"{sizes[row]:,} bytes for {tokens[row].as_py()} tokens of {per_token}"
+                yield f"{stored.name} of {batch.column(columns.IMAGE_ID)[row].as_py()!r}: {what}"
+
+
+def _again(config: VerifyConfig, dataset: lance.LanceDataset, embeds: list[pa.Field]) -> Iterator[str]:
+    encoders = lance.dataset(f"{config.store.rstrip('/')}/{columns.ENCODERS_TABLE}").to_table().to_pylist()
+    rows_of = {row[columns.ENCODER]: row for row in encoders}
+    sample = np.random.default_rng(config.seed).permutation(dataset.count_rows())[: config.sample]
+    by_encoder: dict[str, list[pa.Field]] = {}
+    for stored in embeds:
+        by_encoder.setdefault(stored.metadata[columns.META_ENCODER.encode()].decode(), []).append(stored)
+    for encoder, fields in by_encoder.items():
+        if encoder not in rows_of:
+            yield f"encoder {encoder!r} has no row in {columns.ENCODERS_TABLE}"
+            continue
+        try:
+            plain = PlainEncoder(EncoderConfig(**json.loads(rows_of[encoder][columns.ENCODER_CONFIG])))
+        except ValueError as error:
+            yield f"encoder {encoder!r} cannot be loaded here: {error}"
+            continue
+        wanted = json.loads(fields[0].metadata[columns.META_FINGERPRINT.encode()])
+        if (weights_digest(plain.folder), tokenizer_digest(plain.folder)) != (wanted["weights"], wanted["tokenizer"]):
+            yield f"encoder {encoder!r}: the model in {plain.folder} is not the one that the embeddings were made with"
+            continue
+        yield from _compare_prefix(plain, rows_of[encoder])
+        for stored in fields:
+            yield from _compare_rows(plain, dataset, stored, np.sort(sample), wanted["max_prompt_tokens"])
+
+
+def _compare_prefix(plain: PlainEncoder, row: dict[str, Any]) -> Iterator[str]:
+    stored = decode_bytes(row[columns.INSTRUCTION_EMBEDS], "fp32", row[columns.EMBED_WIDTH])
+    again = plain.states(plain.prefix_ids) if plain.prefix_ids else np.zeros_like(stored)
+    if stored.shape != again.shape or _excess(stored, again, "fp32", plain.config.dtype) > 0:
+        yield f"{columns.INSTRUCTION_EMBEDS} of {plain.config.name!r} differ from the model's"
+
+
+def _compare_rows(
+    plain: PlainEncoder, dataset: lance.LanceDataset, stored: pa.Field, sample: np.ndarray, limit: int
+) -> Iterator[str]:
+    text = stored.metadata[columns.META_TEXT.encode()].decode()
+    codec = stored.metadata[columns.META_CODEC.encode()].decode()
+    taken = dataset.take(sample.tolist(), columns=[columns.IMAGE_ID, text, stored.name])
+    values = decode(taken.column(stored.name), dataset.schema.field(stored.name))
+    for image_id, prompt, value in zip(taken[columns.IMAGE_ID].to_pylist(), taken[text].to_pylist(), values):
+        if prompt is None or value is None:
+            continue
+        again = plain.encode(prompt, limit)
+        if again.shape != value.shape:
+            yield f"{stored.name} of {image_id!r}: {value.shape[0]} tokens stored, {again.shape[0]} made again"
+        elif again.size and (excess := _excess(value, again, codec, plain.config.dtype)) > 0:
+            yield f"{stored.name} of {image_id!r}: {excess:.2g} of the token's largest value beyond the tolerance of {codec}"
+
+
+def _excess(value: np.ndarray, again: np.ndarray, codec: str, dtype: str) -> float:
+    """How far two (L, E) arrays differ beyond what codec and arithmetic explain, as a share of a token's largest value."""
+    if not value.size:
+        return 0.0
+    relative, of_largest = TOLERANCE[codec]
+    largest = np.abs(again).max(axis=1, keepdims=True)
+    allowed = relative * np.abs(again) + (of_largest + ARITHMETIC[dtype]) * largest
+    return float(((np.abs(value - again) - allowed) / np.maximum(largest, 1e-30)).max())
+
+
+class PlainEncoder:
+    """The same states by the longest way: the whole model with its head, one text at a time, prefix and prompt together."""
+
+    def __init__(self, config: EncoderConfig):
+        self.config = config
+        self.folder = resolve_model(config.model, config.revision)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
+        model_type = transformers.AutoConfig.from_pretrained(self.folder).model_type
+        self.is_decoder = model_type not in ENCODER_ONLY
+        loader: Any = transformers.AutoModelForCausalLM if self.is_decoder else ENCODER_ONLY[model_type]
+        self.model = loader.from_pretrained(self.folder, dtype=DTYPES[config.dtype], use_safetensors=True).eval()
+        self.prefix_ids = self._prefix() if self.is_decoder else []
+        self.index = config.layer_index if config.layer_index is not None else (-3 if self.is_decoder else -1)
+
+    def encode(self, prompt: str, limit: int) -> np.ndarray:
+        """(L, E) float32 of the prompt's tokens, at most `limit`."""
+        ids = self.tokenizer(prompt, add_special_tokens=not self.is_decoder)["input_ids"]
+        if not self.is_decoder and len(ids) > limit:
+            ids = ids[: limit - 1] + ids[-1:]
+        return self.states(self.prefix_ids + ids[:limit])[len(self.prefix_ids) :]
+
+    def states(self, ids: list[int]) -> np.ndarray:
+        """(len(ids), E) float32 of the chosen layer."""
+        if not ids:
+            return np.zeros((0, self.model.config.get_text_config().hidden_size), np.float32)
+        with torch.inference_mode():
+            made = self.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        hidden = made.hidden_states[self.index]
+        if not self.is_decoder and self.index == -1:
+            hidden = made.last_hidden_state
+        return hidden[0].float().numpy()
+
+    def _prefix(self) -> list[int]:
+        """What two conversations that differ in the prompt alone have in common."""
+        instruction, tokenizer = self.config.instruction, self.tokenizer
+        if self.config.template == "plain":
+            ids = tokenizer(instruction + "\n", add_special_tokens=False)["input_ids"] if instruction else []
+            return ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []) + ids
+        system = [{"role": "system", "content": instruction}] if instruction else []
+        texts = [
+            tokenizer.apply_chat_template(
+                [*system, {"role": "user", "content": prompt}], tokenize=False, date_string="26 Jul 2024"
+            )
+            for prompt in ("0", "1")
+        ]
+        common = os.path.commonprefix(texts)  # noqa: RUF071 - two texts, not paths
+        return tokenizer(common, add_special_tokens=False)["input_ids"]
+
+
+if __name__ == "__main__":
+    from lidit.cli import main as command_line
+
+    sys.exit(command_line(["verify", *sys.argv[1:]]))
