@@ -33,7 +33,8 @@ knows about scenes and nothing else.
 |---|---|
 | data | texts about scenes of seeds {train_first:,} to {train_last:,}, drawn anew at every step |
 | steps | {steps:,}, each of {rows} rows of {row_length} tokens ({tokens:,} token slots in all) |
-| optimiser | AdamW, peak learning rate {learning_rate}, warm-up {warmup_steps} steps, then cosine |
+| optimiser | Muon (matrices), AdamW (the rest), bfloat16 autocast |
+| learning rate | peak {learning_rate}, warm-up {warmup_steps} steps, then cosine |
 | seed | {seed} |
 | wall time | {seconds:.0f} s on {threads} CPU thread(s) |
 | training loss, mean of the last steps | {loss:.4f} nats per weighted token |

@@ -52,7 +52,7 @@ def caption_perplexity(
         prefix, ids = [], tokenizer(caption, add_special_tokens=False)["input_ids"]
         if variant == "tuned":
             chat = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": caption}]
-            text = tokenizer.apply_chat_template(chat, tokenize=False)
+            text = str(tokenizer.apply_chat_template(chat, tokenize=False))
             prefix = tokenizer(text[: text.index(caption)], add_special_tokens=False)["input_ids"]
         elif tokenizer.bos_token_id is not None:
             prefix = [tokenizer.bos_token_id]
@@ -71,7 +71,7 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, variant:
         inputs = tokenizer(
             texts, add_special_tokens=variant == "base", padding=True, padding_side="left", return_tensors="pt"
         )
-        outputs = model.generate(
+        outputs = model.generate(  # type: ignore[operator]
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=ANSWER_TOKENS.get(tasks[0].kind, 20),
@@ -87,7 +87,7 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, variant:
 def task_text(tokenizer: PreTrainedTokenizerBase, variant: str, task: Task) -> str:
     """A task as this variant takes it: in its chat template if tuned, else as lines of plain text."""
     if variant == "tuned":
-        return tokenizer.apply_chat_template(messages([task])[:-1], tokenize=False, add_generation_prompt=True)
+        return str(tokenizer.apply_chat_template(messages([task])[:-1], tokenize=False, add_generation_prompt=True))
     lines = [INSTRUCTION, task.caption] if task.kind == INVENTORY else [task.caption, task.question]
     return "\n".join(lines) + "\n"
 

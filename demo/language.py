@@ -44,13 +44,15 @@ def draw_scene(rng: np.random.Generator, seeds: range) -> Scene:
 
 
 def plain_text(scene: Scene, rng: np.random.Generator) -> str:
-    """A text for a base model: mostly the dense caption, now and then a short or a poor one."""
-    fate = rng.random()
-    if fate < 0.8:
-        return describe(scene, rng)
-    if fate < 0.9:
-        return short_caption(scene, rng)
-    return noisy_caption(scene, int(rng.integers(1000))) or describe(scene, rng)
+    """A text for a base model: two or three captions of one scene, a line each; now and then a lone or a poor one.
+
+    Telling a scene again is what makes a small model look back at what was said: nearly every word of the second
+    caption can be looked up in the first.
+    """
+    if rng.random() < 0.15:
+        return noisy_caption(scene, int(rng.integers(1000))) or describe(scene, rng)
+    lines = rng.integers(2, 4)
+    return "\n".join(describe(scene, rng) if rng.random() < 0.6 else short_caption(scene, rng) for _ in range(lines))
 
 
 def dialogue(scene: Scene, rng: np.random.Generator) -> list[Message]:

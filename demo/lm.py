@@ -21,6 +21,7 @@ def build_model(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
         num_hidden_layers=6,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
+        initializer_range=0.04,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

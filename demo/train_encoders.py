@@ -45,17 +45,17 @@ class TrainEncodersConfig:
     """Folder of the finished encoders, one folder each."""
     work: Path = Path(".work/encoders")
     """Folder of the checkpoints."""
-    base_steps: int = 800
+    base_steps: int = 700
     """Optimiser steps of a base variant."""
-    tuned_steps: int = 1000
+    tuned_steps: int = 900
     """Optimiser steps of a tuned variant, on top of its base."""
-    rows: int = 4
+    rows: int = 6
     """Rows per step."""
-    row_length: int = 512
+    row_length: int = 320
     """Tokens per row; several whole texts share one."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Peak learning rate."""
-    warmup_steps: int = 50
+    warmup_steps: int = 30
     """Steps of linear warm-up, before the cosine."""
     checkpoint_seconds: float = 20.0
     """Seconds between checkpoints."""
@@ -133,8 +133,8 @@ def train(
     recipe = config.recipe(variant)
     path = config.work / f"{name}.pt"
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
-    first, seconds, recent = restore(path, recipe | {"origin": origin}, model, optimizer)
+    optimizers = build_optimizers(model, config.learning_rate)
+    first, seconds, recent = restore(path, recipe | {"origin": origin}, model, optimizers)
     steps, started, saved = recipe["steps"], time.monotonic(), time.monotonic()
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "loss {task.fields[loss]:.3f}")
@@ -146,9 +146,10 @@ def train(
             batch = packed_batch(tokenizer, family, variant, config.rows, config.row_length, config.seed, step)
 
             # step
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = config.learning_rate * schedule(step, config.warmup_steps, steps)
-            logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits  # (B, L, V)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits  # (B, L, V)
             loss = weighted_loss(logits, batch)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -156,8 +157,9 @@ def train(
                 raise FloatingPointError(
                     f"{name}: loss or gradient not finite at step {step}; lower the learning rate."
                 )
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
 
             # bookkeeping
             recent = [*recent[-49:], loss.item()]
@@ -166,7 +168,7 @@ def train(
             stopping = config.stop_after_steps is not None and done - first >= config.stop_after_steps and done < steps
             if stopping or done == steps or now - saved >= config.checkpoint_seconds:
                 elapsed = seconds + now - started
-                save_checkpoint(path, recipe | {"origin": origin}, model, optimizer, done, elapsed, recent)
+                save_checkpoint(path, recipe | {"origin": origin}, model, optimizers, done, elapsed, recent)
                 progress.console.print(
                     f"{name}: step {done}/{steps}, loss {sum(recent) / len(recent):.4f}, {elapsed:.0f} s"
                 )
@@ -174,6 +176,19 @@ def train(
             if stopping:
                 return None
     return {"seconds": seconds + time.monotonic() - started, "loss": sum(recent) / len(recent)}
+
+
+def build_optimizers(model: PreTrainedModel, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for embeddings and norms.
+
+    With AdamW alone, models this small sat for hundreds of steps before they learnt to look a word up in a caption.
+    """
+    matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
+    others = [value for name, value in model.named_parameters() if value.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
 
 
 def schedule(step: int, warmup_steps: int, steps: int) -> float:
@@ -188,13 +203,14 @@ def save_checkpoint(
     path: Path,
     recipe: dict[str, Any],
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     step: int,
     seconds: float,
     recent: list[float],
 ) -> None:
     """Replace the checkpoint in one move: a kill while writing leaves the former one."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+    optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
+    state = {"model": model.state_dict(), "optimizers": optimizer_states, "step": step, "seconds": seconds}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
@@ -205,7 +221,7 @@ def save_checkpoint(
 
 
 def restore(
-    path: Path, recipe: dict[str, Any], model: PreTrainedModel, optimizer: torch.optim.Optimizer
+    path: Path, recipe: dict[str, Any], model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]
 ) -> tuple[int, float, list[float]]:
     """Load the checkpoint if there is one; the step to go on from, wall seconds so far, and the last losses."""
     if not path.exists():
@@ -217,7 +233,8 @@ def restore(
             "Delete it to begin anew, or name another --work folder."
         )
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(optimizer_state)
     return state["step"], state["seconds"], state["recent"]
 
 
@@ -233,7 +250,7 @@ def publish(
     folder, partial = config.out / name, config.out / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.to(torch.bfloat16).save_pretrained(partial)
+    model.bfloat16().save_pretrained(partial)
     tokenizer.save_pretrained(partial)
 
     began = time.monotonic()
