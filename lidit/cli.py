@@ -7,12 +7,13 @@ dotted (`--actors.max 4`); `--config FILE.yaml` sets them from a file, flags aft
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
 JOBS = {
     "ingest": ("pipelines.ingest", "rows of a source -> the samples table"),
@@ -34,9 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     module = importlib.import_module(JOBS[argv[0]][0])
     try:
-        summary = module.main(parse_config(argv[0], module, argv[1:]))
+        config = parse_config(argv[0], module, argv[1:])
+        with _stdout_to_stderr() as stdout:
+            summary = module.main(config)
         print(summary.to_text(), file=sys.stderr)
-        print(summary.to_json())
+        print(summary.to_json(), file=stdout, flush=True)
         return 0 if summary.ok else 1
     except ValueError as error:
         print(f"lidit {argv[0]}: {error}", file=sys.stderr)
@@ -90,6 +93,18 @@ def _normalise(argv: list[str], fields: Sequence[dataclasses.Field[Any]]) -> lis
     return normal
 
 
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[TextIO]:
+    """Sends all that is printed meanwhile to stderr, Ray's own processes included; gives the real stdout.
+
+    Stdout carries the JSON summary and nothing else, so that scripts can read it.
+    """
+    sys.stdout.flush()
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    yield stdout
+
+
 def _take_names(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
     """Takes `FLAG NAME ...` out of a command line; `FLAG=[{...}]` is left to the parser."""
     if flag not in argv:
@@ -112,3 +127,7 @@ def _last_cause(error: BaseException) -> str:
 def _usage() -> str:
     jobs = "\n".join(f"  {name:10} {text}" for name, (_, text) in JOBS.items())
     return f"usage: lidit JOB [--help] [--config FILE.yaml] [flags]\n\njobs:\n{jobs}\n\n`lidit JOB --help` explains every flag."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

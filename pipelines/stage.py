@@ -245,7 +245,7 @@ def _plan(stage: type[Stage], config: StageConfig, table: Table, fields: list[pa
     start_ray()
     smallest, largest, num_gpus = resolve_actors(config.actors)
     per_row = stage.bytes_per_row(config, dataset.head(SAMPLE_ROWS, columns=_reads(fields)), fields)
-    print(f"table      {table.uri}, version {dataset.version}, {dataset.count_rows():,} rows")
+    plan = [f"table      {table.uri}, version {dataset.version}, {dataset.count_rows():,} rows"]
     for wanted in fields:
         state = "new"
         if wanted.name in schema.names:
@@ -253,8 +253,12 @@ def _plan(stage: type[Stage], config: StageConfig, table: Table, fields: list[pa
             state = (
                 f"REFUSED unless --overwrite: {'; '.join(differences)}" if differences else "there, same fingerprint"
             )
-        print(f"column     {wanted.name}: {state}")
-    print(f"to do      {len(units):,} fragments, {rows:,} rows{f'; {waiting:,} fragments wait' if waiting else ''}")
-    print(f"actors     {smallest} to {largest}, each {config.actors.num_cpus:g} CPUs, {num_gpus:g} GPUs")
-    print(f"to write   about {rows * per_row / 1e6:,.1f} MB ({per_row:,.0f} bytes a row, from {SAMPLE_ROWS} rows)")
-    return Summary(stage.name, config.store, dry_run=True, ok=True, fragments_waiting=waiting)
+        plan.append(f"column     {wanted.name}: {state}")
+    plan.append(
+        f"to do      {len(units):,} fragments, {rows:,} rows{f'; {waiting:,} fragments wait' if waiting else ''}"
+    )
+    plan.append(f"actors     {smallest} to {largest}, each {config.actors.num_cpus:g} CPUs, {num_gpus:g} GPUs")
+    plan.append(
+        f"to write   about {rows * per_row / 1e6:,.1f} MB ({per_row:,.0f} bytes a row, from {SAMPLE_ROWS} rows)"
+    )
+    return Summary(stage.name, config.store, dry_run=True, ok=True, plan=plan, fragments_waiting=waiting)

@@ -16,6 +16,7 @@ class Summary:
     run: str = ""
     ok: bool = False
     dry_run: bool = False
+    plan: list[str] = field(default_factory=list)  # of a dry run
     fragments: int = 0  # committed by this run
     fragments_waiting: int = 0  # that lack the column to read
     rows: int = 0
@@ -51,7 +52,7 @@ class Summary:
     def to_text(self) -> str:
         """A few lines for a person: what was done, how fast, where it is, what to run next."""
         if self.dry_run:
-            return "dry run: nothing was changed"
+            return "\n".join([*self.plan, "dry run: nothing was changed"])
         lines = [
             f"{self.job}: {'done' if self.ok else 'NOT DONE'}, {self.rows:,} rows in {self.fragments:,} fragments, "
             f"{self.seconds:,.1f} s ({self.work_seconds:,.1f} s of work, {self.commits} commits in {self.commit_seconds:.2f} s)"

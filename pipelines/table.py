@@ -28,7 +28,7 @@ from lance.fragment import DataFile, FragmentMetadata
 from pipelines.checksum import ColumnDigest
 
 # Chosen by measurement, docs/storage.md: large_binary without compression.
-STORAGE_VERSION = "2.1"
+STORAGE_VERSION = "2.0"
 UNCOMPRESSED = {"lance-encoding:compression": "none"}
 DIGEST = "lidit:digest:"  # + column name: key of the file's own metadata
 TOMBSTONE = -2  # Lance's mark for a field of a data file that a later file has replaced

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,3 +25,232 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the test data in {folder} (or in the folder that LIDIT_TEST_DATA names)")
     return folder
+
+
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "small",
+    "large",
+    "circle",
+    "square",
+    "star",
+    "left",
+    "right",
+    "above",
+    "below",
+    "of",
+    "the",
+    "a",
+    "and",
+    "on",
+    "with",
+    "two",
+    "three",
+]
+
+
+def make_llm(folder: Path, seed: int = 0, width: int = 32, blocks: int = 4) -> Path:
+    """Writes a Llama of transformers' own class with random weights, and a word tokenizer with byte fallback."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=width, num_hidden_layers=blocks, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=2 * width, max_position_embeddings=512,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two tiny LLMs of different widths."""
+    root = tmp_path_factory.mktemp("llms")
+    return {"one": make_llm(root / "one", seed=1), "two": make_llm(root / "two", seed=2, width=48)}
+
+
+@pytest.fixture
+def world(tmp_path: Path, llms: dict[str, Path]) -> World:
+    """A store to be, prompts to put in, and a config for both tiny LLMs."""
+    return World(tmp_path, llms)
+
+
+@pytest.fixture(scope="session")
+def make_world() -> type[World]:
+    """For fixtures that need a world of their own."""
+    return World
+
+
+class World:
+    """A small job: writes prompts and config, runs `lidit` in a process of its own, reads the store back."""
+
+    def __init__(self, folder: Path, llms: dict[str, Path]):
+        self.folder, self.llms, self.store = folder, llms, folder / "store"
+
+    def prompts(self, count: int, seed: int = 0, name: str = "prompts.txt") -> Path:
+        """A file of distinct prompts."""
+        import random
+
+        draw = random.Random(seed)
+        lines = [f"{number} " + " ".join(draw.choices(WORDS, k=draw.randint(1, 30))) for number in range(count)]
+        path = self.folder / name
+        path.write_text("\n".join(lines))
+        return path
+
+    def config(self, **changes: Any) -> Path:
+        """Writes the embed job's YAML; `changes` replace top-level keys."""
+        encoders = [
+            {"name": name, "model": str(path), "template": "plain", "dtype": "fp32", "codec": "bf16"}
+            for name, path in self.llms.items()
+        ]
+        values = {
+            "store": str(self.store),
+            "text": ["caption"],
+            "encoders": encoders,
+            "batch_tokens": 2048,
+            "actors": {"min": 1, "max": 1},
+            "commit": {"fragments": 1, "seconds": 0.0},
+            **changes,
+        }
+        path = self.folder / "embed.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    def start(self, *argv: object) -> subprocess.Popen[str]:
+        """Starts `lidit ARGV` in a process of its own."""
+        command = [sys.executable, "-m", "lidit.cli", *map(str, argv)]
+        env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def finish(self, process: subprocess.Popen[str], expect: int = 0) -> Result:
+        """Waits for it; asserts the exit status."""
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == expect, f"exit status {process.returncode}, not {expect}\n{stderr}"
+        return Result(stdout, stderr)
+
+    def run(self, *argv: object, expect: int = 0) -> Result:
+        """Runs `lidit ARGV` to its end."""
+        return self.finish(self.start(*argv), expect)
+
+    def ingest(self, prompts: Path, rows_per_fragment: int = 50) -> Result:
+        """Ingests a prompt file."""
+        flags = ("--source", f"prompts:{prompts}", "--rows-per-fragment", rows_per_fragment)
+        return self.run("ingest", "--store", self.store, *flags)
+
+    # -- reading back -------------------------------------------------------------------------------------------------
+
+    @property
+    def table(self) -> Any:
+        """The samples table, newest version."""
+        import lance
+
+        return lance.dataset(str(self.store / "samples.lance"))
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """image_id -> all columns of the row; asserts that no id is there twice."""
+        rows = self.table.to_table().to_pylist()
+        by_id = {row["image_id"]: row for row in rows}
+        assert len(by_id) == len(rows)
+        return by_id
+
+    def orphans(self) -> set[str]:
+        """Data files that no version refers to."""
+        dataset = self.table
+        paths = set(dataset.all_files().read_all()["path"].to_pylist())
+        known = set(dataset.tracked_files().read_all()["path"].to_pylist())
+        return {path for path in paths - known if path.startswith("data/")}
+
+    def data_files(self) -> list[Path]:
+        """Column files that embed runs have begun."""
+        return sorted((self.store / "samples.lance" / "data").glob("embed-*.lance"))
+
+    def committed(self, column: str = "caption_embeds_one") -> int:
+        """Fragments that have the column."""
+        from pipelines.table import Table
+
+        table = Table(str(self.store / "samples.lance"))
+        dataset = table.open()
+        return len(dataset.get_fragments()) - len(table.missing([column], dataset))
+
+
+class Result:
+    """What a finished job printed."""
+
+    def __init__(self, stdout: str, stderr: str):
+        self.stdout, self.stderr = stdout, stderr
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The JSON on the last line of stdout."""
+        return json.loads(self.stdout.strip().splitlines()[-1])
+
+
+def wait_until(
+    condition: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 120
+) -> None:
+    """Polls until the condition holds; fails if the time is over, or the process ends first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        assert process is None or process.poll() is None, f"the job ended first:\n{process.communicate()[1]}"
+        time.sleep(0.005)
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Process id -> command line of all processes below one."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                names[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue  # it ended meanwhile
+            parents[int(entry.name)] = int(stat[1])
+    below, grown = {pid}, True
+    while grown:
+        more = {child for child, parent in parents.items() if parent in below} - below
+        below |= more
+        grown = bool(more)
+    return {child: names[child] for child in below - {pid}}
+
+
+def running(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def tools() -> Any:
+    """`wait_until`, `descendants` and `running`, for tests that watch a job's processes."""
+    return SimpleNamespace(wait_until=wait_until, descendants=descendants, running=running)
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Any:
+    """A local Ray for jobs that run inside the test's own process."""
+    import ray
+
+    from pipelines.pool import start_ray
+
+    start_ray()
+    yield ray
+    ray.shutdown()
