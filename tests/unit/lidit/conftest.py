@@ -1,0 +1,108 @@
+"""Tiny text models of transformers' own classes, with random weights large enough that a wrong position or mask shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+TEXT = "a red bench and two large blue dogs below the small green table on the left of a brown cat"
+CHAT = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The models are so small that threads only wait for each other."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def make_tokenizer(ends: str = "") -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE with `<s>` and `</s>`; `ends` is the template of what an encoder-only model puts around a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    if ends:
+        special = [("<s>", 0), ("</s>", 1)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=ends, special_tokens=special)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = CHAT
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer of the tiny decoder-only models."""
+    return make_tokenizer()
+
+
+def llama_config(**changes: Any) -> transformers.LlamaConfig:
+    """Four blocks, grouped-query attention."""
+    return transformers.LlamaConfig(**{**DECODER, **changes})
+
+
+DECODER = dict(
+    vocab_size=300, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=48, max_position_embeddings=512, initializer_range=0.2, head_dim=8,
+    bos_token_id=0, eos_token_id=1, pad_token_id=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def decoder() -> dict[str, Any]:
+    """Sizes that the tiny decoder-only models share, as arguments of their config classes."""
+    return DECODER
+
+
+@pytest.fixture(scope="session")
+def save_model(tokenizer: transformers.PreTrainedTokenizerFast) -> Callable[..., Path]:
+    """`save_model(folder, config, model_class, ends="", seed=0, **tokenizer attributes)` -> the folder, filled."""
+
+    def save(
+        folder: Path, config: Any, model_class: Any = None, ends: str = "", seed: int = 0, **attributes: Any
+    ) -> Path:
+        own = make_tokenizer(ends)
+        for key, value in attributes.items():
+            setattr(own, key, value)
+        own.save_pretrained(folder)
+        torch.manual_seed(seed)
+        (model_class or transformers.AutoModelForCausalLM.from_config)(config).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..., Path]) -> Path:
+    """A tiny Llama; tests must not change it."""
+    return save_model(tmp_path_factory.mktemp("models") / "llama", llama_config())
+
+
+@pytest.fixture
+def own_llama(tmp_path: Path, save_model: Callable[..., Path]) -> Callable[..., Path]:
+    """`own_llama(**tokenizer attributes, config={...})`: a tiny Llama that the test may damage."""
+
+    def make(name: str = "llama", seed: int = 0, config: dict[str, Any] | None = None, **attributes: Any) -> Path:
+        return save_model(tmp_path / name, llama_config(**(config or {})), seed=seed, **attributes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def edit_json() -> Callable[..., None]:
+    """`edit_json(path, **changes)`."""
+
+    def edit(path: Path, **changes: Any) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
