@@ -41,7 +41,7 @@ def test_relative_path_from_the_working_directory(llama_folder, monkeypatch):
 @pytest.mark.parametrize("name", ["missing", "./missing", "/nowhere/at/all", "~/missing", "a/b/c"])
 def test_nothing_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="expected a folder with config.json, or a hub id"):
+    with pytest.raises(ValueError, match=r"expected a folder with config\.json, or a hub id"):
         resolve_model(name, None)
 
 
@@ -70,7 +70,7 @@ def test_no_config(own_llama):
 
 
 def test_empty_folder(tmp_path):
-    with pytest.raises(ValueError, match="expected config.json, received the folder is empty"):
+    with pytest.raises(ValueError, match=r"expected config\.json, received the folder is empty"):
         resolve_model(str(tmp_path), None)
 
 
@@ -99,10 +99,10 @@ def test_shards(own_llama):
     assert torch.isfinite(encoder(["a cat"])[0]).all()
     path = folder / "model-00002-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors: file is cut short"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: file is cut short"):
         check_model_folder(folder)
     path.unlink()
-    with pytest.raises(ValueError, match="missing model-00002-of-00002.safetensors"):
+    with pytest.raises(ValueError, match=r"missing model-00002-of-00002\.safetensors"):
         check_model_folder(folder)
 
 

@@ -152,7 +152,7 @@ def test_run_that_was_silent_too_long_stops_itself(store):
     with Run(store, "embed") as run:
         run.check_alive()
         run._last_beat -= DEAD_AFTER_SECONDS
-        with pytest.raises(RuntimeError, match="could not show that it is alive for 9[0-9]{2} s"):
+        with pytest.raises(RuntimeError, match=r"could not show that it is alive for 9[0-9]{2} s"):
             run.check_alive()
         run._beat()
         run.check_alive()
