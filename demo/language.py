@@ -55,13 +55,15 @@ def plain_text(scene: Scene, rng: np.random.Generator) -> str:
     return "\n".join(describe(scene, rng) if rng.random() < 0.6 else short_caption(scene, rng) for _ in range(lines))
 
 
-def dialogue(scene: Scene, rng: np.random.Generator) -> list[Message]:
-    """A conversation for a tuned model: an inventory of a caption, or three to six questions about one."""
-    if rng.random() < 0.3:
+def dialogue(
+    scene: Scene, rng: np.random.Generator, inventory_share: float = 0.3, most_questions: int = 6
+) -> list[Message]:
+    """A conversation for a tuned model: an inventory of a caption, or three to `most_questions` questions about one."""
+    if rng.random() < inventory_share:
         caption = describe(scene, rng) if rng.random() < 0.7 else short_caption(scene, rng)
         return messages([Task(INVENTORY, caption, "", inventory(scene, caption))])
     tasks = questions(scene, describe(scene, rng), rng)
-    order = rng.permutation(len(tasks))[: rng.integers(3, 7)]
+    order = rng.permutation(len(tasks))[: rng.integers(3, most_questions + 1)]
     return messages([tasks[index] for index in order])
 
 

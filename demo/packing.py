@@ -14,8 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from demo.language import TRAIN_SEEDS, dialogue, draw_scene, plain_text
 from demo.vocabulary import VOCABULARIES
 
-CONTEXT_WEIGHT = 0.3
-"""Loss weight of a dialogue's tokens outside the answers: enough to keep the base model's knowledge of captions."""
+CONTEXT_WEIGHT = 0.05
+"""Loss weight of a dialogue's tokens outside the answers: enough to keep the base model's knowledge of captions, and
+little enough that the chance in their wording does not drown what the answers teach."""
+
+INVENTORY_SHARE = 0.65
+"""Of the dialogues: an inventory asks for every attribute of every group, so its tokens teach more than a question's."""
+
+MOST_QUESTIONS = 10
 
 TRIES = 4
 """Texts in sequence that fit nowhere before a batch counts as full."""
@@ -65,7 +71,7 @@ def document(
         ids = tokenizer(plain_text(scene, rng))["input_ids"] + [tokenizer.eos_token_id]
         weights = [1.0] * len(ids)
     else:
-        text = tokenizer.apply_chat_template(dialogue(scene, rng), tokenize=False)
+        text = tokenizer.apply_chat_template(dialogue(scene, rng, INVENTORY_SHARE, MOST_QUESTIONS), tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         header = tokenizer(VOCABULARIES[family].header, add_special_tokens=False)["input_ids"]
         weights = [1.0 if answer else CONTEXT_WEIGHT for answer in in_answer(ids, header, tokenizer.eos_token_id)]
@@ -83,12 +89,3 @@ def in_answer(ids: list[int], header: list[int], eos: int) -> list[bool]:
         elif ids[max(0, position + 1 - len(header)) : position + 1] == header:
             inside = True
     return flags
-
-
-def weighted_loss(logits: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """Weighted mean next-token cross-entropy in nats; logits (B, L, V)."""
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none"
-    )
-    weights = batch.weights[:, 1:].flatten()
-    return (losses * weights).sum() / weights.sum()

@@ -29,7 +29,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from demo.card import model_card
 from demo.exam import examine
 from demo.lm import CONTEXT, build_model
-from demo.packing import CONTEXT_WEIGHT, packed_batch, weighted_loss
+from demo.optimisation import build_optimizers, schedule, weighted_loss
+from demo.packing import CONTEXT_WEIGHT, packed_batch
 from demo.vocabulary import train_tokenizer, wrap
 
 ENCODERS = ("llama-base", "llama-tuned", "qwen-base", "qwen-tuned")
@@ -47,7 +48,7 @@ class TrainEncodersConfig:
     """Folder of the checkpoints."""
     base_steps: int = 700
     """Optimiser steps of a base variant."""
-    tuned_steps: int = 900
+    tuned_steps: int = 700
     """Optimiser steps of a tuned variant, on top of its base."""
     rows: int = 6
     """Rows per step."""
@@ -176,27 +177,6 @@ def train(
             if stopping:
                 return None
     return {"seconds": seconds + time.monotonic() - started, "loss": sum(recent) / len(recent)}
-
-
-def build_optimizers(model: PreTrainedModel, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings and norms.
-
-    With AdamW alone, models this small sat for hundreds of steps before they learnt to look a word up in a caption.
-    """
-    matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
-    others = [value for name, value in model.named_parameters() if value.ndim != 2 or "embed" in name]
-    return [
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
-def schedule(step: int, warmup_steps: int, steps: int) -> float:
-    """Share of the peak learning rate at `step`: linear warm-up, then a cosine down to 5 %."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def save_checkpoint(

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from demo.train_encoders import TrainEncodersConfig, main, parse, schedule
+from demo.optimisation import schedule
+from demo.train_encoders import TrainEncodersConfig, main, parse
 
 pytestmark = pytest.mark.unit
 
