@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -102,6 +102,7 @@ class SharedPrefixLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         batch = key_states.shape[0]
+        assert self.keys is not None and self.values is not None
         return (
             torch.cat([self.keys.expand(batch, -1, -1, -1), key_states], dim=-2),
             torch.cat([self.values.expand(batch, -1, -1, -1), value_states], dim=-2),
@@ -184,7 +185,7 @@ class PromptEncoder:
         system = [{"role": "system", "content": instruction}] if instruction else []
         try:
             # Llama 3 templates print today's date unless told one: the prefix must be the same every day.
-            text = tokenizer.apply_chat_template(
+            text: str = tokenizer.apply_chat_template(  # type: ignore[assignment]
                 [*system, {"role": "user", "content": mark}], tokenize=False, date_string="26 Jul 2024"
             )
         except Exception as error:  # a template raises whatever its author chose, often for the system role
@@ -216,7 +217,7 @@ class PromptEncoder:
             self.text_config.num_hidden_layers = self.layer
             if getattr(self.text_config, "layer_types", None):
                 self.text_config.layer_types = self.text_config.layer_types[: self.layer]
-        loader = ENCODER_ONLY.get(config.model_type, transformers.AutoModel)
+        loader: Any = ENCODER_ONLY.get(config.model_type, transformers.AutoModel)
         if loader is transformers.CLIPTextModel:
             config = self.text_config
         try:
@@ -250,8 +251,9 @@ class PromptEncoder:
         grown = transformers.DynamicCache()
         ids = torch.tensor([self.prefix_ids], device=self.device)
         states = self._run(input_ids=ids, past_key_values=grown, use_cache=True)
-        layers = []
-        for source in grown.layers[: self.layer]:
+        layers: list[Any] = []
+        for source in cast(list[DynamicLayer], grown.layers[: self.layer]):
+            assert source.keys is not None and source.values is not None
             layer = SharedPrefixLayer()
             layer.lazy_initialization(source.keys, source.values)
             layer.keys, layer.values = source.keys, source.values

@@ -26,7 +26,7 @@ class ColumnDigest:
         if not len(present):
             return
         if pa.types.is_fixed_size_binary(array.type) or pa.types.is_primitive(array.type):
-            values.update(np.ascontiguousarray(present.to_numpy(zero_copy_only=False)))
+            values.update(present.to_numpy(zero_copy_only=False).tobytes())
             return
         if not (pa.types.is_large_binary(array.type) or pa.types.is_large_string(array.type)):
             present = present.cast(pa.large_binary())

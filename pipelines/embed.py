@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from lidit import columns
 from lidit.codec import bytes_per_token
@@ -73,7 +74,8 @@ class EmbedPrompts:
 
     def __init__(self, config: EmbedConfig):
         self.config = config
-        self.encoders = [PromptEncoder(encoder) for encoder in config.encoders]
+        device = "cuda" if config.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
+        self.encoders = [PromptEncoder(encoder, device) for encoder in config.encoders]
         self.window_rows = window_rows(config, self.encoders)
         table = Table(f"{config.store.rstrip('/')}/{columns.ENCODERS_TABLE}")
         table.create(ENCODERS_SCHEMA)

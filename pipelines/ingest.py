@@ -67,7 +67,7 @@ class IngestWorker:
             failed = len(batch) - batch.column(ERROR_FIELD.name).null_count
             errors += failed
             ray.get(self.tracker.leave.remote(name, {"rows": len(piece), "errors": failed}))
-        file = writer.finish()
+        file = writer.finish(Table(self.table_uri).open())
         ray.get(self.tracker.end.remote(name))
         return {"name": name, "file": file.to_json(), "errors": errors}
 

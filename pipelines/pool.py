@@ -7,6 +7,7 @@ piece that was in hand: next time that piece is taken row by row, and a row that
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
@@ -113,18 +114,18 @@ class Tracker:
 def start_ray() -> None:
     """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts a local one for this process."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data's own actors trip a warning at every start
     # Ray starts its processes by fork and exec, which is safe; Lance warns of any fork.
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
     if not ray.is_initialized():
-        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "object_store_memory": 256 << 20}
+        local: dict[str, Any] = (
+            {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "object_store_memory": 256 << 20}
+        )
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.data._internal.execution.streaming_executor"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails a job is raised, and told by the command line
 
 
 def start_tracker() -> Any:
@@ -138,6 +139,11 @@ def resolve_actors(config: ActorsConfig) -> tuple[int, int, float]:
     resources = ray.cluster_resources()
     gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 1.0)
     num_gpus = config.num_gpus if config.num_gpus is not None else float(gpus > 0)
+    if not os.environ.get("RAY_ADDRESS") and (config.num_cpus > cpus or num_gpus > gpus):
+        raise ValueError(
+            f"actors: each needs {config.num_cpus:g} CPUs and {num_gpus:g} GPUs, this machine has {cpus:g} and {gpus:g}; "
+            f"lower actors.num_cpus or actors.num_gpus"
+        )
     fit = gpus / num_gpus if num_gpus else cpus / max(config.num_cpus, 1e-3)
     largest = config.max or max(config.min, int(fit), 1)
     return config.min, largest, num_gpus
@@ -153,9 +159,8 @@ def run_units(
     """
     smallest, largest, num_gpus = resolve_actors(actors)
     largest = min(largest, len(units))
-    dataset = ray.data.from_items(
-        [{"unit": unit} for unit in units], override_num_blocks=min(len(units), MAX_BLOCKS)
-    ).map_batches(
+    texts = [{"unit": json.dumps(unit)} for unit in units]  # as text: Ray would turn lists into arrays
+    dataset = ray.data.from_items(texts, override_num_blocks=min(len(units), MAX_BLOCKS)).map_batches(
         _UnitCaller,
         fn_constructor_args=(worker, worker_kwargs),
         batch_size=1,
@@ -164,7 +169,7 @@ def run_units(
         num_gpus=num_gpus,
         compute=ray.data.ActorPoolStrategy(min_size=min(smallest, largest), max_size=largest),
     )
-    return _poll(lambda: (row["result"] for row in dataset.iter_rows()))
+    return _poll(lambda: (json.loads(row["result"]) for row in dataset.iter_rows()))
 
 
 class _UnitCaller:
@@ -174,7 +179,7 @@ class _UnitCaller:
         self.worker = worker(**worker_kwargs)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        return {"result": [self.worker(unit) for unit in batch["unit"]]}
+        return {"result": [json.dumps(self.worker(json.loads(unit))) for unit in batch["unit"]]}
 
 
 def _poll(source: Callable[[], Iterator[Any]]) -> Iterator[Any]:

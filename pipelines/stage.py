@@ -21,10 +21,10 @@ from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray, s
 from pipelines.progress import JobProgress
 from pipelines.runs import Run
 from pipelines.summary import Summary
-from pipelines.table import ColumnFile, Table, field_differences
+from pipelines.table import ColumnFile, Table, field_differences, is_ours
 from pipelines.worker import EXAMPLES, READS, FragmentWorker, Stage
 
-COMMIT_SHARE = 0.01  # of the time at most
+COMMIT_SHARE = 0.005  # of the time at most, the last commit apart
 PASSES = 5  # over what is still missing, when others changed fragments under this run
 SAMPLE_ROWS = 256  # that a dry run estimates from
 ERROR_BASE = 1000  # rows that the error rate is taken over at least (or all, if there are fewer)
@@ -210,7 +210,10 @@ def _reads(fields: list[pa.Field]) -> list[str]:
 
 
 def _units(table: Table, fields: list[pa.Field]) -> tuple[list[dict[str, Any]], int]:
-    """(fragments with the columns they lack and can get now, number of fragments that wait for a column to read)."""
+    """(fragments with the columns they lack and can get now, number of fragments that wait for a column to read).
+
+    A compaction by another tool writes nulls where a column was missing: such fragments are looked into, and done again.
+    """
     dataset = table.open()
     reads = {f.name: f.metadata[READS.encode()].decode() for f in fields}
     unread = table.missing(_reads(fields), dataset)
@@ -220,9 +223,32 @@ def _units(table: Table, fields: list[pa.Field]) -> tuple[list[dict[str, Any]], 
     for fragment, absent in lacking.items():
         wanted = [name for name in absent if reads[name] not in unread.get(fragment, ())]
         if wanted and rows[fragment]:
-            units.append({"fragment": fragment, "wanted": wanted, "rows": rows[fragment]})
+            units.append({"fragment": fragment, "wanted": wanted, "again": False, "rows": rows[fragment]})
         waiting += not wanted
+    for fragment in dataset.get_fragments():
+        if fragment.fragment_id not in lacking and not all(is_ours(file.path) for file in fragment.metadata.files):
+            wanted = [f.name for f in fields if _has_gaps(fragment, f)]
+            if wanted:
+                group = [f.name for f in fields if reads[f.name] in {reads[name] for name in wanted}]
+                units.append(
+                    {
+                        "fragment": fragment.fragment_id,
+                        "wanted": group,
+                        "again": True,
+                        "rows": rows[fragment.fragment_id],
+                    }
+                )
     return units, waiting
+
+
+def _has_gaps(fragment: lance.LanceFragment, stored: pa.Field) -> bool:
+    """Whether some row has the column read, and neither the column made from it nor a reason."""
+    if pa.types.is_large_binary(stored.type):
+        return False  # a small column of the same stage tells as well
+    metadata = {key.decode(): value.decode() for key, value in stored.metadata.items()}
+    reason = columns.error(metadata[columns.META_STAGE])
+    gaps = f"{metadata[READS]} IS NOT NULL AND {stored.name} IS NULL AND {reason} IS NULL"
+    return fragment.count_rows(filter=gaps) > 0
 
 
 def _overwrite(table: Table, fields: list[pa.Field]) -> None:

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import lance
@@ -28,7 +28,7 @@ from lance.fragment import DataFile, FragmentMetadata
 from pipelines.checksum import ColumnDigest
 
 # Chosen by measurement, docs/storage.md: large_binary without compression.
-STORAGE_VERSION = "2.0"
+STORAGE_VERSION: Literal["2.0"] = "2.0"
 UNCOMPRESSED = {"lance-encoding:compression": "none"}
 DIGEST = "lidit:digest:"  # + column name: key of the file's own metadata
 TOMBSTONE = -2  # Lance's mark for a field of a data file that a later file has replaced
@@ -43,11 +43,17 @@ class ColumnFile:
     columns: list[str]
     rows: int
     size: int  # bytes
+    layout: dict[str, Any]  # field ids and the rest of Lance's DataFile
     fragment_id: int | None = None  # None: rows of a new fragment
-    replaces: dict[str, str | None] = field(default_factory=dict)  # column -> the file that held it when we read it
+    replaces: dict[str, str] = field(default_factory=dict)  # column -> the file that held it when we read it
 
     def to_json(self) -> dict[str, Any]:
+        """All of it, for the way through Ray."""
         return asdict(self)
+
+    def data_file(self) -> DataFile:
+        """As Lance's manifest keeps it."""
+        return DataFile(self.path, **self.layout)
 
 
 @dataclass
@@ -76,14 +82,23 @@ class ColumnFileWriter:
         self._writer.write_batch(batch.cast(self._schema))
         self.rows += batch.num_rows
 
-    def finish(self, fragment_id: int | None = None, replaces: dict[str, str | None] | None = None) -> ColumnFile:
-        """Closes the file; only now it is whole."""
+    def finish(
+        self, dataset: lance.LanceDataset, fragment_id: int | None = None, replaces: dict[str, str] | None = None
+    ) -> ColumnFile:
+        """Closes the file; only now it is whole. `dataset` is the table that it is meant for."""
         for name, digest in self._digests.items():
             self._writer.add_schema_metadata(DIGEST + name, digest.hexdigest())
         self._writer.close()
-        return ColumnFile(
-            self.path, self._schema.names, self.rows, self._writer.size_bytes or 0, fragment_id, replaces or {}
-        )
+        made = DataFile.create(dataset, self.path)
+        layout = {
+            "fields": list(made.fields),
+            "column_indices": list(made.column_indices),
+            "file_major_version": made.file_major_version,
+            "file_minor_version": made.file_minor_version,
+            "file_size_bytes": made.file_size_bytes,
+        }
+        size = made.file_size_bytes or 0
+        return ColumnFile(self.path, self._schema.names, self.rows, size, layout, fragment_id, replaces or {})
 
 
 class Table:
@@ -123,9 +138,7 @@ class Table:
             new = [file for file in files if file.rows and file.path not in known]
             if not new:
                 return None  # an earlier try did land, whatever its answer said
-            return lance.LanceOperation.Append(
-                [FragmentMetadata(0, [DataFile.create(dataset, file.path)], file.rows) for file in new]
-            )
+            return lance.LanceOperation.Append([FragmentMetadata(0, [file.data_file()], file.rows) for file in new])
 
         self._commit(operation)
 
@@ -207,7 +220,7 @@ class Table:
             fragments = {fragment.fragment_id: fragment.metadata for fragment in dataset.get_fragments()}
             changed = False
             for file in files:
-                verdict = _place(file, fragments.get(file.fragment_id or 0), ids, dataset)
+                verdict = _place(file, fragments.get(file.fragment_id or 0), ids)
                 getattr(outcome, verdict or "done").append(file)
                 changed |= verdict is None
             if not changed:
@@ -248,7 +261,7 @@ class Table:
         """
         dataset = self.open()
         present = dataset.all_files().read_all().column("path").to_pylist()
-        candidates = {}
+        candidates: dict[str, list[str]] = {}
         for path in present:
             run_id, _, rest = PurePosixPath(path).name.rpartition("-")
             if PurePosixPath(path).parent.name == "data" and run_id and ".lance" in rest:
@@ -279,6 +292,11 @@ def column_holder(metadata: FragmentMetadata, field_id: int) -> str | None:
     return next((file.path for file in metadata.files if field_id in file.fields), None)
 
 
+def is_ours(path: str) -> bool:
+    """Whether a `ColumnFileWriter` wrote the data file of that name; Lance's own names have no dash."""
+    return "-" in path
+
+
 def file_digests(table_uri: str, path: str) -> dict[str, str]:
     """Column -> content digest, as the writer left it in the file's metadata; empty where another tool wrote it."""
     metadata = LanceFileReader(data_file_uri(table_uri, path)).metadata().schema.metadata or {}
@@ -301,17 +319,17 @@ def field_differences(present: pa.Field, wanted: pa.Field, key: str) -> list[str
     ]
 
 
-def _place(
-    file: ColumnFile, fragment: FragmentMetadata | None, ids: dict[str, int], dataset: lance.LanceDataset
-) -> str | None:
+def _place(file: ColumnFile, fragment: FragmentMetadata | None, ids: dict[str, int]) -> str | None:
     """Puts the file into the fragment's metadata and returns None; or the verdict why not."""
-    if fragment is None or fragment.physical_rows != file.rows or any(name not in ids for name in file.columns):
+    if fragment is None or fragment.physical_rows != file.rows:
         return "stale"
+    if [ids.get(name) for name in file.columns] != file.layout["fields"]:
+        return "stale"  # a column was dropped and made anew meanwhile
     if any(held.path == file.path for held in fragment.files):
         return "done"
     held_ids = {field_id for held in fragment.files for field_id in held.fields}
     new = [name for name in file.columns if name not in file.replaces]
-    if all(ids[name] in held_ids for name in new):
+    if new and all(ids[name] in held_ids for name in new):
         return "duplicate"
     if any(ids[name] in held_ids for name in new):
         return "stale"
@@ -320,7 +338,7 @@ def _place(
     replaced = {ids[name] for name in file.replaces}
     for held in fragment.files:
         held.fields = [TOMBSTONE if field_id in replaced else field_id for field_id in held.fields]
-    fragment.files.append(DataFile.create(dataset, file.path))
+    fragment.files.append(file.data_file())
     return None
 
 

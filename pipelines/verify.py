@@ -273,7 +273,7 @@ class PlainEncoder:
             ids = tokenizer(instruction + "\n", add_special_tokens=False)["input_ids"] if instruction else []
             return ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []) + ids
         system = [{"role": "system", "content": instruction}] if instruction else []
-        texts = [
+        texts: Any = [
             tokenizer.apply_chat_template(
                 [*system, {"role": "user", "content": prompt}], tokenize=False, date_string="26 Jul 2024"
             )

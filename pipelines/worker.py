@@ -56,7 +56,10 @@ class Stage(Protocol):
 
 
 class FragmentWorker:
-    """One actor of a stage. Its unit is `{"fragment": id, "wanted": [columns]}`."""
+    """One actor of a stage. Its unit is `{"fragment": id, "wanted": [columns], "again": bool}`.
+
+    `again`: the fragment has values of these columns that do not count, and they are replaced.
+    """
 
     def __init__(self, stage: type[Stage], config: Any, table_uri: str, run_id: str, tracker: Any):
         torch.set_num_threads(max(1, int(config.actors.num_cpus)))
@@ -75,7 +78,7 @@ class FragmentWorker:
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         fragment_id, begun = unit["fragment"], time.time()
         dataset = self.table.open()
-        wanted = self.table.missing(unit["wanted"], dataset).get(fragment_id)
+        wanted = unit["wanted"] if unit["again"] else self.table.missing(unit["wanted"], dataset).get(fragment_id)
         if not wanted or dataset.get_fragment(fragment_id) is None:
             return {"fragment": fragment_id, "file": None}  # another run was first, or the fragment is gone
         task = _Task(self, dataset, fragment_id, wanted)
@@ -102,12 +105,14 @@ class _Task:
     def __init__(self, worker: FragmentWorker, dataset: lance.LanceDataset, fragment_id: int, wanted: list[str]):
         self.stage, self.tracker = worker.stage, worker.tracker
         self.dataset, self.fragment_id, self.wanted = dataset, fragment_id, wanted
-        self.fragment = dataset.get_fragment(fragment_id)
+        fragment = dataset.get_fragment(fragment_id)
+        assert fragment is not None
+        self.fragment = fragment
         self.error_column = worker.error_column
-        error_id = field_ids(dataset)[self.error_column]
-        holder = column_holder(self.fragment.metadata, error_id)
-        self.replaces = {} if holder is None else {self.error_column: holder}
-        self.earlier_errors = self._earlier_errors() if holder else {}
+        ids = field_ids(dataset)
+        holders = {name: column_holder(self.fragment.metadata, ids[name]) for name in [*wanted, self.error_column]}
+        self.replaces = {name: path for name, path in holders.items() if path is not None}
+        self.earlier_errors = self._earlier_errors() if self.error_column in self.replaces else {}
         self.schema = pa.schema([dataset.schema.field(name) for name in [*wanted, self.error_column]])
         self.reads = sorted({self.schema.field(name).metadata[READS.encode()].decode() for name in wanted})
         self.writer = ColumnFileWriter(worker.table.uri, self.schema, worker.run_id)
@@ -133,7 +138,7 @@ class _Task:
             trailing = self.fragment.physical_rows - self.writer.rows
             if trailing:
                 self.writer.write(pa.record_batch([pa.nulls(trailing, f.type) for f in self.schema], self.schema))
-        return self.writer.finish(self.fragment_id, self.replaces)
+        return self.writer.finish(self.dataset, self.fragment_id, self.replaces)
 
     def remove_file(self) -> None:
         """Takes the unfinished file away: a full disk stays full otherwise."""
@@ -188,7 +193,7 @@ class _Task:
         return made
 
     def _null_row(self, reason: str) -> Columns:
-        counts = {"rows": 1, "errors": 1}
+        counts: dict[str, float] = {"rows": 1, "errors": 1}
         ray.get(self.tracker.leave.remote(str(self.fragment_id), counts))
         nulls = {name: pa.nulls(1, self.schema.field(name).type) for name in self.wanted}
         return Columns(nulls, {0: reason}, counts)

@@ -64,7 +64,7 @@ def write_rows(world: Any, texts: list[str | None]) -> None:
     table.create(schema)
     writer = ColumnFileWriter(table.uri, schema, "ingest-test")
     writer.write(pa.RecordBatch.from_pylist([{"image_id": str(n), "caption": t} for n, t in enumerate(texts)], schema))
-    table.append([writer.finish()])
+    table.append([writer.finish(table.open())])
 
 
 def test_odd_prompts(world: Any, config: EmbedConfig) -> None:

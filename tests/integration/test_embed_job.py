@@ -143,6 +143,19 @@ def test_deleted_rows_and_compaction(world: Any, config: EmbedConfig) -> None:
     assert all(row["caption_embeds_two"] is not None for row in after.values())
 
 
+def test_compaction_of_a_half_done_table_hides_nothing(world: Any, config: EmbedConfig) -> None:
+    """Compaction writes the nulls of fragments not done yet as if they were values; they are found and done."""
+    put(world, f"prompts:{world.prompts(60)}")
+    embed.main(config)
+    put(world, f"prompts:{world.prompts(100)}")
+    world.table.optimize.compact_files(target_rows_per_fragment=1000)
+    assert len(world.table.get_fragments()) == 1
+    assert sum(row["caption_embeds_one"] is None for row in world.rows().values()) == 40
+    assert embed.main(config).rows == 100
+    assert all(row["caption_embeds_one"] and row["caption_embeds_two"] for row in world.rows().values())
+    assert embed.main(config).fragments == 0
+
+
 def test_null_texts_and_fragments_without_the_column(world: Any, config: EmbedConfig) -> None:
     put(world, "scenes:40")
     put(world, f"prompts:{world.prompts(60)}")
