@@ -237,6 +237,19 @@ def test_not_finite_is_told_of_exactly_the_prompts_that_are(own_llama):
         assert finite.tolist() == ["Z" not in prompt for prompt in prompts]
 
 
+def test_padding_never_reaches_a_prompt(own_llama):
+    """Not even where the token that pads has states that are not finite: 0 x NaN in attention is NaN."""
+    folder = own_llama(bos_token=None)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    encoder = open_encoder(folder, instruction="")
+    ids, _ = encoder.tokenize(["a cat", PROMPTS[2], ""])
+    assert not any(0 in row for row in ids)
+    (batch,) = encoder.encode(ids, 10**4)
+    assert batch.finite.all()
+
+
 # -- limits -----------------------------------------------------------------------------------------------------------
 
 

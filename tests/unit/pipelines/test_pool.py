@@ -1,5 +1,6 @@
 """The tracker's bookkeeping of deaths, and the polling of results; the pool itself is an integration test."""
 
+import json
 import threading
 
 import pytest
@@ -204,4 +205,5 @@ def test_unit_caller_unwraps_and_wraps():
             return {"made": unit["value"] * self.factor}
 
     caller = _UnitCaller(Doubler, {"factor": 2})
-    assert caller({"unit": [{"value": 3}, {"value": 4}]}) == {"result": [{"made": 6}, {"made": 8}]}
+    made = caller({"unit": [json.dumps({"value": 3}), json.dumps({"value": 4})]})
+    assert [json.loads(result) for result in made["result"]] == [{"made": 6}, {"made": 8}]
