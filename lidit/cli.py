@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_config(argv[0], module, argv[1:])
         with _stdout_to_stderr() as stdout:
             summary = module.main(config)
-        print(summary.to_text(), file=sys.stderr)
-        print(summary.to_json(), file=stdout, flush=True)
+            print(summary.to_text(), file=sys.stderr)
+            print(summary.to_json(), file=stdout, flush=True)
         return 0 if summary.ok else 1
     except ValueError as error:
         print(f"lidit {argv[0]}: {error}", file=sys.stderr)
@@ -69,7 +69,7 @@ def parse_config(job: str, module: Any, argv: list[str]) -> Any:
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     parser.add_class_arguments(config_class, as_group=False)
     try:
-        parsed = parser.instantiate_classes(parser.parse_args(_normalise(argv, fields)))
+        parsed = parser.instantiate(parser.parse_args(_normalise(argv, fields)))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         known = ", ".join(field.name for field in fields)
         raise ValueError(
@@ -102,7 +102,12 @@ def _stdout_to_stderr() -> Iterator[TextIO]:
     sys.stdout.flush()
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    yield stdout
+    try:
+        yield stdout
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout.fileno(), 1)
+        stdout.close()
 
 
 def _take_names(argv: list[str], flag: str) -> tuple[list[str], list[str]]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lidit import codec
+from lidit.batches import EncodedBatch, finish_batch, plan_batches, to_host
+from lidit.cut import BlockReached, SharedPrefixLayer, context_length, last_block, stop_here
 from lidit.model_files import resolve_model, tokenizer_digest, weights_digest
 
 PAPER_INSTRUCTION = (
@@ -41,6 +43,7 @@ ENCODER_ONLY = {
     "clip": transformers.CLIPTextModel,
     "clip_text_model": transformers.CLIPTextModel,
 }
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -79,36 +82,6 @@ class EncoderConfig:
         codec.check_codec(self.codec)
 
 
-@dataclass(frozen=True)
-class EncodedBatch:
-    """Some prompts' states, packed by the codec, on the CPU; tokens of one prompt lie together."""
-
-    rows: np.ndarray  # (B,) which of the prompts
-    lengths: np.ndarray  # (B,) tokens of each
-    packed: np.ndarray  # (T, bytes_per_token) uint8
-    finite: np.ndarray  # (B,) bool, no NaN or Inf in the prompt's states
-    slots: int  # B * L, what the model computed: T / slots is the share that was not padding
-
-
-class _BlockReached(Exception):
-    """Carries the chosen block's output out of the model, so that nothing after it runs, whatever its class calls it."""
-
-    def __init__(self, states: Tensor):
-        self.states = states
-
-
-class SharedPrefixLayer(DynamicLayer):
-    """Keys and values of the prefix, (1, N, P, K): prepended to every batch's own, and never grown by them."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        batch = key_states.shape[0]
-        assert self.keys is not None and self.values is not None
-        return (
-            torch.cat([self.keys.expand(batch, -1, -1, -1), key_states], dim=-2),
-            torch.cat([self.values.expand(batch, -1, -1, -1), value_states], dim=-2),
-        )
-
-
 class PromptEncoder:
     """A frozen text model that turns prompts into `prompt_embeds`.
 
@@ -133,7 +106,7 @@ class PromptEncoder:
         self.num_blocks: int = self.text_config.num_hidden_layers
         self.layer = self._resolve_layer()
         self.prefix_ids: list[int] = self._render_prefix() if self.is_decoder else []
-        context = _context_length(self.text_config) - len(self.prefix_ids)
+        context = context_length(self.text_config) - len(self.prefix_ids)
         self.max_prompt_tokens = min(config.max_prompt_tokens, context)
         if self.max_prompt_tokens < 1:
             raise ValueError(
@@ -193,7 +166,13 @@ class PromptEncoder:
                 f"encoder {self.config.name}: the chat template refuses an instruction as system message ({error}); "
                 f"set `template: plain`"
             ) from error
-        return tokenizer(text[: text.index(mark)], add_special_tokens=False)["input_ids"]
+        prefix = text[: text.index(mark)]
+        if instruction.strip() not in prefix:
+            raise ValueError(
+                f"encoder {self.config.name}: the chat template leaves the instruction (system message) out; "
+                f"set `template: plain`, or `instruction: ''` if none is meant"
+            )
+        return tokenizer(prefix, add_special_tokens=False)["input_ids"]
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
@@ -214,9 +193,15 @@ class PromptEncoder:
         """The text model, cut after the chosen block, frozen, on the device. Loaded at first use."""
         config = self.model_config
         if self.is_decoder:
+            layer_types = getattr(self.text_config, "layer_types", None) or []
+            other = set(layer_types) - ATTENTION_LAYERS
+            if other:
+                raise ValueError(
+                    f"{config.model_type} models have layers other than attention ({other}): not supported"
+                )
             self.text_config.num_hidden_layers = self.layer
-            if getattr(self.text_config, "layer_types", None):
-                self.text_config.layer_types = self.text_config.layer_types[: self.layer]
+            if layer_types:
+                self.text_config.layer_types = layer_types[: self.layer]
         loader: Any = ENCODER_ONLY.get(config.model_type, transformers.AutoModel)
         if loader is transformers.CLIPTextModel:
             config = self.text_config
@@ -240,8 +225,21 @@ class PromptEncoder:
             if config is not self.text_config:
                 model = model.get_decoder()  # a multimodal LLM: its language model alone
             if self.layer < self.num_blocks:
-                _last_block(model, self.layer).register_forward_hook(_stop_here)
-        return model.requires_grad_(False).eval().to(self.device)
+                last_block(model, self.layer).register_forward_hook(stop_here)
+        model = model.requires_grad_(False).eval().to(self.device)
+        if self.is_decoder:
+            self._check_causal(model)
+        return model
+
+    def _check_causal(self, model: torch.nn.Module) -> None:
+        """Raises ValueError where a token's states depend on later tokens: prefix sharing would be silently wrong."""
+        ids = torch.tensor([[2, 3, 4], [2, 5, 6]], device=self.device)
+        first, second = self._run(model, input_ids=ids, use_cache=False)[:, 0]
+        if not torch.allclose(first, second, rtol=0.02, atol=1e-3 * float(first.abs().max()), equal_nan=True):
+            raise ValueError(
+                f"encoder {self.config.name}: {self.model_config.model_type} models are not causal (a token's states depend on "
+                f"those after it); encoder-only models that can be used: {', '.join(ENCODER_ONLY)}"
+            )
 
     @cached_property
     def _prefix(self) -> tuple[Cache | None, Tensor]:
@@ -250,9 +248,13 @@ class PromptEncoder:
             return None, torch.zeros(0, self.width, device=self.device, dtype=DTYPES[self.config.dtype])
         grown = transformers.DynamicCache()
         ids = torch.tensor([self.prefix_ids], device=self.device)
-        states = self._run(input_ids=ids, past_key_values=grown, use_cache=True)
+        states = self._run(self.model, input_ids=ids, past_key_values=grown, use_cache=True)
         layers: list[Any] = []
-        for source in cast(list[DynamicLayer], grown.layers[: self.layer]):
+        for source in grown.layers[: self.layer]:
+            if not isinstance(source, DynamicLayer):
+                raise ValueError(
+                    f"{self.model_config.model_type} models keep a state other than keys and values: not supported"
+                )
             assert source.keys is not None and source.values is not None
             layer = SharedPrefixLayer()
             layer.lazy_initialization(source.keys, source.values)
@@ -271,14 +273,14 @@ class PromptEncoder:
         prompt_embeds, prompt_mask = self([""])
         return prompt_embeds[prompt_mask].float().cpu().numpy()
 
-    def _run(self, **inputs: Any) -> Tensor:
+    def _run(self, model: torch.nn.Module, **inputs: Any) -> Tensor:
         """Inputs of the model -> states of the chosen layer (B, L, E)."""
         with torch.inference_mode():
             if not self.is_decoder and self.layer < self.num_blocks:
-                return self.model(**inputs, output_hidden_states=True).hidden_states[self.layer]
+                return model(**inputs, output_hidden_states=True).hidden_states[self.layer]
             try:
-                return self.model(**inputs).last_hidden_state
-            except _BlockReached as reached:
+                return model(**inputs).last_hidden_state
+            except BlockReached as reached:
                 return reached.states
 
     def forward(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -291,15 +293,20 @@ class PromptEncoder:
         padded = np.zeros((len(ids), longest), np.int64)
         for row, tokens in enumerate(ids):
             padded[row, : len(tokens)] = tokens
+            padded[row, len(tokens) :] = (
+                tokens[-1] if tokens else 0
+            )  # its own: another's NaN would spread, 0 * NaN is NaN
         input_ids = torch.from_numpy(padded).to(self.device, non_blocking=True)
         prompt_mask = torch.arange(longest, device=self.device) < torch.tensor(lengths, device=self.device)[:, None]
         if not self.is_decoder:
-            return self._run(input_ids=input_ids, attention_mask=prompt_mask.long()), prompt_mask
+            return self._run(self.model, input_ids=input_ids, attention_mask=prompt_mask.long()), prompt_mask
         # No padding mask: padding stands after the prompt, and a causal model never looks ahead.
         prefix, _ = self._prefix
         position_ids = len(self.prefix_ids) + torch.arange(longest, device=self.device)[None]  # (1, L)
         use_cache = prefix is not None
-        states = self._run(input_ids=input_ids, position_ids=position_ids, past_key_values=prefix, use_cache=use_cache)
+        states = self._run(
+            self.model, input_ids=input_ids, position_ids=position_ids, past_key_values=prefix, use_cache=use_cache
+        )
         return states, prompt_mask
 
     # -- prompts to states --------------------------------------------------------------------------------------------
@@ -317,83 +324,13 @@ class PromptEncoder:
         for rows in plan_batches(np.array([len(tokens) for tokens in ids]), batch_tokens):
             prompt_embeds, prompt_mask = self.forward([ids[row] for row in rows])
             states = prompt_embeds[prompt_mask]  # (T, E)
-            copies = [_to_host(codec.encode(states, self.config.codec)), _to_host(torch.isfinite(states).all(dim=1))]
+            copies = [to_host(codec.encode(states, self.config.codec)), to_host(torch.isfinite(states).all(dim=1))]
             event = torch.cuda.Event() if self.device.type == "cuda" else None
             if event is not None:
                 event.record()
             launched = (rows, [len(ids[row]) for row in rows], copies, event, prompt_mask.numel())
             if previous is not None:
-                yield _finish(*previous)
+                yield finish_batch(*previous)
             previous = launched
         if previous is not None:
-            yield _finish(*previous)
-
-
-def plan_batches(lengths: np.ndarray, batch_tokens: int, overhead_tokens: int | None = None) -> list[np.ndarray]:
-    """Lengths of prompts -> batches of row indices, longest first, with the least padding and overhead together.
-
-    A batch of B prompts padded to its longest L costs `B * L + overhead_tokens` and holds `B * L <= batch_tokens` (or
-    one prompt). The rows are sorted and the cuts between distinct lengths found by dynamic programming. Rows of the
-    same length keep their order. Default overhead: 1/64 of `batch_tokens`, what launching a batch costs in tokens.
-    """
-    overhead = batch_tokens // 64 if overhead_tokens is None else overhead_tokens
-    order = np.argsort(-lengths, kind="stable")
-    distinct, counts = np.unique(lengths, return_counts=True)
-    distinct, counts = distinct[::-1], counts[::-1]
-    before = np.concatenate([[0], np.cumsum(counts)])  # rows longer than distinct[i]
-    padded_to = np.maximum(distinct, 1)
-    fit = np.maximum(batch_tokens // np.maximum(padded_to, 8), 1)  # rows of a batch; at most batch_tokens / 8 of them
-    best, start = np.zeros(len(distinct) + 1), np.zeros(len(distinct) + 1, int)
-    for end in range(1, len(distinct) + 1):
-        rows = before[end] - before[:end]
-        cost = best[:end] + rows * padded_to[:end] + -(-rows // fit[:end]) * overhead
-        start[end] = np.argmin(cost)
-        best[end] = cost[start[end]]
-    batches: list[np.ndarray] = []
-    end = len(distinct)
-    while end > 0:
-        group = order[before[start[end]] : before[end]]
-        size = fit[start[end]]
-        batches.extend(group[first : first + size] for first in reversed(range(0, len(group), size)))
-        end = start[end]
-    return batches[::-1]
-
-
-def _finish(rows: np.ndarray, lengths: list[int], copies: list[Tensor], event: Any, slots: int) -> EncodedBatch:
-    """Waits for the batch's copies to the host and wraps them."""
-    if event is not None:
-        event.synchronize()
-    packed, finite_tokens = (copy.numpy() for copy in copies)
-    ends = np.cumsum(lengths)
-    bad = np.concatenate([[0], np.cumsum(~finite_tokens)])
-    finite = bad[ends] == bad[ends - np.array(lengths, int)]
-    return EncodedBatch(rows, np.array(lengths, np.int32), packed, finite, slots)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """Starts a copy to pinned memory that overlaps the next batch; on the CPU the tensor itself."""
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _stop_here(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-    raise _BlockReached(output[0] if isinstance(output, tuple) else output)
-
-
-def _last_block(model: torch.nn.Module, depth: int) -> torch.nn.Module:
-    """The last of the model's `depth` transformer blocks: the largest ModuleList of that many modules."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth]
-    if not lists:
-        raise ValueError(
-            f"{type(model).__name__}: expected a ModuleList of {depth} blocks, found none; is it decoder-only?"
-        )
-    return max(lists, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters()))[-1]
-
-
-def _context_length(text_config: transformers.PretrainedConfig) -> int:
-    """Tokens that the model's positions reach; unbounded for relative positions (T5)."""
-    for key in ("max_position_embeddings", "n_positions"):
-        if isinstance(getattr(text_config, key, None), int):
-            return getattr(text_config, key) if text_config.model_type not in ("t5", "mt5", "umt5") else 1 << 30
-    return 1 << 30
+            yield finish_batch(*previous)

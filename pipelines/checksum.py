@@ -25,7 +25,7 @@ class ColumnDigest:
         present = array.drop_null()
         if not len(present):
             return
-        if pa.types.is_fixed_size_binary(array.type) or pa.types.is_primitive(array.type):
+        if pa.types.is_primitive(array.type):
             values.update(present.to_numpy(zero_copy_only=False).tobytes())
             return
         if not (pa.types.is_large_binary(array.type) or pa.types.is_large_string(array.type)):

@@ -134,6 +134,7 @@ def _append(config: IngestConfig, table: Table, run: Run, new: list[Item], summa
         progress.show(tracker, final=True)
     finally:
         progress.close()
+        ray.kill(tracker)
         if pending:
             commit()
         summary.work_seconds = time.monotonic() - begun

@@ -186,23 +186,30 @@ def _poll(source: Callable[[], Iterator[Any]]) -> Iterator[Any]:
     """Runs an iterator in a thread; yields its items, or None after each `POLL_SECONDS` without one."""
     items: queue.Queue[tuple[str, Any]] = queue.Queue()
 
+    stopped = threading.Event()
+
     def pump() -> None:
         try:
             for item in source():
                 items.put(("item", item))
+                if stopped.is_set():
+                    break  # closes the source: Ray ends its actors
             items.put(("end", None))
         except BaseException as error:  # handed to the consumer, which raises it
             items.put(("error", error))
 
     threading.Thread(target=pump, daemon=True).start()
-    while True:
-        try:
-            kind, value = items.get(timeout=POLL_SECONDS)
-        except queue.Empty:
-            yield None
-            continue
-        if kind == "end":
-            return
-        if kind == "error":
-            raise value
-        yield value
+    try:
+        while True:
+            try:
+                kind, value = items.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                yield None
+                continue
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()

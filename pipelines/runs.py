@@ -77,7 +77,7 @@ class Run:
         path = f"{self._root}/{run_id}/alive"
         try:
             sign = json.loads(self._fs.cat_file(path))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except FileNotFoundError:
             return True
         if sign["host"] == _host():
             return _process_start(sign["pid"]) != sign["started"]
@@ -90,7 +90,9 @@ class Run:
     def _beat(self) -> None:
         pid = os.getpid()
         sign: dict[str, Any] = {"host": _host(), "pid": pid, "started": _process_start(pid), "beat": time.time()}
-        self._fs.pipe_file(f"{self._root}/{self.id}/alive", json.dumps(sign).encode())
+        alive = f"{self._root}/{self.id}/alive"
+        self._fs.pipe_file(f"{alive}.new", json.dumps(sign).encode())
+        self._fs.mv(f"{alive}.new", alive)  # in one step: who reads must never meet half a sign
         self._last_beat = time.monotonic()
 
 

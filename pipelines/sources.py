@@ -210,27 +210,29 @@ class Prompts(Source):
         return [line.removesuffix("\r") for line in _read(self.path).split("\n")]
 
     def _tsv(self) -> list[str]:
-        lines = [line.removesuffix("\r").split("\t") for line in _read(self.path).split("\n")]
-        return self._column(lines[0], [line for line in lines[1:] if line != [""]])
+        return self._column([line.removesuffix("\r").split("\t") for line in _read(self.path).split("\n")])
 
     def _csv(self) -> list[str]:
         try:
             lines = list(csv.reader(io.StringIO(_read(self.path), newline=""), strict=True))
         except csv.Error as error:
             raise ValueError(f"{self.path}: expected fields quoted as RFC 4180 says: {error}") from error
-        return self._column(lines[0] if lines else [], [line for line in lines[1:] if line])
+        return self._column(lines)
 
-    def _column(self, header: list[str], lines: list[list[str]]) -> list[str]:
+    def _column(self, lines: list[list[str]]) -> list[str]:
+        header = lines[0] if lines else []
         names = [name.strip().lower() for name in header]
         if "prompt" not in names:
             raise ValueError(f"{self.path}: expected a header with a column `prompt`, received {header}")
         index = names.index("prompt")
-        short = next((number for number, line in enumerate(lines, start=2) if len(line) <= index), None)
-        if short is not None:
-            raise ValueError(
-                f"{self.path}, row {short}: expected {len(header)} fields, received {len(lines[short - 2])}"
-            )
-        return [line[index] for line in lines]
+        prompts = []
+        for number, line in enumerate(lines[1:], start=2):
+            if line in ([], [""]):
+                continue
+            if len(line) <= index:
+                raise ValueError(f"{self.path}, row {number}: expected {len(header)} fields, received {len(line)}")
+            prompts.append(line[index])
+        return prompts
 
     def _jsonl(self) -> list[str]:
         return [record["prompt"] for record in _json_lines(self.path, required=("prompt",))]
@@ -249,12 +251,14 @@ def open_source(spec: str) -> Source:
 
 
 def _image_columns(path: Path) -> dict[str, Any]:
-    """The file's bytes, and its size from the header, upright; ValueError where it is too large to decode safely."""
+    """The file's bytes, and its size, upright; raises where it is damaged, or too large to decode safely."""
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,} allowed")
+        image.draft(None, (1, 1))  # a JPEG is decoded at an eighth of its size: enough to see that it is whole
+        image.load()
         if image.getexif().get(ImageOps.ExifTags.Base.Orientation, 1) >= 5:  # turned by a quarter
             width, height = height, width
     return {columns.IMAGE: data, columns.HEIGHT: height, columns.WIDTH: width}

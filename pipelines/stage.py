@@ -14,6 +14,7 @@ from typing import Any
 
 import lance
 import pyarrow as pa
+import ray
 import yaml
 
 from lidit import columns
@@ -148,6 +149,7 @@ class _Pass:
             raise
         finally:
             progress.close()
+            ray.kill(tracker)
             self._commit()
             self.summary.work_seconds += max(0.0, ended - begun)
 
@@ -190,8 +192,8 @@ class _Pass:
             examples = [example["error"] for _, result in self.pending for example in result["examples"]]
             raise ErrorRateExceeded(
                 f"{errors:,} of {rows:,} rows failed, more than max_error_rate {self.config.max_error_rate:g} allows"
-                f"{'; such as: ' + examples[0] if examples else ''}. Fragments without errors are committed. Mend the cause, "
-                f"or raise max_error_rate, and run the same command again"
+                f"{'; such as: ' + examples[0] if examples else ''}. Finished fragments without errors are "
+                f"committed. Mend the cause, or raise max_error_rate, and run the same command again"
             )
 
 

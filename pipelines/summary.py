@@ -61,7 +61,9 @@ class Summary:
         if "rows_per_second" in rates and self.rows:
             speed = f"  speed      {rates['rows_per_second']:,.0f} rows/s"
             if "tokens_per_second" in rates:
-                speed += f", {rates['tokens_per_second']:,.0f} tokens/s, padding waste {rates['padding_waste']:.1%}"
+                speed += f", {rates['tokens_per_second']:,.0f} tokens/s"
+            if "padding_waste" in rates:
+                speed += f", padding waste {rates['padding_waste']:.1%}"
             lines.append(speed)
         if self.rows:
             lines.append(f"  written    {self.bytes_written / 1e6:,.1f} MB, {rates['bytes_per_row']:,.0f} bytes a row")

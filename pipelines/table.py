@@ -9,11 +9,14 @@ next successful run removes (`remove_orphans`).
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import random
+import shutil
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -21,6 +24,7 @@ from typing import Any, Literal
 import fsspec
 import lance
 import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
 from lance.commit import CommitConflictError
 from lance.file import LanceFileReader, LanceFileWriter
 from lance.fragment import DataFile, FragmentMetadata
@@ -31,6 +35,7 @@ from pipelines.checksum import ColumnDigest
 STORAGE_VERSION: Literal["2.0"] = "2.0"
 UNCOMPRESSED = {"lance-encoding:compression": "none"}
 DIGEST = "lidit:digest:"  # + column name: key of the file's own metadata
+UNFINISHED = "_unfinished"  # folder in the table, one folder per run in it: files being written
 TOMBSTONE = -2  # Lance's mark for a field of a data file that a later file has replaced
 COMMIT_TRIES = 20
 
@@ -71,7 +76,14 @@ class ColumnFileWriter:
     def __init__(self, table_uri: str, schema: pa.Schema, run_id: str):
         self.path = f"{run_id}-{uuid.uuid4().hex}.lance"
         self._schema = schema
-        self._writer = LanceFileWriter(data_file_uri(table_uri, self.path), schema, version=STORAGE_VERSION)
+        self._final = self._begun = data_file_uri(table_uri, self.path)
+        self._fs, root = fsspec.core.url_to_fs(table_uri)
+        if isinstance(self._fs, LocalFileSystem):  # an object store shows a file once it is whole, a disk at once
+            self._final = data_file_uri(root, self.path)
+            self._begun = f"{root}/{UNFINISHED}/{run_id}/{uuid.uuid4().hex}/{self.path}"
+            for path in (self._begun, self._final):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+        self._writer = LanceFileWriter(self._begun, schema, version=STORAGE_VERSION)
         self._digests = {name: ColumnDigest() for name in schema.names}
         self.rows = 0
 
@@ -89,6 +101,9 @@ class ColumnFileWriter:
         for name, digest in self._digests.items():
             self._writer.add_schema_metadata(DIGEST + name, digest.hexdigest())
         self._writer.close()
+        if self._begun != self._final:
+            os.replace(self._begun, self._final)
+            os.rmdir(os.path.dirname(self._begun))
         made = DataFile.create(dataset, self.path)
         layout = {
             "fields": list(made.fields),
@@ -99,6 +114,11 @@ class ColumnFileWriter:
         }
         size = made.file_size_bytes or 0
         return ColumnFile(self.path, self._schema.names, self.rows, size, layout, fragment_id, replaces or {})
+
+    def discard(self) -> None:
+        """Takes the unfinished file away: a full disk stays full otherwise."""
+        if self._begun != self._final:
+            shutil.rmtree(os.path.dirname(self._begun), ignore_errors=True)
 
 
 class Table:
@@ -199,8 +219,7 @@ class Table:
         ids = field_ids(dataset)
         found: dict[int, list[str]] = {}
         for fragment in dataset.get_fragments():
-            held = {field_id for file in fragment.metadata.files for field_id in file.fields}
-            absent = [name for name in names if ids.get(name) not in held]
+            absent = missing_in(fragment, names, ids)
             if absent:
                 found[fragment.fragment_id] = absent
         return found
@@ -254,7 +273,7 @@ class Table:
 
     # -- garbage ------------------------------------------------------------------------------------------------------
 
-    def remove_orphans(self, is_dead: Any) -> list[str]:
+    def remove_orphans(self, is_dead: Callable[[str], bool]) -> list[str]:
         """Deletes data files that no version of the table refers to and whose run `is_dead(run_id)`.
 
         Only files named after a run are looked at: whoever else writes to the table is left alone.
@@ -266,15 +285,22 @@ class Table:
             run_id, _, rest = PurePosixPath(path).name.rpartition("-")
             if PurePosixPath(path).parent.name == "data" and run_id and ".lance" in rest:
                 candidates.setdefault(run_id, []).append(path)
+        is_dead = functools.cache(is_dead)
+        fs, root = fsspec.core.url_to_fs(self.uri)
+        unfinished: list[str] = []
+        if fs.exists(f"{root}/{UNFINISHED}"):
+            for folder in fs.ls(f"{root}/{UNFINISHED}", detail=False):
+                if is_dead(PurePosixPath(folder).name):
+                    unfinished += [path.removeprefix(f"{root}/") for path in fs.find(folder)]
+                    fs.rm(folder, recursive=True)
         dead = [path for run_id, paths in candidates.items() if is_dead(run_id) for path in paths]
         if not dead:
-            return []
+            return unfinished
         tracked = set(dataset.tracked_files().read_all().column("path").to_pylist())
         orphans = sorted(set(dead) - tracked)
-        fs, root = fsspec.core.url_to_fs(self.uri)
         for path in orphans:
             fs.rm_file(f"{root}/{path}")
-        return orphans
+        return [*unfinished, *orphans]
 
 
 def data_file_uri(table_uri: str, path: str) -> str:
@@ -285,6 +311,12 @@ def data_file_uri(table_uri: str, path: str) -> str:
 def field_ids(dataset: lance.LanceDataset) -> dict[str, int]:
     """Top-level column name -> Lance's id of the field."""
     return {field.name(): field.id() for field in dataset.lance_schema.fields()}
+
+
+def missing_in(fragment: lance.LanceFragment, names: Sequence[str], ids: dict[str, int]) -> list[str]:
+    """Those of the columns that one fragment has no file for."""
+    held = {field_id for file in fragment.metadata.files for field_id in file.fields}
+    return [name for name in names if ids.get(name) not in held]
 
 
 def column_holder(metadata: FragmentMetadata, field_id: int) -> str | None:

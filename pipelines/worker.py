@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import fsspec
 import lance
 import numpy as np
 import pyarrow as pa
@@ -19,9 +17,10 @@ import torch
 
 from lidit import columns
 from pipelines.pool import Attempt
-from pipelines.table import ColumnFileWriter, Table, column_holder, data_file_uri, field_differences, field_ids
+from pipelines.table import ColumnFileWriter, Table, column_holder, field_differences, field_ids, missing_in
 
 READS = "lidit:reads"  # field metadata: the column that a column is made from
+STAGE_KEY = columns.META_STAGE.encode()
 EXAMPLES = 5  # errors of a fragment that are shown in the summary
 
 
@@ -78,14 +77,16 @@ class FragmentWorker:
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         fragment_id, begun = unit["fragment"], time.time()
         dataset = self.table.open()
-        wanted = unit["wanted"] if unit["again"] else self.table.missing(unit["wanted"], dataset).get(fragment_id)
-        if not wanted or dataset.get_fragment(fragment_id) is None:
+        fragment, wanted = dataset.get_fragment(fragment_id), unit["wanted"]
+        if fragment is not None and not unit["again"]:
+            wanted = missing_in(fragment, wanted, field_ids(dataset))
+        if fragment is None or not wanted:
             return {"fragment": fragment_id, "file": None}  # another run was first, or the fragment is gone
-        task = _Task(self, dataset, fragment_id, wanted)
+        task = _Task(self, dataset, fragment, wanted)
         try:
             file = task.run()
         except BaseException:
-            task.remove_file()
+            task.writer.discard()
             raise
         ray.get(self.tracker.end.remote(str(fragment_id)))
         return {
@@ -102,12 +103,12 @@ class FragmentWorker:
 class _Task:
     """One fragment on its way through a worker."""
 
-    def __init__(self, worker: FragmentWorker, dataset: lance.LanceDataset, fragment_id: int, wanted: list[str]):
+    def __init__(
+        self, worker: FragmentWorker, dataset: lance.LanceDataset, fragment: lance.LanceFragment, wanted: list[str]
+    ):
         self.stage, self.tracker = worker.stage, worker.tracker
-        self.dataset, self.fragment_id, self.wanted = dataset, fragment_id, wanted
-        fragment = dataset.get_fragment(fragment_id)
-        assert fragment is not None
-        self.fragment = fragment
+        self.dataset, self.fragment, self.wanted = dataset, fragment, wanted
+        self.fragment_id = fragment.fragment_id
         self.error_column = worker.error_column
         ids = field_ids(dataset)
         holders = {name: column_holder(self.fragment.metadata, ids[name]) for name in [*wanted, self.error_column]}
@@ -118,7 +119,7 @@ class _Task:
         self.writer = ColumnFileWriter(worker.table.uri, self.schema, worker.run_id)
         self.errors: dict[int, str] = {}
         self.counts: Counter[str] = Counter()
-        self.attempt: Attempt = ray.get(self.tracker.begin.remote(str(fragment_id)))
+        self.attempt: Attempt = ray.get(self.tracker.begin.remote(str(self.fragment_id)))
 
     def run(self) -> Any:
         """Reads a window ahead and writes a window behind, while the stage computes."""
@@ -139,12 +140,6 @@ class _Task:
             if trailing:
                 self.writer.write(pa.record_batch([pa.nulls(trailing, f.type) for f in self.schema], self.schema))
         return self.writer.finish(self.dataset, self.fragment_id, self.replaces)
-
-    def remove_file(self) -> None:
-        """Takes the unfinished file away: a full disk stays full otherwise."""
-        fs, path = fsspec.core.url_to_fs(data_file_uri(self.dataset.uri, self.writer.path))
-        with contextlib.suppress(FileNotFoundError):
-            fs.rm_file(path)
 
     def _windows(self) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
         """(position of each row in the fragment, the columns read) in order; deleted rows are not among them."""
@@ -224,6 +219,9 @@ class _Task:
 
     def _earlier_errors(self) -> dict[int, str]:
         """Position -> error of an earlier run of this stage on the fragment, for other columns; mostly empty."""
+        made = [f.name for f in self.dataset.schema if (f.metadata or {}).get(STAGE_KEY) == self.stage.name.encode()]
+        if set(made) <= set(self.wanted):
+            return {}  # all that the reasons were about is made anew
         own = tuple(f"{name}: " for name in self.wanted)
         table = self.fragment.to_table(columns=[self.error_column], with_row_address=True)
         return {

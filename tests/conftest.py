@@ -173,7 +173,7 @@ class World:
         dataset = self.table
         paths = set(dataset.all_files().read_all()["path"].to_pylist())
         known = set(dataset.tracked_files().read_all()["path"].to_pylist())
-        return {path for path in paths - known if path.startswith("data/")}
+        return {path for path in paths - known if path.startswith(("data/", "_unfinished/"))}
 
     def data_files(self) -> list[Path]:
         """Column files that embed runs have begun."""

@@ -246,8 +246,9 @@ def test_padding_never_reaches_a_prompt(own_llama):
     encoder = open_encoder(folder, instruction="")
     ids, _ = encoder.tokenize(["a cat", PROMPTS[2], ""])
     assert not any(0 in row for row in ids)
-    (batch,) = encoder.encode(ids, 10**4)
-    assert batch.finite.all()
+    prompt_embeds, prompt_mask = encoder.forward(ids)
+    assert not prompt_mask.all(), "there is padding"
+    assert prompt_embeds[prompt_mask].isfinite().all()
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from pathlib import Path
 
 import lance
 import pyarrow as pa
@@ -470,7 +471,7 @@ def test_orphans(filled):
     filled.attach([committed])
     dead, dead_rows = write_columns(filled, 1, run="embed-dead"), write_rows(filled, 50, run="ingest-dead")
     alive = write_columns(filled, 2, run="embed-alive")
-    unfinished = ColumnFileWriter(filled.uri, pa.schema([LENGTH]), "embed-dead")
+    writers = [ColumnFileWriter(filled.uri, pa.schema([LENGTH]), run) for run in ("embed-dead", "embed-alive")]
     before, asked = rows_of(filled), []
 
     def is_dead(run_id):
@@ -478,8 +479,12 @@ def test_orphans(filled):
         return run_id != "embed-alive"
 
     removed = filled.remove_orphans(is_dead)
-    begun = {f"data/{unfinished.path}"} & set(removed)
-    assert set(removed) == {f"data/{dead.path}", f"data/{dead_rows.path}"} | begun
+    whole = {path for path in removed if path.startswith("data/")}
+    assert whole == {f"data/{dead.path}", f"data/{dead_rows.path}"}
+    assert all(path.startswith("_unfinished/embed-dead/") for path in set(removed) - whole)
+    assert [path.name for path in (Path(filled.uri) / "_unfinished").iterdir()] == ["embed-alive"]
+    writers[1].write(pa.record_batch([pa.array([1], pa.int32())], pa.schema([LENGTH])))
+    assert writers[1].finish(filled.open()).rows == 1, "the living run's file can be finished"
     assert len(asked) == len(set(asked)), "each run is asked about once"
     assert f"data/{alive.path}" in files(filled) and f"data/{committed.path}" in files(filled)
     assert rows_of(filled) == before

@@ -1,5 +1,7 @@
 """Parts of a worker's task that need no tracker: gaps of deleted rows, merging of pieces, reasons of earlier runs."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -75,11 +77,15 @@ def test_earlier_reasons_by_position(task, fill):
     """Reasons of the columns that are made again are left out; positions are physical, deleted rows counted."""
     table = fill([["one", "two", "three", "four"]])
     error = pa.field(columns.error("embed"), pa.string())
-    table.declare([error], columns.META_FINGERPRINT)
+    made = [pa.field(name, pa.string(), metadata={columns.META_STAGE: "embed"}) for name in ("a", "b", "x")]
+    table.declare([error, *made], columns.META_FINGERPRINT)
     writer = ColumnFileWriter(table.uri, pa.schema([error]), "embed-1")
     reasons = ["x: gone", None, "a: again; x: kept; b: again", "a: again"]
     writer.write(pa.record_batch([reasons], schema=pa.schema([error])))
     table.attach([writer.finish(table.open(), 0)])
     table.open().delete("caption = 'one'")
-    task.fragment, task.error_column = table.open().get_fragment(0), error.name
+    task.dataset, task.stage, task.error_column = table.open(), SimpleNamespace(name="embed"), error.name
+    task.fragment = task.dataset.get_fragment(0)
     assert task._earlier_errors() == {2: "x: kept", 3: ""}
+    task.wanted = ["a", "b", "x"]
+    assert task._earlier_errors() == {}, "all that the reasons were about is made again"
