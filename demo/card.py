@@ -34,7 +34,7 @@ knows about scenes and nothing else.
 | data | texts about scenes of seeds {train_first:,} to {train_last:,}, drawn anew at every step |
 | steps | {steps:,}, each of {rows} rows of {row_length} tokens ({tokens:,} token slots in all) |
 | optimiser | Muon (matrices), AdamW (the rest), bfloat16 autocast |
-| learning rate | peak {learning_rate}, warm-up {warmup_steps} steps, then cosine |
+| learning rate | peak {learning_rate}, warm-up {warmup_steps} steps, linear fall over the last third |
 | seed | {seed} |
 | wall time | {seconds:.0f} s on {threads} CPU thread(s) |
 | training loss, mean of the last steps | {loss:.4f} nats per weighted token |

@@ -51,8 +51,8 @@ def plain_text(scene: Scene, rng: np.random.Generator) -> str:
     """
     if rng.random() < 0.15:
         return noisy_caption(scene, int(rng.integers(1000))) or describe(scene, rng)
-    lines = rng.integers(2, 4)
-    return "\n".join(describe(scene, rng) if rng.random() < 0.6 else short_caption(scene, rng) for _ in range(lines))
+    writers = (describe, describe, short_caption, listing)
+    return "\n".join(writers[rng.integers(len(writers))](scene, rng) for _ in range(rng.integers(2, 4)))
 
 
 def dialogue(
@@ -87,6 +87,13 @@ def short_caption(scene: Scene, rng: np.random.Generator) -> str:
         words = f"{say(rng, group.size)} {say(rng, group.texture)} {short_name(group)}"
         phrases.append(f"{number(group.count, words, rng)} {words}")
     return f"{', '.join(phrases)}, {scene.background} background"
+
+
+def listing(scene: Scene, rng: np.random.Generator) -> str:
+    """Every group by name, its other attributes behind it: "red circle (small, solid, one), beige background"."""
+    groups = [scene.groups[index] for index in rng.permutation(len(scene.groups))]
+    parts = [f"{short_name(group)} ({group.size}, {group.texture}, {NUMBERS[group.count]})" for group in groups]
+    return ", ".join([*parts, f"{scene.background} background"])
 
 
 def inventory(scene: Scene, caption: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -15,7 +16,19 @@ CONTEXT = 1024
 
 
 def build_model(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A freshly initialised model (torch's global generator), about 1.4 million parameters, embeddings tied."""
+    """A freshly initialised model (torch's global generator), about 1.4 million parameters, embeddings tied.
+
+    The projections that write to the residual stream begin at zero, so that every block begins as the identity.
+    """
+    model = untrained(family, tokenizer)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+def untrained(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The family's architecture, with transformers' own initialisation."""
     shared = dict(
         vocab_size=len(tokenizer),
         num_hidden_layers=6,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from transformers import PreTrainedModel
 
@@ -33,8 +31,10 @@ def build_optimizers(model: PreTrainedModel, learning_rate: float) -> list[torch
 
 
 def schedule(step: int, warmup_steps: int, steps: int) -> float:
-    """Share of the peak learning rate at `step`: linear warm-up, then a cosine down to 5 %."""
+    """Share of the peak learning rate at `step`: linear warm-up, constant, and a linear fall over the last third.
+
+    The long constant part is what gets the model off the plateaus on which it has yet to learn one more look-up.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+    return max(0.02, min(1.0, (steps - step) / max(1, steps - 2 * steps // 3)))

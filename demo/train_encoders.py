@@ -46,18 +46,18 @@ class TrainEncodersConfig:
     """Folder of the finished encoders, one folder each."""
     work: Path = Path(".work/encoders")
     """Folder of the checkpoints."""
-    base_steps: int = 700
+    base_steps: int = 1200
     """Optimiser steps of a base variant."""
-    tuned_steps: int = 700
+    tuned_steps: int = 1500
     """Optimiser steps of a tuned variant, on top of its base."""
     rows: int = 6
     """Rows per step."""
     row_length: int = 320
     """Tokens per row; several whole texts share one."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     """Peak learning rate."""
     warmup_steps: int = 30
-    """Steps of linear warm-up, before the cosine."""
+    """Steps of linear warm-up."""
     checkpoint_seconds: float = 20.0
     """Seconds between checkpoints."""
     stop_after_steps: int | None = None

@@ -47,7 +47,7 @@ class JobProgress:
 
     def _detail(self, seconds: float) -> str:
         totals = self.totals
-        parts = [f"{totals['rows'] / seconds:,.0f} rows/s"]
+        parts = [f"{totals.get('rows', 0) / seconds:,.0f} rows/s"]
         if totals.get("tokens"):
             parts.append(f"{totals['tokens'] / seconds:,.0f} tokens/s")
         if totals.get("slots"):

@@ -119,10 +119,10 @@ def test_record_and_card_carry_the_figures(unbroken):
     assert f"**{record['figures']['perplexity']:.3f}**" in (folder / "README.md").read_text()
 
 
-def test_schedule_warms_up_and_falls_to_a_twentieth():
-    shares = [schedule(step, 10, 100) for step in range(100)]
-    assert shares[0] == 0.1 and max(shares) == 1.0 and shares[9] == 1.0
-    assert shares[10:] == sorted(shares[10:], reverse=True) and 0.05 <= shares[-1] < 0.052
+def test_schedule_warms_up_holds_and_falls():
+    shares = [schedule(step, 10, 90) for step in range(90)]
+    assert shares[0] == 0.1 and shares[9:60] == [1.0] * 51
+    assert shares[60:] == sorted(shares[60:], reverse=True) and 0.02 <= shares[-1] < 0.05
 
 
 def test_command_line(tmp_path):
