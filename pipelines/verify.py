@@ -86,7 +86,7 @@ def main(config: VerifyConfig) -> Report:
     dataset = table.open()
     report = Report(config.store)
     made = [f for f in dataset.schema if columns.META_FINGERPRINT.encode() in (f.metadata or {})]
-    embeds = [f for f in made if columns.META_CODEC.encode() in f.metadata]
+    embeds = [f for f in made if {columns.META_CODEC.encode(), columns.META_ENCODER.encode()} <= f.metadata.keys()]
 
     def check(name: str, what: str, find: Callable[[], Iterator[str]]) -> None:
         print(f"verify: {name} ...", file=sys.stderr, flush=True)
