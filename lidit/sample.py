@@ -1,0 +1,122 @@
+"""Makes images: a weights folder and a prompt -> image files.
+
+The encoders and the VAE are those that the weights were trained with: they are found where they were then, or by
+`--encoders` and `--vae`, and checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lidit.sampler import SamplerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(SamplerConfig):
+    """The sample job."""
+
+    weights: str
+    """Folder of trained weights."""
+    prompt: str
+    """What the image shall show."""
+    out: str = "sample.png"
+    """Image file; the format is told by its ending. Several images are numbered: sample-0.png, sample-1.png ..."""
+    images: int = 1
+    """How many; image k begins with the noise of `seed + k`."""
+    seed: int = 0
+    """Which noise: the same seed gives the same image."""
+    height: int | None = None
+    """Pixels; by default what the weights were trained at."""
+    width: int | None = None
+    """Pixels; by default what the weights were trained at."""
+    negative_prompt: str = ""
+    """What guidance leads away from; by default the empty prompt."""
+    batch_size: int = 8
+    """Images made at once; lower it if a GPU runs out of memory."""
+    device: str | None = None
+    """`cpu`, `cuda`, `cuda:1` ...; by default the GPU if there is one."""
+    encoders: dict[str, str] = field(default_factory=dict)
+    """Where encoders are now, by name: folder or `owner/name@commit`. Default: where they were in training."""
+    vae: str | None = None
+    """Where the VAE is now: folder or `owner/name@commit`. Default: where it was in training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < 1:
+            raise ValueError(f"images: expected at least 1, received {self.images}")
+        _check_ending(self.out)
+
+    @property
+    def files(self) -> list[Path]:
+        """Where the images go."""
+        out = Path(self.out)
+        if self.images == 1:
+            return [out]
+        return [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(self.images)]
+
+
+@dataclass
+class Sampled:
+    """What the job made."""
+
+    weights: str
+    files: list[str]
+    seconds: float  # sampling and decoding, loading not counted
+    load_seconds: float
+    ok: bool = True
+
+    def to_json(self) -> str:
+        """One JSON object on one line."""
+        return json.dumps({"job": "sample", **asdict(self)})
+
+    def to_text(self) -> str:
+        """For a person: the files and the time."""
+        return (
+            f"sample: {len(self.files)} images in {self.seconds:,.1f} s (loaded in {self.load_seconds:,.1f} s)\n"
+            + "\n".join(f"  {file}" for file in self.files)
+        )
+
+
+def main(config: SampleConfig) -> Sampled:
+    """Loads the weights, makes the images, saves them."""
+    from lidit.text_to_image import TextToImage
+
+    started = time.perf_counter()
+    pipe = TextToImage.from_pretrained(config.weights, device=config.device, encoders=config.encoders, vae=config.vae)
+    loaded = time.perf_counter()
+    images = pipe(
+        config.prompt,
+        seed=config.seed,
+        images_per_prompt=config.images,
+        height=config.height,
+        width=config.width,
+        negative_prompt=config.negative_prompt,
+        batch_size=config.batch_size,
+        **{option.name: getattr(config, option.name) for option in dataclasses.fields(SamplerConfig)},
+    )
+    made = time.perf_counter()
+    for file, image in zip(config.files, images):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file)
+    return Sampled(config.weights, [str(file) for file in config.files], made - loaded, loaded - started)
+
+
+def _check_ending(out: str) -> None:
+    """Raises ValueError for a file whose format Pillow cannot write: before the work, not after it."""
+    from PIL import Image
+
+    Image.init()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    if Path(out).suffix.lower() not in endings:
+        raise ValueError(f"out: expected an image file such as sample.png, .jpg or .webp, received {out!r}")
+
+
+if __name__ == "__main__":
+    from lidit.cli import main as command_line
+
+    sys.exit(command_line(["sample", *sys.argv[1:]]))
