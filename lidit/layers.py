@@ -24,11 +24,11 @@ GROUPS = 32  # of GroupNorm, or as many of them as divide the width
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then `x (1 + scale) + shift` in fp32: bf16 would round `1 + scale` to 1 for small scales.
+    """LayerNorm without weights, then `x (1 + scale) + shift`, all in fp32: of values rounded to bf16 a small scale changes none.
 
     Shapes: x (B, S, D), shift and scale (B, 1, D). Source: DiT (arXiv 2212.09748), adaLN.
     """
-    normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
     return torch.addcmul(shift.float(), normed, 1 + scale.float()).to(x.dtype)
 
 
@@ -55,7 +55,7 @@ class ZeroLinear(nn.Linear):
     """A projection that starts at zero: gates, modulations, the model's last layer."""
 
 
-class Pointwise(nn.Module):
+class Modulated(nn.Module):
     """A module that modulates and gates. Its two functions stand here so that `LIDiT.compile_regions` can replace them."""
 
     modulate = staticmethod(modulate)

@@ -28,9 +28,9 @@ from lidit.config import LIDiTConfig
 from lidit.layers import (
     CrossAttention,
     FeedForward,
+    Modulated,
     Modulation,
     NormedProjection,
-    Pointwise,
     ResBlock,
     SelfAttention,
     TimestepEmbedding,
@@ -145,7 +145,7 @@ class LIDiT(nn.Module):
         """Compiles the functions between the matmuls (modulation, gating), for any size; modules and their hooks stay plain."""
         compiled = {function.__name__: torch.compile(function, dynamic=True) for function in (modulate, add_gated)}
         for module in self.modules():
-            if isinstance(module, Pointwise):
+            if isinstance(module, Modulated):
                 for name, function in compiled.items():
                     setattr(module, name, function)
         return self
@@ -231,7 +231,7 @@ class Patchify(nn.Module):
         return self.project(patches.to(self.project.weight.dtype)).movedim(-1, 1)  # B D h w, channels last in memory
 
 
-class DiTBlock(Pointwise):
+class DiTBlock(Modulated):
     """Self-attention, cross-attention to the context, feed-forward; each with shift, scale and gate from cond (adaLN-zero)."""
 
     def __init__(self, config: LIDiTConfig):
@@ -249,7 +249,7 @@ class DiTBlock(Pointwise):
         return self.add_gated(x, gate3, self.feed_forward(self.modulate(x, shift3, scale3)))
 
 
-class FinalLayer(Pointwise):
+class FinalLayer(Modulated):
     """Image tokens -> patches of the prediction, put back in place."""
 
     def __init__(self, config: LIDiTConfig):

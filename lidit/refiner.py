@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lidit.attention import Keys
 from lidit.config import LIDiTConfig
-from lidit.layers import EPS, CrossAttention, FeedForward, Modulation, NormedProjection, Pointwise, SelfAttention
+from lidit.layers import EPS, CrossAttention, FeedForward, Modulated, Modulation, NormedProjection, SelfAttention
 
 
 class LinguisticRefiner(nn.Module):
@@ -34,7 +34,7 @@ class LinguisticRefiner(nn.Module):
         return x
 
 
-class LinguisticBlock(Pointwise):
+class LinguisticBlock(Modulated):
     """Self-attention and feed-forward, each behind a gate; no shift and no scale."""
 
     def __init__(self, config: LIDiTConfig):
@@ -71,7 +71,7 @@ class CollaborativeRefiner(nn.Module):
         return refined
 
 
-class CollaborativeBranch(Pointwise):
+class CollaborativeBranch(Modulated):
     """Cross-attention of own tokens to all other branches' tokens, then feed-forward; no self-attention."""
 
     def __init__(self, config: LIDiTConfig):

@@ -106,3 +106,81 @@ def edit_json() -> Callable[..., None]:
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
     return edit
+
+
+# -- the diffusion transformer ----------------------------------------------------------------------------------------
+
+ENCODERS = {"one": 24, "two": 40, "three": 16}
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Any]:
+    """`make_model(seed=0, awake=True, encoders=2, **fields of LIDiTConfig)` -> a very small LIDiT.
+
+    `awake`: what starts at zero (gates, last layer) is random instead, so that every part of it matters.
+    `encoders`: their names and widths, or how many of the three there are.
+    """
+    from lidit.config import LIDiTConfig
+    from lidit.layers import ZeroLinear
+    from lidit.model import LIDiT
+
+    def make(seed: int = 0, awake: bool = True, encoders: int | dict[str, int] = 2, **changes: Any) -> Any:
+        if isinstance(encoders, int):
+            encoders = dict(list(ENCODERS.items())[:encoders])
+        shape = {"depth": 2, "width": 32, "heads": 4, "in_channels": 4, **changes}
+        torch.manual_seed(seed)
+        model = LIDiT(LIDiTConfig(encoders=encoders, **shape))
+        for module in model.modules() if awake else ():
+            if isinstance(module, ZeroLinear):
+                torch.nn.init.normal_(module.weight, std=0.2)
+                torch.nn.init.normal_(module.bias, std=0.2)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_inputs() -> Callable[..., dict[str, Any]]:
+    """`make_inputs(model, rows=(0, 1, 2), padding=0, lengths=None, size=(6, 10), instruction=3, dtype=float32)` -> arguments
+    of `LIDiT.forward`.
+
+    A row is the same whatever rows are beside it: row r has `lengths[r]` prompt tokens, of a table of this file unless given.
+    """
+    lengths_of = {"one": [7, 0, 3, 0, 1], "two": [5, 2, 6, 0, 0], "three": [1, 4, 2, 0, 3]}
+
+    def make(
+        model: Any,
+        rows: tuple[int, ...] = (0, 1, 2),
+        padding: int = 0,
+        lengths: dict[str, list[int]] | None = None,
+        size: tuple[int, int] = (6, 10),
+        instruction: int = 3,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Any]:
+        config, lengths = model.config, lengths or lengths_of
+        draws = {row: torch.Generator().manual_seed(1000 + row) for row in rows}
+        latents = [torch.randn(config.in_channels, *size, generator=draws[row]) for row in rows]
+        timestep = [torch.rand((), generator=draws[row]) for row in rows]
+        embeds, masks, instructions = {}, {}, {}
+        for number, (name, width) in enumerate(config.encoders.items()):
+            longest = max(lengths[name][row] for row in rows) + padding
+            embeds[name] = torch.zeros(len(rows), longest, width)
+            masks[name] = torch.zeros(len(rows), longest, dtype=torch.bool)
+            for place, row in enumerate(rows):
+                length = lengths[name][row]
+                draw = torch.Generator().manual_seed(100 * row + width)
+                embeds[name][place, :length] = torch.randn(length, width, generator=draw)
+                masks[name][place, :length] = True
+            draw = torch.Generator().manual_seed(width)
+            own = instruction + number if instruction else 0
+            instructions[name] = torch.randn(own, width, generator=draw).to(dtype)
+            embeds[name] = embeds[name].to(dtype)
+        return {
+            "noisy_latents": torch.stack(latents).to(dtype),
+            "timestep": torch.stack(timestep),
+            "prompt_embeds": embeds,
+            "prompt_mask": masks,
+            "instruction_embeds": instructions,
+        }
+
+    return make

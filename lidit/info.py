@@ -1,0 +1,141 @@
+"""Says how large a model is and what a training sample costs it: parameters and FLOPs, part by part.
+
+    lidit info --size 10b
+    lidit info --size 1b --encoders '{"llama3": 4096}' --height 512 --width 512
+    lidit info --weights ./weights
+
+No weights are made or read: the model is laid out without memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lidit.config import SIZES, LIDiTConfig
+from lidit.flops import Flops, model_flops
+from lidit.model import LIDiT
+
+PARTS = {
+    "timestep": "timestep embedding",
+    "pooled": "projections of the pooled prompts",
+    "linguistic": "linguistic refiners",
+    "collaborative": "collaborative refiner",
+    "patchify": "patch projection",
+    "res_block": "ResBlock",
+    "blocks": "DiT blocks",
+    "final": "final layer",
+}
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Which model, and the shapes of a sample."""
+
+    size: Literal["tiny", "small", "1b", "10b"] = "1b"
+    """The size, unless `weights` names a model."""
+    weights: str | None = None
+    """Weights folder; its config decides, and `size`, `encoders` and `in_channels` are not used."""
+    encoders: dict[str, int] | None = None
+    """Hidden width of every text encoder by name; default: the size's own."""
+    in_channels: int = 16
+    """Channels of the latents."""
+    height: int = 256
+    """Of an image, in pixels."""
+    width: int = 256
+    """Of an image, in pixels."""
+    downscale: int = 8
+    """Pixels along a side of one latent pixel."""
+    prompt_tokens: int = 100
+    """Tokens of a prompt, for every encoder."""
+    instruction_tokens: int = 40
+    """Tokens before every prompt, for every encoder."""
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "downscale"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, received {getattr(self, name)}")
+        for name in ("prompt_tokens", "instruction_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, received {getattr(self, name)}")
+
+    def model(self) -> LIDiTConfig:
+        """The model's config. Raises ValueError where the weights folder has none."""
+        if self.weights is None:
+            return SIZES[self.size](self.encoders, in_channels=self.in_channels)
+        from lidit.weights import read_config
+
+        return LIDiTConfig.from_dict(read_config(self.weights)["model"])
+
+
+@dataclass
+class Info:
+    """What the job found out."""
+
+    title: str
+    model: dict[str, Any]
+    parameters: dict[str, int]
+    flops: dict[str, Flops]
+    sample: str
+    ok: bool = True
+
+    def to_text(self) -> str:
+        """A table for people."""
+        total, step = sum(self.parameters.values()), sum(self.flops.values(), Flops())
+        lines = [
+            f"{self.title}: {total:,} parameters ({total / 1e9:.3f} B)",
+            f"FLOPs of a sample of {self.sample}",
+            "",
+            f"{'part':36}{'parameters':>16}{'share':>8}{'GFLOP forward':>15}{'forward + backward':>20}",
+        ]
+        for part, count in self.parameters.items():
+            cost = self.flops[part]
+            lines.append(
+                f"{PARTS[part]:36}{count:>16,}{count / total:>8.1%}{cost.forward / 1e9:>15,.2f}{cost.total / 1e9:>20,.2f}"
+            )
+        lines.append(f"{'all':36}{total:>16,}{1:>8.0%}{step.forward / 1e9:>15,.2f}{step.total / 1e9:>20,.2f}")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """One line for programs."""
+        values = {
+            "ok": self.ok,
+            "model": self.model,
+            "parameters": {**self.parameters, "all": sum(self.parameters.values())},
+            "sample": self.sample,
+            "flops_forward": {part: cost.forward for part, cost in self.flops.items()},
+            "flops_step": {part: cost.total for part, cost in self.flops.items()},
+        }
+        return json.dumps(values)
+
+
+def parameter_counts(config: LIDiTConfig) -> dict[str, int]:
+    """Parameters of each part of the model, by its name."""
+    with torch.device("meta"):
+        model = LIDiT(config)
+    return {part: sum(weight.numel() for weight in module.parameters()) for part, module in model.named_children()}
+
+
+def main(config: InfoConfig) -> Info:
+    model = config.model()
+    latent_size = (config.height // config.downscale, config.width // config.downscale)
+    prompt_tokens = dict.fromkeys(model.encoders, config.prompt_tokens)
+    instruction_tokens = dict.fromkeys(model.encoders, config.instruction_tokens)
+    return Info(
+        title=config.weights or f"LI-DiT {config.size}",
+        model=model.to_dict(),
+        parameters=parameter_counts(model),
+        flops=model_flops(model, latent_size, prompt_tokens, instruction_tokens),
+        sample=f"{config.height}x{config.width} px, {config.prompt_tokens} prompt and {config.instruction_tokens} "
+        f"instruction tokens of each encoder",
+    )
+
+
+if __name__ == "__main__":
+    from lidit.cli import main as command_line
+
+    sys.exit(command_line(["info", *sys.argv[1:]]))
