@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from demo.world import Group, Relation, Scene, stated_relations
+from demo.world import Group, Relation, Scene, relation_between, stated_relations
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 PLURALS = {"cross": "crosses"}
@@ -56,6 +56,37 @@ def describe(scene: Scene, rng: np.random.Generator | int) -> str:
     relations = [relation_sentence(scene, relation, rng) for relation in stated_relations(scene)]
     sentences[1:1] = relations
     return " ".join(capitalise(sentence.strip()) for sentence in sentences)
+
+
+def canonical_caption(scene: Scene) -> str:
+    """The dense caption in one fixed wording and order: what the demo's VLM learns to write of an image.
+
+    "Two small striped red circles and one large solid blue star on a white background. The red circles are above and
+    left of the blue star." Groups stand in reading order; relations are those between neighbours in that order.
+    """
+    order = reading_order(scene)
+    groups = [scene.groups[index] for index in order]
+    phrases = [
+        f"{NUMBERS[group.count]} {group.size} {group.texture} {group.colour} {plural(group.shape, group.count)}"
+        for group in groups
+    ]
+    sentences = [f"{join(phrases)} on a {scene.background} background."]
+    for first, second in zip(order, order[1:]):
+        relation = relation_between(scene, first, second)
+        if relation is not None:
+            subject, other = scene.groups[first], scene.groups[second]
+            directions = " and ".join(relation.directions)
+            sentences.append(f"The {short_name(subject)} {be(subject)} {directions} the {short_name(other)}.")
+    return " ".join(capitalise(sentence) for sentence in sentences)
+
+
+def reading_order(scene: Scene) -> list[int]:
+    """Positions of the groups as an eye meets them, row by row from the top left, by each group's first object."""
+
+    def first_met(index: int) -> float:
+        return min(item.y + 0.5 * item.x for item in scene.groups[index].objects)
+
+    return sorted(range(len(scene.groups)), key=first_met)
 
 
 def group_phrase(group: Group, rng: np.random.Generator) -> str:
