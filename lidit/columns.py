@@ -15,6 +15,9 @@ WIDTH = "width"  # int32, pixels
 CAPTION = "caption"  # string, written by a VLM, or the prompt of a prompt table
 CAPTION_ORIGINAL = "caption_original"  # string, the text that came with the image
 TRUTH = "truth"  # string, JSON: what a rendered scene really holds
+LATENTS = "latents"  # large_binary, (C, H, W): the VAE's mean, scaled as training wants it
+LATENT_MOMENTS = "latent_moments"  # large_binary, (2C, H, W): mean, then deviation, both scaled
+BUCKET = "bucket"  # string, `HEIGHTxWIDTH` in pixels: the image size that the latents belong to
 
 # Columns of the encoders table.
 ENCODER = "encoder"
@@ -29,6 +32,10 @@ META_CODEC = "lidit:codec"  # bf16 | fp32 | fp8_e4m3
 META_WIDTH = "lidit:width"  # E, the encoder's hidden width
 META_ENCODER = "lidit:encoder"
 META_TEXT = "lidit:text"
+META_CHANNELS = "lidit:channels"  # C, of latents
+META_DOWNSCALE = "lidit:downscale"  # pixels along a side of one latent pixel
+META_SCALING_FACTOR = "lidit:scaling_factor"  # what stored latents were multiplied with, after the shift
+META_SHIFT_FACTOR = "lidit:shift_factor"  # what was subtracted from the VAE's own before
 META_STAGE = "lidit:stage"
 META_FINGERPRINT = "lidit:fingerprint"  # JSON: everything the values depend on
 META_VERSIONS = "lidit:versions"  # JSON: library versions at the time; informative, never compared
