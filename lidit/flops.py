@@ -1,7 +1,7 @@
 """How many floating point operations a training sample costs, from the shapes alone: the model by parts, and the text encoders.
 
 Counted are matrix multiplications and convolutions, 2 per multiply-add, as torch.utils.flop_counter counts them: the
-operations that the mathematics needs. What a kernel or activation checkpointing computes a second time is not among them, so that
+operations that the mathematics needs. What a kernel or activation checkpointing computes twice is counted once, so that
 `flops / seconds / peak` is the MFU (PaLM, arXiv 2204.02311, appendix B). Padding tokens are counted if they are given.
 
 Letters: see layers.py.

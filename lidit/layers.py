@@ -24,7 +24,7 @@ GROUPS = 32  # of GroupNorm, or as many of them as divide the width
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then `x (1 + scale) + shift`, all in fp32: of values rounded to bf16 a small scale changes none.
+    """LayerNorm without weights, then `x (1 + scale) + shift`, in fp32: a small scale changes no value that is bf16 already.
 
     Shapes: x (B, S, D), shift and scale (B, 1, D). Source: DiT (arXiv 2212.09748), adaLN.
     """

@@ -141,9 +141,13 @@ class LIDiT(nn.Module):
         self.checkpointing = on
         return self
 
-    def compile_regions(self) -> LIDiT:
-        """Compiles the functions between the matmuls (modulation, gating), for any size; modules and their hooks stay plain."""
-        compiled = {function.__name__: torch.compile(function, dynamic=True) for function in (modulate, add_gated)}
+    def compile_regions(self, **options: Any) -> LIDiT:
+        """Compiles the functions between the matmuls (modulation, gating), for any size; modules and their hooks stay plain.
+
+        `options` go to torch.compile.
+        """
+        functions = (modulate, add_gated)
+        compiled = {function.__name__: torch.compile(function, dynamic=True, **options) for function in functions}
         for module in self.modules():
             if isinstance(module, Modulated):
                 for name, function in compiled.items():
@@ -191,9 +195,9 @@ class LIDiT(nn.Module):
                 f"noisy_latents: expected H and W to be multiples of the patch size {config.patch_size}, received "
                 f"{tuple(noisy_latents.shape[2:])}; crop or resize the image to multiples of patch size x VAE downscale"
             )
-        if timestep.shape != (batch,) or not timestep.is_floating_point():
+        if timestep.shape != (batch,) or timestep.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"timestep: expected ({batch},) floats in [0, 1], received {tuple(timestep.shape)} {timestep.dtype}"
+                f"timestep: expected ({batch},) float32 in [0, 1], received {tuple(timestep.shape)} {timestep.dtype}"
             )
         given = {"prompt_embeds": prompt_embeds, "prompt_mask": prompt_mask, "instruction_embeds": instruction_embeds}
         for what, by_encoder in given.items():
