@@ -1,7 +1,8 @@
 """The `lidit` command: lists and runs every job; `lidit embed ...` is `python pipelines/embed.py ...`.
 
 A job is a module with a config dataclass `<Job>Config` and `main(config)`. Its flags are the config's fields, nested ones
-dotted (`--actors.max 4`); `--config FILE.yaml` sets them from a file, flags after it override.
+dotted (`--actors.max 4`), also into a list (`--phases.0.steps 10`); `--config FILE.yaml` sets them from a file, flags after
+it override. A module with `RECIPES`, functions that return a config, takes `--recipe NAME`: the fields to start from.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 JOBS = {
@@ -64,11 +65,17 @@ def parse_config(job: str, module: Any, argv: list[str]) -> Any:
     config_class = getattr(module, f"{job.capitalize()}Config")
     fields = dataclasses.fields(config_class)
     names, argv = _take_names(argv, "--encoders") if hasattr(config_class, "only") else ([], argv)
+    recipe, argv = _take_recipe(argv, getattr(module, "RECIPES", {}))
+    argv, changes = _take_list_changes(argv, [field.name for field in fields])
     parser = jsonargparse.ArgumentParser(
         prog=f"lidit {job}", description=module.__doc__, formatter_class=HelpFormatter, exit_on_error=False
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     parser.add_class_arguments(config_class, as_group=False)
+    if hasattr(module, "RECIPES"):
+        parser.add_argument("--recipe", help=f"Fields to start from: {', '.join(module.RECIPES)}.")
+    if recipe is not None:
+        parser.set_defaults(_plain(recipe))
     try:
         parsed = parser.instantiate(parser.parse_args(_normalise(argv, fields)))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
@@ -76,7 +83,10 @@ def parse_config(job: str, module: Any, argv: list[str]) -> Any:
         raise ValueError(
             f"{error}\nexpected flags or YAML keys: {known} (`lidit {job} --help` explains them)"
         ) from error
-    config = config_class(**{field.name: getattr(parsed, field.name) for field in fields})
+    values = {field.name: getattr(parsed, field.name) for field in fields}
+    for name, index, key, value in changes:
+        values[name] = _changed(values[name], index, key, value, f"--{name}.{index}.{key}")
+    config = config_class(**values)
     return config.only(names) if names else config
 
 
@@ -122,6 +132,60 @@ def _take_names(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
     if last == first:
         return [], argv
     return argv[first:last], argv[: first - 1] + argv[last:]
+
+
+def _take_recipe(argv: list[str], recipes: Mapping[str, Callable[[], Any]]) -> tuple[Any, list[str]]:
+    """Takes `--recipe NAME` out of a command line: (its config, the rest). The first recipe where nothing is asked for.
+
+    None where a file decides: what it leaves out are the fields' own defaults.
+    """
+    words = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--recipe=") else [arg])]
+    if not recipes or "--recipe" not in words:
+        by_file = any(word == "--config" or word.startswith("--config=") for word in words)
+        return (None if by_file or not recipes else next(iter(recipes.values()))()), argv
+    place = words.index("--recipe")
+    name = words[place + 1] if place + 1 < len(words) else ""
+    if name not in recipes:
+        raise ValueError(f"--recipe: expected one of {', '.join(recipes)}, received {name!r}")
+    return recipes[name](), words[:place] + words[place + 2 :]
+
+
+def _take_list_changes(argv: list[str], fields: Sequence[str]) -> tuple[list[str], list[tuple[str, int, str, Any]]]:
+    """Takes every `--FIELD.N.KEY VALUE` out of a command line: (the rest, [(field, n, key, value read as YAML)])."""
+    import yaml
+
+    rest: list[str] = []
+    changes = []
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name, _, tail = flag.removeprefix("--").replace("-", "_").partition(".")
+        index, _, key = tail.partition(".")
+        if not (word.startswith("--") and name in fields and index.isdecimal() and key):
+            rest.append(word)
+            continue
+        text = value if equals else next(words, None)
+        if text is None:
+            raise ValueError(f"{flag}: expected a value after it")
+        changes.append((name, int(index), key, yaml.safe_load(text)))
+    return rest, changes
+
+
+def _changed(items: Sequence[Any], index: int, key: str, value: Any, flag: str) -> tuple[Any, ...]:
+    """The items with one field of one of them changed."""
+    if index >= len(items):
+        raise ValueError(f"{flag}: there are {len(items)}, the first is 0")
+    known = [field.name for field in dataclasses.fields(items[index])]
+    if key not in known:
+        raise ValueError(f"{flag}: expected one of {', '.join(known)} after the number")
+    return tuple(dataclasses.replace(item, **{key: value}) if n == index else item for n, item in enumerate(items))
+
+
+def _plain(value: Any) -> Any:
+    """A config as the parser takes defaults: dictionaries and lists."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _last_cause(error: BaseException) -> str:

@@ -1,0 +1,423 @@
+"""`TrainConfig`: everything that decides a training run. The recipes that return one are in recipes.py.
+
+Batch sizes are counted over all GPUs and do not change with their number: `PhaseConfig.split` says what a rank makes of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from lidit import columns
+from lidit.config import SIZES, LIDiTConfig
+from lidit.diffusion import DDPM, Flow, Objective
+from trainer.fields import at_least, from_plain, to_plain
+
+Size = Literal["tiny", "small", "1b", "10b"]
+Precision = Literal["fp32", "bf16"]
+Schedule = Literal["constant", "linear", "cosine"]
+ResumeMode = Literal["auto", "never", "must"]
+ZeroStage = Literal[0, 1, 2, 3]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which LI-DiT, and how it is run. Encoder widths and latent channels are the table's."""
+
+    size: Size = "tiny"
+    """Depth, width and heads, see `lidit.config`."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of `LIDiTConfig` that differ from the size's, such as `{refiner_blocks: 0, fusion: concat}`."""
+    checkpointing: bool = False
+    """Activation checkpointing: keep each block's input alone and compute the block twice. About a third more FLOPs."""
+    compile: bool = False
+    """Compile what lies between the matmuls (CUDA)."""
+
+    def build(self, encoders: Mapping[str, int], in_channels: int) -> LIDiTConfig:
+        """The model's shape for a table's encoders (name -> width) and latent channels."""
+        fixed = {"encoders", "in_channels"} & set(self.changes)
+        if fixed:
+            raise ValueError(f"model.changes: {', '.join(sorted(fixed))} come from the table, they cannot be set here")
+        known = {f.name for f in dataclasses.fields(LIDiTConfig)}
+        if unknown := set(self.changes) - known:
+            raise ValueError(f"model.changes: expected fields of LIDiTConfig, received {', '.join(sorted(unknown))}")
+        return SIZES[self.size](encoders, in_channels, **self.changes)
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """Images of one resolution, for a number of steps. Phases follow each other; optimizer and EMA go on."""
+
+    steps: int
+    """Optimizer steps."""
+    global_batch_size: int
+    """Samples of a step, over all GPUs and accumulation steps."""
+    resolution: int = 256
+    """Side of a square of the images' area, pixels. Refused where the table's buckets are of another."""
+    flow_shift: float = 1.0
+    """Moves the flow's timesteps towards noise: 1 at 256 px, 3 above. `ddpm` has none."""
+    microbatch_size: int | None = None
+    """Samples of a GPU's forward pass at most; null: the run's `microbatch_size`."""
+    store: str | None = None
+    """Feature store of this phase; null: the run's."""
+    latents: str = columns.LATENTS
+    """Column of the latents: `latents`, or `latent_moments`, from which every visit of a row draws anew."""
+    bucket: str = columns.BUCKET
+    """Column that says the image size the latents belong to, `HEIGHTxWIDTH`."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "steps", "global_batch_size", "resolution")
+        if self.microbatch_size is not None:
+            at_least(1, self, "microbatch_size")
+        if self.flow_shift <= 0:
+            raise ValueError(f"phases: expected flow_shift > 0, received {self.flow_shift}")
+
+    def split(self, world_size: int, microbatch_size: int) -> tuple[int, int]:
+        """(microbatch_size, grad_accum_steps) of a rank: the largest microbatch that its share of the batch divides into.
+
+        Raises:
+            ValueError: the global batch does not divide among the ranks.
+        """
+        if self.global_batch_size % world_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} does not divide among {world_size} ranks: use a number of "
+                f"GPUs that divides it, so that every rank takes the same number of steps"
+            )
+        share = self.global_batch_size // world_size
+        limit = min(share, self.microbatch_size or microbatch_size)
+        micro = next(size for size in range(limit, 0, -1) if share % size == 0)
+        return micro, share // micro
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read of the table, and how."""
+
+    encoders: Sequence[str] = ("llama", "qwen")
+    """Whose embeddings the model gets; the order is that of its refiner branches."""
+    text_mix: dict[str, float] = field(default_factory=lambda: {columns.CAPTION: 1.0})
+    """Text column -> share of the draws. A row where the drawn one is null falls back to one that it has."""
+    prompt_drop_prob: float = 0.1
+    """Share of samples whose prompt is replaced by the empty one (its instruction stays): what guidance needs."""
+    version: int | None = None
+    """Version of the table; null: the newest one at the first start, kept over every resume."""
+    holdout: float = 0.0
+    """Share of rows that are never trained on but validated with."""
+    block_rows: int = 8
+    """Neighbouring rows of a bucket that are read together."""
+    block_steps: int = 8
+    """Steps that a block's rows are spread over, at most `block_rows`: more mixes better and holds more in memory."""
+    pad_multiple: int = 16
+    """Prompts are padded to the batch's longest, rounded up to a multiple of this: fewer shapes, on a GPU."""
+    read_threads: int = 4
+    """Threads of a rank that read and decode."""
+    ahead_steps: int = 2
+    """Steps whose batches wait ready-made."""
+    buffer_mb: int = 2048
+    """Memory of a rank for rows that were read and not used yet. Less than `block_steps` asks for: smaller reads."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "encoders", tuple(self.encoders))
+        if not self.encoders or len(set(self.encoders)) < len(self.encoders):
+            raise ValueError(f"data.encoders: expected at least one name, each once, received {list(self.encoders)}")
+        shares = self.text_mix.values()
+        if not self.text_mix or min(shares) <= 0 or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+            raise ValueError(f"data.text_mix: expected shares above 0 that sum to 1, received {self.text_mix}")
+        if not 0 <= self.prompt_drop_prob <= 1 or not 0 <= self.holdout < 1:
+            raise ValueError(
+                f"data: expected prompt_drop_prob from 0 to 1 and holdout from 0 to below 1, received "
+                f"{self.prompt_drop_prob} and {self.holdout}"
+            )
+        at_least(1, self, "block_rows", "block_steps", "pad_multiple", "read_threads", "ahead_steps", "buffer_mb")
+        if self.block_rows % self.block_steps:
+            raise ValueError(
+                f"data: expected block_rows to be a multiple of block_steps, so that each of the steps takes as many rows "
+                f"of a block, received {self.block_rows} and {self.block_steps}"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate over the steps."""
+
+    learning_rate: float = 1e-4
+    """After the warm-up."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Decay of the mean of their squares."""
+    eps: float = 1e-8
+    """Added to the root of the second mean."""
+    weight_decay: float = 0.0
+    """Decoupled, on matrices alone: norms, biases and embeddings have none."""
+    grad_clip: float = 1.0
+    """Largest norm of all gradients together; 0: no clipping."""
+    schedule: Schedule = "constant"
+    """After the warm-up: constant, or down to `final_share` at the run's last step."""
+    warmup_steps: int = 1000
+    """Steps of a linear rise from 0."""
+    final_share: float = 0.0
+    """Share of `learning_rate` at the end of a linear or cosine schedule."""
+    max_skipped_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, after which the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.eps <= 0 or self.weight_decay < 0 or self.grad_clip < 0:
+            raise ValueError(
+                f"optimizer: expected learning_rate > 0, eps > 0, weight_decay >= 0, grad_clip >= 0, received {self}"
+            )
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.final_share <= 1):
+            raise ValueError(f"optimizer: expected betas from 0 to below 1, final_share from 0 to 1, received {self}")
+        at_least(0, self, "warmup_steps")
+        at_least(1, self, "max_skipped_steps")
+
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        """Of the step with that number, the first is 0; a pure function, so that a resumed run needs no state."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps))
+        left = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.learning_rate * (self.final_share + (1 - self.final_share) * left)
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Exponential moving average of the weights, fp32, sharded like the optimizer's state."""
+
+    decay: float = 0.9999
+    """Share of the old average that a step keeps; 0: no average is kept."""
+    warmup: bool = True
+    """Decay (1 + step) / (10 + step) while that is smaller: the start is forgotten sooner."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema: expected decay from 0 to below 1, received {self.decay}")
+
+    def decay_at(self, step: int) -> float:
+        """Of the update after the step with that number, the first is 0."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """How DeepSpeed shards the run; see zero.py for what is derived from it."""
+
+    stage: ZeroStage = 3
+    """Sharded over the ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory."""
+    offload_parameters: bool = False
+    """Keep weights in host memory too (stage 3)."""
+    hpz_partition_size: int = 1
+    """Ranks, a node's, that keep a second copy of the weights among them, so that the backward pass gathers inside the node
+    (stage 3); 1: none."""
+    persistent_elements: int | None = None
+    """Parameters up to this size stay whole on every rank (stage 3); null: norms, biases and modulation vectors do."""
+
+    def __post_init__(self) -> None:
+        if self.stage not in get_args(ZeroStage):
+            raise ValueError(f"zero.stage: expected 0, 1, 2 or 3, received {self.stage}")
+        at_least(1, self, "hpz_partition_size")
+        if self.persistent_elements is not None:
+            at_least(0, self, "persistent_elements")
+        if self.stage < 3 and (self.offload_parameters or self.hpz_partition_size > 1):
+            raise ValueError(f"zero: offload_parameters and hpz_partition_size need stage 3, received {self.stage}")
+        if self.stage < 1 and self.offload_optimizer:
+            raise ValueError("zero: offload_optimizer needs stage 1 or above, received 0")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept."""
+
+    every_steps: int = 1000
+    """Steps between two checkpoints; the last step and a preemption save as well."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every_steps: int = 0
+    """Checkpoints of every so many steps are kept for good; 0: none."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "every_steps", "keep_last")
+        at_least(0, self, "keep_every_steps")
+        if self.keep_every_steps % self.every_steps:
+            raise ValueError(
+                f"checkpoint: expected keep_every_steps to be a multiple of every_steps {self.every_steps}, received "
+                f"{self.keep_every_steps}"
+            )
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out loss at fixed timesteps and noise, and sample grids."""
+
+    every_steps: int = 0
+    """Steps between two; 0: never."""
+    rows: int = 256
+    """Held-out rows at most; needs `data.holdout`."""
+    timesteps: int = 4
+    """Fixed timesteps of every row, evenly over (0, 1)."""
+    prompts: str | None = None
+    """Store whose `samples` table holds encoded prompts to draw; null: no grids."""
+    images: int = 16
+    """Images of a grid at most."""
+    guidance_scale: float = 4.5
+    """Of the grids."""
+    num_inference_steps: int = 28
+    """Of the grids."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "every_steps")
+        at_least(1, self, "rows", "timesteps", "images", "num_inference_steps")
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What is written down while training."""
+
+    every_steps: int = 10
+    """Steps between two lines; the means are over all steps in between."""
+    tensorboard: bool = True
+    """Beside the JSON lines."""
+    wandb: str | None = None
+    """Project of Weights & Biases (extra `wandb`); null: none."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "every_steps")
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """What `--dry-run` reckons with; training itself measures."""
+
+    gpu_tflops: float = 989.0
+    """Peak of dense bf16 matmuls of a GPU, TFLOP/s (989: H100 SXM); MFU is a share of it."""
+    gpu_memory_gb: float = 80.0
+    """Memory of a GPU, GB."""
+    expected_mfu: float = 0.4
+    """Share of the peak that the dry run expects."""
+
+    def __post_init__(self) -> None:
+        if self.gpu_tflops <= 0 or self.gpu_memory_gb <= 0 or not 0 < self.expected_mfu <= 1:
+            raise ValueError(f"hardware: expected values above 0 and expected_mfu at most 1, received {self}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training job."""
+
+    name: str = "scenes"
+    """Of the run: its folder in `storage`. The same name goes on where the run stopped."""
+    store: str = "./store"
+    """Folder or URI of the feature store."""
+    storage: str = "./runs"
+    """Folder or URI for checkpoints and metrics."""
+    model: ModelConfig = ModelConfig()
+    """Which LI-DiT."""
+    phases: Sequence[PhaseConfig] = (PhaseConfig(steps=2000, global_batch_size=64, resolution=64),)
+    """One after the other. `--phases.0.steps 10` changes a field of the first one."""
+    objective: Literal["flow", "ddpm"] = "flow"
+    """Rectified flow, or the paper's noise prediction."""
+    flow: Flow = Flow()
+    """Options of `flow`; its shift is each phase's `flow_shift`."""
+    ddpm: DDPM = DDPM()
+    """Options of `ddpm`."""
+    data: DataConfig = DataConfig()
+    """What is read of the table, and how."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its learning rate."""
+    ema: EMAConfig = EMAConfig()
+    """Moving average of the weights."""
+    zero: ZeroConfig = ZeroConfig()
+    """How DeepSpeed shards the run."""
+    precision: Precision = "bf16"
+    """Of weights, gradients and activations; optimizer state, EMA and loss are fp32 always."""
+    microbatch_size: int = 32
+    """Samples of a GPU's forward pass at most; the rest of its share is accumulated."""
+    num_workers: int = 1
+    """Ranks: one per GPU, or processes on CPUs."""
+    use_gpu: bool | None = None
+    """One GPU for each rank (nccl), or CPUs (gloo); null: whatever the cluster has."""
+    cpus_per_worker: float = 1.0
+    """CPUs that Ray reserves for a rank."""
+    max_failures: int = 3
+    """Restarts of the ranks after a failure, each from the newest valid checkpoint; -1: no end."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run is saved."""
+    validation: ValidationConfig = ValidationConfig()
+    """Held-out loss and sample grids."""
+    metrics: MetricsConfig = MetricsConfig()
+    """What is written down."""
+    hardware: HardwareConfig = HardwareConfig()
+    """What `--dry-run` reckons with."""
+    seed: int = 0
+    """Of weights, order, captions, drops, timesteps and noise."""
+    resume: ResumeMode = "auto"
+    """`auto`: from the newest valid checkpoint if there is one. `must`: refuse without. `never`: refuse with."""
+    stop_after_steps: int | None = None
+    """End (and save) after this many steps of the whole run, as if it were stopped; schedules do not change."""
+    dry_run: bool = False
+    """Print what the run would need (parameters, memory, steps, FLOPs, reading) and exit."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", tuple(self.phases))
+        if not self.name or not all(letter.isalnum() or letter in "-_." for letter in self.name) or self.name[0] == ".":
+            raise ValueError(f"name: expected letters, digits and -_., it names a folder, received {self.name!r}")
+        if not self.phases:
+            raise ValueError("phases: expected at least one, received none")
+        if self.flow.shift != 1.0:
+            raise ValueError(f"flow.shift: set `flow_shift` of each phase instead, received {self.flow.shift}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 to 2**63 - 1, received {self.seed}")
+        if self.validation.every_steps and not self.data.holdout and not self.validation.prompts:
+            raise ValueError("validation: needs rows that are not trained on; set data.holdout, such as 0.01")
+        if self.max_failures < -1:
+            raise ValueError(f"max_failures: expected -1 (no end) or more, received {self.max_failures}")
+        if self.cpus_per_worker <= 0:
+            raise ValueError(f"cpus_per_worker: expected more than 0, received {self.cpus_per_worker}")
+        at_least(1, self, "microbatch_size", "num_workers")
+        if self.stop_after_steps is not None:
+            at_least(1, self, "stop_after_steps")
+        if self.num_workers % self.zero.hpz_partition_size:
+            raise ValueError(
+                f"zero.hpz_partition_size {self.zero.hpz_partition_size} does not divide num_workers {self.num_workers}"
+            )
+        for phase in self.phases:
+            phase.split(self.num_workers, self.microbatch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    def phase_at(self, step: int) -> tuple[int, int, int]:
+        """(number of the phase, its step, images seen before it) for a step of the run; past the end: the last phase's end.
+
+        Images are counted over all phases: what the randomness of a sample depends on.
+        """
+        images = 0
+        for number, phase in enumerate(self.phases):
+            if step < phase.steps or number == len(self.phases) - 1:
+                step = min(step, phase.steps)
+                return number, step, images + step * phase.global_batch_size
+            step -= phase.steps
+            images += phase.steps * phase.global_batch_size
+        raise AssertionError("a run has phases")
+
+    def phase_objective(self, phase: PhaseConfig) -> Objective:
+        """The objective with the phase's shift."""
+        return dataclasses.replace(self.flow, shift=phase.flow_shift) if self.objective == "flow" else self.ddpm
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as values of JSON and YAML."""
+        return to_plain(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """What `to_dict` gave, or a reader of JSON or YAML. Raises ValueError naming a field that is unknown."""
+        return from_plain(cls, values, "config")
