@@ -46,9 +46,8 @@ def timestep_features(timestep: Tensor, channels: int = TIMESTEP_CHANNELS, max_p
 
 
 def masked_mean(tokens: Tensor, real: Tensor) -> Tensor:
-    """(B, L, E), (B, L) bool -> (B, E) fp32: mean over real tokens, whatever stands at the others; zeros if there are none."""
-    total = tokens.float().masked_fill(~real[..., None], 0).sum(dim=1)
-    return total / real.sum(dim=1, keepdim=True).clamp(min=1)
+    """Mean over real tokens, zeros if there are none: (B, L, E), (B, L) bool -> (B, E) fp32. The others must be zeros."""
+    return tokens.sum(dim=1, dtype=torch.float32) / real.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 class ZeroLinear(nn.Linear):

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lidit.attention import Backend, Keys, fast_backend
 from lidit.config import LIDiTConfig
+from lidit.inputs import check_inputs
 from lidit.layers import (
     CrossAttention,
     FeedForward,
@@ -87,7 +88,7 @@ class LIDiT(nn.Module):
         Raises:
             ValueError: shapes do not fit each other or the config.
         """
-        self._check(noisy_latents, timestep, prompt_embeds, prompt_mask, instruction_embeds)
+        check_inputs(self.config, noisy_latents, timestep, prompt_embeds, prompt_mask, instruction_embeds)
         backend = self._context_backend(self.patchify.project.weight.dtype, noisy_latents.device)
         keys = Keys(torch.cat([prompt_mask[name] for name in self.config.encoders], dim=1), backend=backend)
         context, cond = self.refine(timestep, prompt_embeds, prompt_mask, instruction_embeds)  # B sum(L) D, B D
@@ -176,49 +177,6 @@ class LIDiT(nn.Module):
         if self.attention_backend != "auto":
             return self.attention_backend
         return fast_backend(device, dtype, self.config.head_channels)
-
-    def _check(
-        self,
-        noisy_latents: Tensor,
-        timestep: Tensor,
-        prompt_embeds: Mapping[str, Tensor],
-        prompt_mask: Mapping[str, Tensor],
-        instruction_embeds: Mapping[str, Tensor],
-    ) -> None:
-        config, batch = self.config, len(noisy_latents)
-        if noisy_latents.ndim != 4 or noisy_latents.shape[1] != config.in_channels:
-            raise ValueError(
-                f"noisy_latents: expected (B, {config.in_channels}, H, W), received {tuple(noisy_latents.shape)}"
-            )
-        if any(side % config.patch_size or not side for side in noisy_latents.shape[2:]):
-            raise ValueError(
-                f"noisy_latents: expected H and W to be multiples of the patch size {config.patch_size}, received "
-                f"{tuple(noisy_latents.shape[2:])}; crop or resize the image to multiples of patch size x VAE downscale"
-            )
-        if timestep.shape != (batch,) or timestep.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"timestep: expected ({batch},) float32 in [0, 1], received {tuple(timestep.shape)} {timestep.dtype}"
-            )
-        given = {"prompt_embeds": prompt_embeds, "prompt_mask": prompt_mask, "instruction_embeds": instruction_embeds}
-        for what, by_encoder in given.items():
-            if set(by_encoder) != set(config.encoders):
-                raise ValueError(f"{what}: expected encoders {list(config.encoders)}, received {list(by_encoder)}")
-        for name, width in config.encoders.items():
-            embeds, mask, instruction = prompt_embeds[name], prompt_mask[name], instruction_embeds[name]
-            if embeds.ndim != 3 or len(embeds) != batch or embeds.shape[2] != width:
-                raise ValueError(
-                    f"prompt_embeds[{name}]: expected ({batch}, L, {width}), received {tuple(embeds.shape)}"
-                )
-            if mask.shape != embeds.shape[:2] or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"prompt_mask[{name}]: expected {tuple(embeds.shape[:2])} bool, true for real tokens, "
-                    f"received {tuple(mask.shape)} {mask.dtype}"
-                )
-            if instruction.ndim != 2 or instruction.shape[1] != width:
-                raise ValueError(
-                    f"instruction_embeds[{name}]: expected (P, {width}), one for the whole batch, "
-                    f"received {tuple(instruction.shape)}"
-                )
 
 
 class Patchify(nn.Module):
