@@ -12,7 +12,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from lidit.attention import Keys, attention
@@ -122,7 +121,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, keys: Keys | None = None) -> Tensor:
-        q, k, v = rearrange(self.to_qkv(x), "b s (three n k) -> three b s n k", three=3, n=self.heads)
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # B S N K each
         y = attention(self.norm_q(q), self.norm_k(k), v, keys)  # B S N K
         return self.out(y.flatten(2))  # B S D
 
@@ -141,8 +140,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, others: Tensor, keys: Keys) -> Tensor:
         """x (B, S, D), others (B, L, D) or as `keys.pack` made them -> (B, S, D)."""
-        q = rearrange(self.to_q(x), "b s (n k) -> b s n k", n=self.heads)
-        k, v = rearrange(self.to_kv(others), "... (two n k) -> two ... n k", two=2, n=self.heads)
+        q = self.to_q(x).unflatten(-1, (self.heads, -1))  # B S N K
+        k, v = self.to_kv(others).unflatten(-1, (2, self.heads, -1)).unbind(-3)  # B L N K each, or T N K
         y = attention(self.norm_q(q), self.norm_k(k), v, keys)  # B S N K
         return self.out(y.flatten(2))  # B S D
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -95,7 +95,7 @@ class LIDiT(nn.Module):
         context = keys.pack(context)
         x = self.patchify(noisy_latents)  # B D h w
         h, w = x.shape[2:]
-        x = rearrange(self.res_block(x), "b d h w -> b (h w) d")  # B S D
+        x = self.res_block(x).flatten(2).transpose(1, 2)  # B S D, S = h w
         for block in self.blocks:
             x = self._run(block, x, cond, context, keys)
         return self.final(x, cond, (h, w)).to(noisy_latents.dtype)  # B C H W
@@ -188,9 +188,9 @@ class Patchify(nn.Module):
         self.project = nn.Linear(config.in_channels * config.patch_size**2, config.width)
 
     def forward(self, noisy_latents: Tensor) -> Tensor:
-        p = self.patch_size
-        patches = rearrange(noisy_latents, "b c (h p) (w q) -> b h w (c p q)", p=p, q=p)
-        return self.project(patches.to(self.project.weight.dtype)).movedim(-1, 1)  # B D h w, channels last in memory
+        patches = F.pixel_unshuffle(noisy_latents, self.patch_size)  # B (C p p) h w
+        patches = patches.movedim(1, -1).to(self.project.weight.dtype)  # B h w (C p p)
+        return self.project(patches).movedim(-1, 1)  # B D h w, channels last in memory: what convolutions like best
 
 
 class DiTBlock(Modulated):
@@ -224,8 +224,7 @@ class FinalLayer(Modulated):
         """x (B, S, D), cond (B, D), size (h, w) -> (B, C, H, W)."""
         shift, scale = self.modulation(cond)  # B 1 D each
         patches = self.project(self.modulate(x, shift, scale))  # B S (C p p)
-        h, w, p = *size, self.patch_size
-        return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
+        return F.pixel_shuffle(patches.transpose(1, 2).unflatten(-1, size), self.patch_size)
 
 
 def _initialise(module: nn.Module) -> None:
