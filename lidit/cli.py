@@ -20,6 +20,7 @@ JOBS = {
     "ingest": ("pipelines.ingest", "rows of a source -> the samples table"),
     "embed": ("pipelines.embed", "text columns -> prompt embeddings of several LLMs"),
     "verify": ("pipelines.verify", "checks a store: counts, checksums, embeddings against an independent path"),
+    "sample": ("lidit.sample", "trained weights and a prompt -> images"),
     "info": ("lidit.info", "a model's parameters and FLOPs, part by part"),
 }
 

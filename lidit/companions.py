@@ -66,7 +66,7 @@ class Companions:
         vae = instead
         if vae is None or isinstance(vae, str):
             model, revision = _split(vae) if vae else (self._vae["model"], self._vae.get("revision"))
-            vae = load_vae(self._located(model), revision, device=device)
+            vae = load_vae(self._located(model), revision, self._vae.get("dtype", "fp32"), device)
         self._compare("VAE", self._vae.get("fingerprint"), vae, "vae=...")
         return vae
 

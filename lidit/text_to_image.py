@@ -24,7 +24,7 @@ from lidit.diffusion import Objective, objective_from_dict
 from lidit.model import LIDiT
 from lidit.sampler import OnStep, PromptBatch, SamplerConfig, initial_noise, sample
 from lidit.text import EncoderConfig, PromptEncoder
-from lidit.weights import load_weights, read_config
+from lidit.weights import load_weights, read_config, resolve_weights
 
 if TYPE_CHECKING:
     from lidit.vae import VAE
@@ -76,6 +76,7 @@ class TextToImage:
         cls,
         path: str | Path,
         *,
+        revision: str | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         encoders: Mapping[str, str | EncoderConfig | PromptEncoder] | None = None,
@@ -86,7 +87,8 @@ class TextToImage:
         """Loads weights and what they were trained with, and checks that it is that.
 
         Args:
-            path: weights folder of `save_weights`.
+            path: weights folder of `save_weights`, or a hub id `owner/name` that holds the same files.
+            revision: full commit hash, for hub ids.
             device: of model and VAE; default: the GPU if there is one.
             dtype: of the model; default: bf16 on a GPU, fp32 on the CPU.
             encoders: where an encoder is now, by name: a folder, `owner/name@commit`, a config, or one that is loaded. The
@@ -100,10 +102,11 @@ class TextToImage:
             ValueError: something is not there, damaged, or not what the weights were trained with; names the difference.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        saved, companions = read_config(path), Companions(path, check)
+        folder = resolve_weights(path, revision)
+        saved, companions = read_config(folder), Companions(folder, check)
         if "objective" not in saved:
             raise ValueError(
-                f"{path}: its config.json does not name the objective; save the weights with extra={{'objective': ...}}"
+                f"{folder}: its config.json does not name the objective; save the weights with extra={{'objective': ...}}"
             )
         names, given = saved["model"]["encoders"], dict(encoders or {})
         if unknown := sorted(set(given) - set(names)):

@@ -11,7 +11,7 @@
     model       fields of `LIDiTConfig`
     objective   `name` (flow, ddpm) and its fields, see `lidit.diffusion`
     encoders    name -> {config: fields of `lidit.text.EncoderConfig`, fingerprint: of `PromptEncoder.fingerprint`}
-    vae         {model, revision, fingerprint: of `VAE.fingerprint`}
+    vae         {model, revision, dtype: as of `lidit.vae.load_vae`, fingerprint: of `VAE.fingerprint`}
     image_size  [height, width] in pixels that it was last trained at
     training    whatever the trainer wants to be remembered: step, images_seen, ema, table version ...
 
@@ -30,18 +30,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lidit.config import LIDiTConfig
 from lidit.model import LIDiT
+from lidit.model_files import ModelFiles, resolve_model
 
 FORMAT = 1
 SHARD_BYTES = 5_000_000_000
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+FILES = ModelFiles(weights=(SINGLE_FILE, "model-*-of-*.safetensors"), index=INDEX_FILE, tokenizer=False)
 EXTRA_KEYS = ("objective", "encoders", "vae", "image_size", "training")
 SHOWN = 5  # tensors of a kind that an error lists
 
@@ -87,14 +89,21 @@ def save_weights(
     return folder
 
 
-def load_weights(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LIDiT:
+def load_weights(
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LIDiT:
     """Reads a model, ready for inference.
 
     The model is laid out without memory first and takes the file's tensors as its own, so there is one copy of them. On the
     CPU, and without `dtype`, that copy is the mapped file itself.
 
     Args:
-        folder: of `save_weights`.
+        folder: of `save_weights`, or a hub id `owner/name` that holds the same files.
+        revision: full commit hash, for hub ids.
         device: where the weights go, directly.
         dtype: precision of the weights; by default that of the file.
 
@@ -102,13 +111,14 @@ def load_weights(folder: str | Path, *, device: str | torch.device = "cpu", dtyp
         ValueError: the folder is no weights folder, was written by a later version, is damaged, or its tensors are not those
             of its config; names what is missing, what is too many and what has another shape.
     """
-    folder = Path(folder)
+    folder = resolve_weights(folder, revision)
     config = LIDiTConfig.from_dict(read_config(folder)["model"])
     with torch.device("meta"):
         model = LIDiT(config)
-    files = _weight_files(folder)
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(_open(file, device)) for file in files]
+        opened: list[Any] = [
+            stack.enter_context(safe_open(file, framework="pt", device=str(device))) for file in _weight_files(folder)
+        ]
         found = {name: tuple(file.get_slice(name).get_shape()) for file in opened for name in file.keys()}  # noqa: SIM118
         _check_tensors(found, expected_shapes(config), f"weights in {folder}", "is config.json another model's?")
         state = {name: file.get_tensor(name).to(dtype=dtype) for file in opened for name in file.keys()}  # noqa: SIM118
@@ -117,19 +127,21 @@ def load_weights(folder: str | Path, *, device: str | torch.device = "cpu", dtyp
     return model.eval()
 
 
-def from_pretrained(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LIDiT:
-    """The trained `LIDiT` alone, of a weights folder; see `load_weights`. To make images: `lidit.TextToImage`."""
-    return load_weights(path, device=device, dtype=dtype)
+def from_pretrained(path: str | Path, **options: Any) -> LIDiT:
+    """The trained `LIDiT` alone; options and errors as of `load_weights`. To make images: `lidit.TextToImage`."""
+    return load_weights(path, **options)
+
+
+def resolve_weights(path: str | Path, revision: str | None = None) -> Path:
+    """A weights folder, or a hub id with a pinned commit -> the folder. Raises ValueError unless all its files are whole."""
+    return resolve_model(str(path), revision, FILES)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """`config.json` of a weights folder. Raises ValueError where there is none that this version can read."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(
-            f"weights folder {folder}: expected {CONFIG_FILE}, received {_listing(Path(folder))}; give the folder that "
-            f"`save_weights` or the trainer's export wrote"
-        )
+        raise ValueError(f"{folder}: expected a weights folder, as `save_weights` writes it; it has no {CONFIG_FILE}")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -229,22 +241,10 @@ def _cut(
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """All weight files; raises ValueError where one is missing."""
-    names = {SINGLE_FILE}
-    if (folder / INDEX_FILE).is_file():
-        names = set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values())
-    missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing:
-        raise ValueError(f"weights folder {folder}: missing {', '.join(missing)}; received {_listing(folder)}")
-    return sorted(folder / name for name in names)
-
-
-def _open(file: Path, device: str | torch.device) -> Any:
-    try:
-        return safe_open(file, framework="pt", device=str(device))
-    except SafetensorError as error:
-        size = file.stat().st_size
-        raise ValueError(f"weights {file}: file is cut short or damaged ({size:,} bytes): {error}") from error
+    """The weight files of a folder that `resolve_weights` has checked."""
+    if not (folder / INDEX_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    return sorted({folder / name for name in json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()})
 
 
 def _check_tensors(
@@ -283,9 +283,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _listing(folder: Path) -> str:
-    if not folder.is_dir():
-        return "no such folder"
-    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "an empty folder"
