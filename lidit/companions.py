@@ -65,7 +65,7 @@ class Companions:
             raise ValueError(f"{self.folder}: its config.json names no VAE; pass vae=...")
         vae = instead
         if vae is None or isinstance(vae, str):
-            model, revision = _split(vae) if vae else (self._vae["model"], self._vae.get("revision"))
+            model, revision = split_revision(vae) if vae else (self._vae["model"], self._vae.get("revision"))
             vae = load_vae(self._located(model), revision, self._vae.get("dtype", "fp32"), device)
         self._compare("VAE", self._vae.get("fingerprint"), vae, "vae=...")
         return vae
@@ -79,7 +79,7 @@ class Companions:
                 f"pass encoders={{{name!r}: EncoderConfig(...)}}"
             )
         config = EncoderConfig(**saved)
-        model, revision = _split(instead) if instead else (config.model, config.revision)
+        model, revision = split_revision(instead) if instead else (config.model, config.revision)
         return dataclasses.replace(config, model=self._located(model), revision=revision)
 
     def _located(self, model: str) -> str:
@@ -103,7 +103,7 @@ class Companions:
             raise ValueError("\n".join([head, *differing, foot]))
 
 
-def _split(model: str) -> tuple[str, str | None]:
+def split_revision(model: str) -> tuple[str, str | None]:
     """`owner/name@commit` -> (`owner/name`, commit); a folder -> (it, None)."""
     if Path(model).exists() or "@" not in model:
         return model, None

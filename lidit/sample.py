@@ -21,7 +21,7 @@ class SampleConfig(SamplerConfig):
     """The sample job."""
 
     weights: str
-    """Folder of trained weights."""
+    """Trained weights: folder, or `owner/name@commit` on the hub."""
     prompt: str
     """What the image shall show."""
     out: str = "sample.png"
@@ -75,19 +75,21 @@ class Sampled:
         return json.dumps({"job": "sample", **asdict(self)})
 
     def to_text(self) -> str:
-        """For a person: the files and the time."""
-        return (
-            f"sample: {len(self.files)} images in {self.seconds:,.1f} s (loaded in {self.load_seconds:,.1f} s)\n"
-            + "\n".join(f"  {file}" for file in self.files)
-        )
+        """For a person: the time and the files."""
+        head = f"sample: {len(self.files)} in {self.seconds:,.1f} s, after {self.load_seconds:,.1f} s of loading"
+        return "\n".join([head, *(f"  {file}" for file in self.files)])
 
 
 def main(config: SampleConfig) -> Sampled:
     """Loads the weights, makes the images, saves them."""
+    from lidit.companions import split_revision
     from lidit.text_to_image import TextToImage
 
     started = time.perf_counter()
-    pipe = TextToImage.from_pretrained(config.weights, device=config.device, encoders=config.encoders, vae=config.vae)
+    weights, revision = split_revision(config.weights)
+    pipe = TextToImage.from_pretrained(
+        weights, revision=revision, device=config.device, encoders=config.encoders, vae=config.vae
+    )
     loaded = time.perf_counter()
     images = pipe(
         config.prompt,
@@ -97,6 +99,7 @@ def main(config: SampleConfig) -> Sampled:
         width=config.width,
         negative_prompt=config.negative_prompt,
         batch_size=config.batch_size,
+        on_step=_show_progress if sys.stderr.isatty() else None,
         **{option.name: getattr(config, option.name) for option in dataclasses.fields(SamplerConfig)},
     )
     made = time.perf_counter()
@@ -104,6 +107,10 @@ def main(config: SampleConfig) -> Sampled:
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(file)
     return Sampled(config.weights, [str(file) for file in config.files], made - loaded, loaded - started)
+
+
+def _show_progress(done: int, steps: int, latents: object) -> None:
+    print(f"\rstep {done} of {steps}", end="\n" if done == steps else "", file=sys.stderr, flush=True)
 
 
 def _check_ending(out: str) -> None:
