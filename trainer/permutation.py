@@ -68,7 +68,7 @@ def _shuffle(values: np.ndarray, keys: np.ndarray, rows: np.uint64, columns: np.
     with np.errstate(over="ignore"):
         for number in range(ROUNDS):
             keys = mix(keys + np.uint64(number))
-            row = (row + mix(keys ^ column) % rows) % rows
+            np.mod(row + mix(keys ^ column) % rows, rows, out=row)
             keys = mix(keys)
-            column = (column + mix(keys ^ row) % columns) % columns
+            np.mod(column + mix(keys ^ row) % columns, columns, out=column)
     return row * columns + column

@@ -96,11 +96,12 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A part of a step's batch."""
+class StepRows:
+    """The rows of a step's batch, or a part of them."""
 
     step: int
-    bucket: str
+    bucket: int  # number in `Rows.buckets`
+    number: int  # batches of that bucket before this one
     places: np.ndarray  # (B,) int64, in the global batch
     rows: np.ndarray  # (B,) int64, of the table
     visits: np.ndarray  # (B,) int64, which row of the bucket's stream each is
@@ -192,13 +193,13 @@ class Plan:
 
     # -- which rows ---------------------------------------------------------------------------------------------------
 
-    def batch(self, step: int, first: int = 0, last: int | None = None) -> Batch:
+    def batch(self, step: int, first: int = 0, last: int | None = None) -> StepRows:
         """The places `first` to before `last` of a step's batch; all of them by default."""
         bucket, number = self.bucket_at(step)
         places = np.arange(first, self.global_batch_size if last is None else last)
         visits = number * self.global_batch_size + places
         rows = self.rows_of(bucket, visits)
-        return Batch(step, self.rows.buckets[bucket], places, rows, visits, self.windows_of(bucket, visits))
+        return StepRows(step, bucket, number, places, rows, visits, self.windows_of(bucket, visits))
 
     def share(self, rank: int, world_size: int) -> tuple[int, int]:
         """(first, last) place of a rank, for `batch`."""

@@ -1,0 +1,347 @@
+"""The pinned feature table: opened at one version, checked, surveyed, and read by rows.
+
+Writers may append and clean up meanwhile: `pin` tags the version, and Lance's clean-up leaves a tagged version alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lidit import columns
+from lidit.buckets import parse_bucket
+from lidit.codec import bytes_per_token
+from trainer.plan import Rows, is_held_out, left_out
+
+SCAN_ROWS = 65536  # of the small columns, at a time
+METADATA_CACHE = 256 << 20  # bytes that Lance may keep of the files' metadata
+LATENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class EncoderStates:
+    """What the store holds of an encoder once for all rows."""
+
+    width: int  # E
+    instruction_embeds: np.ndarray  # (P, E) float32
+    null_embeds: np.ndarray  # (L, E) float32, the empty prompt; L may be 0
+    fingerprint: dict[str, Any]
+    config: dict[str, Any]  # fields of `lidit.text.EncoderConfig`
+
+
+@dataclass(frozen=True)
+class EmbedsFormat:
+    """How a column of prompt embeddings is stored."""
+
+    column: str
+    codec: str
+    width: int  # E
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the column's codec."""
+        return bytes_per_token(self.codec, self.width)
+
+
+@dataclass(frozen=True)
+class LatentsFormat:
+    """How the column of latents is stored."""
+
+    column: str
+    codec: str
+    channels: int  # C
+    downscale: int  # pixels along a side of one latent pixel
+    moments: bool  # mean and deviation, 2C channels
+    fingerprint: dict[str, Any]
+
+    def shape(self, bucket: str) -> tuple[int, int, int]:
+        """(C or 2C, H, W) of a value in that bucket."""
+        height, width = parse_bucket(bucket)
+        return self.channels * (2 if self.moments else 1), height // self.downscale, width // self.downscale
+
+    def size(self, bucket: str) -> int:
+        """Bytes of a value in that bucket."""
+        return int(np.prod(self.shape(bucket))) * LATENT_BYTES[self.codec]
+
+
+@dataclass
+class Survey:
+    """What the small columns say of the whole table."""
+
+    rows: Rows
+    total: int  # rows of the table
+    tokens: dict[str, dict[str, float]]  # text -> encoder -> mean tokens of a prompt
+    sample_bytes: float  # of a trainable row as it is read, by the text mix
+
+
+class Features:
+    """The samples table of a store at one version.
+
+    Args:
+        store: folder or URI.
+        encoders: names, in the order that the model has them.
+        text_mix: text column -> share of the draws.
+        latents, bucket: names of the columns.
+        version: of the table; None: the newest.
+
+    Raises:
+        ValueError: no such table or version, columns missing, or embeddings and encoders table that do not belong together.
+    """
+
+    def __init__(
+        self,
+        store: str,
+        encoders: Sequence[str],
+        text_mix: Mapping[str, float],
+        latents: str = columns.LATENTS,
+        bucket: str = columns.BUCKET,
+        version: int | None = None,
+    ):
+        self.store, self.bucket = store.rstrip("/"), bucket
+        self.texts = tuple(sorted(text_mix))  # the order in the YAML must not change what is drawn
+        self.shares = np.array([text_mix[text] for text in self.texts]) / sum(text_mix.values())
+        self.table = _open(f"{self.store}/{columns.SAMPLES_TABLE}", version)
+        self.version: int = self.table.version
+        self._check_columns(
+            [columns.embeds(text, name) for text in self.texts for name in encoders] + [latents, bucket]
+        )
+        self.encoders = self._read_encoders(encoders)
+        self.embeds = {text: {name: self._embeds_format(text, name) for name in encoders} for text in self.texts}
+        self.latents = self._latents_format(latents)
+        self._fragments = self.table.get_fragments()
+        self._ends = np.cumsum([fragment.count_rows() for fragment in self._fragments], dtype=np.int64)
+
+    # -- pinning ------------------------------------------------------------------------------------------------------
+
+    def pin(self, tag: str) -> None:
+        """Tags the version, so that a clean-up keeps it for as long as the tag is there; a tag of that name is moved."""
+        tags = self.table.tags.list()
+        if tag not in tags:
+            self.table.tags.create(tag, self.version)
+        elif tags[tag]["version"] != self.version:
+            self.table.tags.update(tag, self.version)
+
+    def unpin(self, tag: str) -> None:
+        """Takes the tag away, if it is there."""
+        if tag in self.table.tags.list():
+            self.table.tags.delete(tag)
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the features were made with, as JSON; `check_same` compares two."""
+        return {
+            "encoders": {name: states.fingerprint for name, states in self.encoders.items()},
+            "latents": self.latents.fingerprint,
+        }
+
+    def check_same(self, saved: Mapping[str, Any]) -> None:
+        """Raises ValueError, naming what differs, where a checkpoint was trained on other features than these."""
+        if differences := _differences(saved, self.fingerprint()):
+            raise ValueError(
+                f"the features in {self.table.uri}, version {self.version}, are not those that the checkpoint was trained "
+                f"on: {'; '.join(differences[:5])}. Train under another `name`, or restore the columns"
+            )
+
+    def check_resolution(self, buckets: Sequence[str], resolution: int) -> None:
+        """Raises ValueError where a bucket has less than half or more than twice the pixels of `resolution`^2."""
+        for bucket in buckets:
+            height, width = parse_bucket(bucket)
+            if not 0.5 <= height * width / resolution**2 <= 2:
+                raise ValueError(
+                    f"column {self.bucket!r} of {self.table.uri} has {bucket}, but the phase trains at {resolution} px: "
+                    f"set the phase's `resolution`, or its `latents` and `bucket` columns"
+                )
+
+    def survey(self, holdout: float = 0.0) -> Survey:
+        """Reads bucket and lengths of every row, a window at a time. `holdout`: share of rows kept for validation."""
+        total = int(self._ends[-1]) if len(self._ends) else 0
+        lengths = {
+            (text, name): columns.length(text, name) for text, formats in self.embeds.items() for name in formats
+        }
+        codes, texts = np.full(total, 65535, np.uint16), np.zeros(total, np.uint8)
+        names: dict[str, int] = {}
+        tokens = dict.fromkeys(lengths, 0)
+        present = dict.fromkeys(self.texts, 0)
+        at = 0
+        small = self.table.scanner(
+            columns=[self.bucket, *lengths.values()],
+            batch_size=SCAN_ROWS,
+            batch_readahead=2,
+            fragment_readahead=2,
+            scan_in_order=True,
+        )
+        for batch in small.to_batches():
+            here = slice(at, at + batch.num_rows)
+            codes[here] = _codes(batch.column(self.bucket), names)
+            for bit, text in enumerate(self.texts):
+                has = np.ones(batch.num_rows, bool)
+                for name in self.embeds[text]:
+                    has &= batch.column(lengths[text, name]).is_valid().to_numpy(zero_copy_only=False)
+                texts[here] |= has.astype(np.uint8) << bit
+                present[text] += int(has.sum())
+                for name in self.embeds[text]:
+                    tokens[text, name] += pc.sum(batch.column(lengths[text, name])).as_py() or 0
+            at += batch.num_rows
+        rows = _rows(codes, texts, names, holdout, len(self.texts))
+        mean = {
+            text: {name: tokens[text, name] / max(1, present[text]) for name in formats}
+            for text, formats in self.embeds.items()
+        }
+        return Survey(rows, total, mean, self._sample_bytes(rows, mean))
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (...) of the table -> (which fragment, which of its rows)."""
+        fragment = np.searchsorted(self._ends, rows, side="right")
+        return fragment, rows - np.concatenate([[0], self._ends])[fragment]
+
+    def take(self, fragment: int, rows: np.ndarray, names: Sequence[str]) -> pa.Table:
+        """Columns of ascending rows of a fragment, as `locate` gives them. Rows that are neighbours cost one request."""
+        try:
+            return self._fragments[fragment].take(rows.tolist(), columns=list(names))
+        except (OSError, ValueError) as error:
+            raise RuntimeError(
+                f"cannot read version {self.version} of {self.table.uri}: {str(error).splitlines()[0]}. Were its files "
+                f"removed by a clean-up? A run that is pinned by a tag keeps them"
+            ) from error
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _check_columns(self, names: Sequence[str]) -> None:
+        absent = [name for name in names if name not in self.table.schema.names]
+        if absent:
+            raise ValueError(
+                f"{self.table.uri}, version {self.version}, lacks {', '.join(absent)}: run `lidit embed` and `lidit latents` "
+                f"on it, or change data.encoders, data.text_mix or the phase's columns. It has "
+                f"{', '.join(self.table.schema.names)}"
+            )
+
+    def _read_encoders(self, names: Sequence[str]) -> dict[str, EncoderStates]:
+        uri = f"{self.store}/{columns.ENCODERS_TABLE}"
+        present = {row[columns.ENCODER]: row for row in _open(uri, None).to_table().to_pylist()}
+        encoders = {}
+        for name in names:
+            if name not in present:
+                raise ValueError(f"{uri} has no encoder {name!r}, but {', '.join(sorted(present)) or 'none at all'}")
+            row = present[name]
+            width = row[columns.EMBED_WIDTH]
+            encoders[name] = EncoderStates(
+                width,
+                instruction_embeds=np.frombuffer(row[columns.INSTRUCTION_EMBEDS], "<f4").reshape(-1, width),
+                null_embeds=np.frombuffer(row[columns.NULL_EMBEDS], "<f4").reshape(-1, width),
+                fingerprint=json.loads(row[columns.FINGERPRINT]),
+                config=json.loads(row[columns.ENCODER_CONFIG] or "{}"),
+            )
+        return encoders
+
+    def _embeds_format(self, text: str, name: str) -> EmbedsFormat:
+        column = columns.embeds(text, name)
+        metadata = self._metadata(column, columns.META_CODEC, columns.META_WIDTH, columns.META_FINGERPRINT)
+        made_with = json.loads(metadata[columns.META_FINGERPRINT])
+        if differences := _differences(self.encoders[name].fingerprint, made_with):
+            raise ValueError(
+                f"column {column!r} and encoder {name!r} of {self.store}/{columns.ENCODERS_TABLE} were made differently: "
+                f"{'; '.join(differences[:5])}. Embed the column again with `--overwrite`"
+            )
+        return EmbedsFormat(column, metadata[columns.META_CODEC], int(metadata[columns.META_WIDTH]))
+
+    def _latents_format(self, column: str) -> LatentsFormat:
+        metadata = self._metadata(
+            column, columns.META_CODEC, columns.META_CHANNELS, columns.META_DOWNSCALE, columns.META_FINGERPRINT
+        )
+        codec = metadata[columns.META_CODEC]
+        if codec not in LATENT_BYTES:
+            raise ValueError(f"column {column!r}: expected codec {', '.join(LATENT_BYTES)}, received {codec!r}")
+        return LatentsFormat(
+            column,
+            codec,
+            channels=int(metadata[columns.META_CHANNELS]),
+            downscale=int(metadata[columns.META_DOWNSCALE]),
+            moments=column.startswith(columns.LATENT_MOMENTS),
+            fingerprint=json.loads(metadata[columns.META_FINGERPRINT]),
+        )
+
+    def _metadata(self, column: str, *keys: str) -> dict[str, str]:
+        found = {k.decode(): v.decode() for k, v in (self.table.schema.field(column).metadata or {}).items()}
+        if absent := [key for key in keys if key not in found]:
+            raise ValueError(f"column {column!r} of {self.table.uri}: expected field metadata {', '.join(absent)}")
+        return found
+
+    def _sample_bytes(self, rows: Rows, tokens: Mapping[str, Mapping[str, float]]) -> float:
+        sizes = np.array([self.latents.size(bucket) for bucket in rows.buckets] or [0])
+        latents = float(np.average(sizes, weights=rows.counts)) if rows.counts.sum() else 0.0
+        prompts = (
+            sum(tokens[text][name] * form.bytes_per_token for name, form in self.embeds[text].items())
+            for text in self.texts
+        )
+        return latents + float(np.dot(self.shares, list(prompts)))
+
+
+def _open(uri: str, version: int | None) -> lance.LanceDataset:
+    """Raises ValueError where there is no table, or that version of it is gone."""
+    try:
+        return lance.dataset(uri, version=version, metadata_cache_size_bytes=METADATA_CACHE)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if version is None:
+            raise ValueError(f"no table at {uri}: {reason}. Make one: `lidit ingest`, `embed`, `latents`") from error
+        raise ValueError(
+            f"version {version} of {uri} cannot be opened: {reason}. If a clean-up removed it, this run cannot go on as it "
+            f"was; start one of another `name` on the newest version"
+        ) from error
+
+
+def _codes(column: pa.Array, names: dict[str, int]) -> np.ndarray:
+    """Bucket names -> their numbers, which `names` learns as they come; 65535 for null."""
+    encoded = pc.dictionary_encode(column)
+    numbers = [names.setdefault(name, len(names)) for name in encoded.dictionary.to_pylist()]
+    indices = pc.fill_null(encoded.indices, len(numbers)).to_numpy(zero_copy_only=False)
+    return np.array([*numbers, 65535], np.uint16)[indices]
+
+
+def _rows(codes: np.ndarray, texts: np.ndarray, names: dict[str, int], holdout: float, text_count: int) -> Rows:
+    """Codes in order of appearance -> `Rows`, buckets sorted by name, rows that lack something or are held out left out."""
+    buckets = sorted(names)
+    kind = np.dtype(np.uint8 if len(buckets) < 255 else np.uint16)
+    out = left_out(np.empty(0, kind))
+    renamed = np.full(65536, out, kind)
+    for number, name in enumerate(buckets):
+        renamed[names[name]] = number
+    compact = np.empty(len(codes), kind)
+    held, no_bucket, no_text = [], 0, 0
+    for start in range(0, len(codes), SCAN_ROWS):
+        part, has_text = renamed[codes[start : start + SCAN_ROWS]], texts[start : start + SCAN_ROWS] > 0
+        whole = (part != out) & has_text
+        no_bucket += int((part == out).sum())
+        no_text += int(((part != out) & ~has_text).sum())
+        kept_out = whole & is_held_out(np.arange(start, start + len(part)), holdout)
+        held.append((start + np.flatnonzero(kept_out), part[kept_out]))
+        compact[start : start + SCAN_ROWS] = np.where(whole & ~kept_out, part, out)
+    missing = {
+        reason: count for reason, count in (("without latents", no_bucket), ("without embeddings", no_text)) if count
+    }
+    held_rows = np.concatenate([rows for rows, _ in held]) if held else None
+    held_buckets = np.concatenate([part for _, part in held]) if held else None
+    return Rows(compact, buckets, texts if text_count > 1 else None, held_rows, held_buckets, missing)
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Where two JSON values differ, as `a.b: x became y`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted(old.keys() | new.keys())
+        return [item for key in keys for item in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+    return [] if old == new else [f"{where}: {_short(old)} became {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
