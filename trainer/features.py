@@ -77,7 +77,9 @@ class Survey:
 
     rows: Rows
     total: int  # rows of the table
-    tokens: dict[str, dict[str, float]]  # text -> encoder -> mean tokens of a prompt
+    lengths: dict[
+        str, dict[str, np.ndarray]
+    ]  # text -> encoder -> (longest + 1,) int64, prompts of each number of tokens
     sample_bytes: float  # of a trainable row as it is read, by the text mix
 
 
@@ -163,39 +165,36 @@ class Features:
     def survey(self, holdout: float = 0.0) -> Survey:
         """Reads bucket and lengths of every row, a window at a time. `holdout`: share of rows kept for validation."""
         total = int(self._ends[-1]) if len(self._ends) else 0
-        lengths = {
-            (text, name): columns.length(text, name) for text, formats in self.embeds.items() for name in formats
+        columns_of = {
+            text: {name: columns.length(text, name) for name in formats} for text, formats in self.embeds.items()
         }
-        codes, texts = np.full(total, 65535, np.uint16), np.zeros(total, np.uint8)
+        lengths = {text: {name: np.zeros(1, np.int64) for name in formats} for text, formats in self.embeds.items()}
         names: dict[str, int] = {}
-        tokens = dict.fromkeys(lengths, 0)
-        present = dict.fromkeys(self.texts, 0)
-        at = 0
+        codes, texts = np.empty(total, np.uint8), np.zeros(total, np.uint8)
         small = self.table.scanner(
-            columns=[self.bucket, *lengths.values()],
+            columns=[self.bucket, *(column for by_name in columns_of.values() for column in by_name.values())],
             batch_size=SCAN_ROWS,
             batch_readahead=2,
             fragment_readahead=2,
             scan_in_order=True,
         )
+        at = 0
         for batch in small.to_batches():
             here = slice(at, at + batch.num_rows)
-            codes[here] = _codes(batch.column(self.bucket), names)
+            numbers = _codes(batch.column(self.bucket), names)
+            if len(names) > left_out(codes) and codes.dtype == np.uint8:
+                codes = _wider(codes)
+            codes[here] = np.minimum(numbers, left_out(codes))
             for bit, text in enumerate(self.texts):
                 has = np.ones(batch.num_rows, bool)
-                for name in self.embeds[text]:
-                    has &= batch.column(lengths[text, name]).is_valid().to_numpy(zero_copy_only=False)
+                for name, column in columns_of[text].items():
+                    tokens = batch.column(column)
+                    has &= tokens.is_valid().to_numpy(zero_copy_only=False)
+                    lengths[text][name] = _added(lengths[text][name], np.bincount(tokens.drop_null().to_numpy()))
                 texts[here] |= has.astype(np.uint8) << bit
-                present[text] += int(has.sum())
-                for name in self.embeds[text]:
-                    tokens[text, name] += pc.sum(batch.column(lengths[text, name])).as_py() or 0
             at += batch.num_rows
         rows = _rows(codes, texts, names, holdout, len(self.texts))
-        mean = {
-            text: {name: tokens[text, name] / max(1, present[text]) for name in formats}
-            for text, formats in self.embeds.items()
-        }
-        return Survey(rows, total, mean, self._sample_bytes(rows, mean))
+        return Survey(rows, total, lengths, self._sample_bytes(rows, lengths))
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -276,14 +275,19 @@ class Features:
             raise ValueError(f"column {column!r} of {self.table.uri}: expected field metadata {', '.join(absent)}")
         return found
 
-    def _sample_bytes(self, rows: Rows, tokens: Mapping[str, Mapping[str, float]]) -> float:
+    def _sample_bytes(self, rows: Rows, lengths: Mapping[str, Mapping[str, np.ndarray]]) -> float:
         sizes = np.array([self.latents.size(bucket) for bucket in rows.buckets] or [0])
         latents = float(np.average(sizes, weights=rows.counts)) if rows.counts.sum() else 0.0
         prompts = (
-            sum(tokens[text][name] * form.bytes_per_token for name, form in self.embeds[text].items())
+            sum(mean_length(lengths[text][name]) * form.bytes_per_token for name, form in self.embeds[text].items())
             for text in self.texts
         )
         return latents + float(np.dot(self.shares, list(prompts)))
+
+
+def mean_length(histogram: np.ndarray) -> float:
+    """Prompts of 0, 1, 2 .. tokens -> the mean of their tokens; 0 where there are none."""
+    return float(np.dot(np.arange(len(histogram)), histogram) / max(1, histogram.sum()))
 
 
 def _open(uri: str, version: int | None) -> lance.LanceDataset:
@@ -308,15 +312,30 @@ def _codes(column: pa.Array, names: dict[str, int]) -> np.ndarray:
     return np.array([*numbers, 65535], np.uint16)[indices]
 
 
+def _wider(codes: np.ndarray) -> np.ndarray:
+    """Bytes -> 16 bits, for tables of more buckets than fit."""
+    wider = codes.astype(np.uint16)
+    wider[codes == left_out(codes)] = left_out(wider)
+    return wider
+
+
+def _added(histogram: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """The sum of two histograms, as long as the longer one."""
+    total = np.zeros(max(len(histogram), len(more)), np.int64)
+    total[: len(histogram)] += histogram
+    total[: len(more)] += more
+    return total
+
+
 def _rows(codes: np.ndarray, texts: np.ndarray, names: dict[str, int], holdout: float, text_count: int) -> Rows:
-    """Codes in order of appearance -> `Rows`, buckets sorted by name, rows that lack something or are held out left out."""
-    buckets = sorted(names)
-    kind = np.dtype(np.uint8 if len(buckets) < 255 else np.uint16)
-    out = left_out(np.empty(0, kind))
-    renamed = np.full(65536, out, kind)
+    """Codes in order of appearance -> `Rows`: buckets sorted by name; rows that lack something or are held out left out.
+
+    `codes` are changed in place.
+    """
+    buckets, out = sorted(names), left_out(codes)
+    renamed = np.full(out + 1, out, codes.dtype)
     for number, name in enumerate(buckets):
         renamed[names[name]] = number
-    compact = np.empty(len(codes), kind)
     held, no_bucket, no_text = [], 0, 0
     for start in range(0, len(codes), SCAN_ROWS):
         part, has_text = renamed[codes[start : start + SCAN_ROWS]], texts[start : start + SCAN_ROWS] > 0
@@ -325,13 +344,16 @@ def _rows(codes: np.ndarray, texts: np.ndarray, names: dict[str, int], holdout: 
         no_text += int(((part != out) & ~has_text).sum())
         kept_out = whole & is_held_out(np.arange(start, start + len(part)), holdout)
         held.append((start + np.flatnonzero(kept_out), part[kept_out]))
-        compact[start : start + SCAN_ROWS] = np.where(whole & ~kept_out, part, out)
-    missing = {
-        reason: count for reason, count in (("without latents", no_bucket), ("without embeddings", no_text)) if count
-    }
-    held_rows = np.concatenate([rows for rows, _ in held]) if held else None
-    held_buckets = np.concatenate([part for _, part in held]) if held else None
-    return Rows(compact, buckets, texts if text_count > 1 else None, held_rows, held_buckets, missing)
+        codes[start : start + SCAN_ROWS] = np.where(whole & ~kept_out, part, out)
+    reasons = (("without latents", no_bucket), ("without embeddings", no_text))
+    return Rows(
+        codes,
+        buckets,
+        texts if text_count > 1 else None,
+        np.concatenate([rows for rows, _ in held]) if held else None,
+        np.concatenate([part for _, part in held]) if held else None,
+        {reason: count for reason, count in reasons if count},
+    )
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:
