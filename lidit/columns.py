@@ -14,6 +14,9 @@ HEIGHT = "height"  # int32, pixels, upright (after EXIF rotation)
 WIDTH = "width"  # int32, pixels
 CAPTION = "caption"  # string, written by a VLM, or the prompt of a prompt table
 CAPTION_ORIGINAL = "caption_original"  # string, the text that came with the image
+SOURCE = "source"  # string, where the row came from: shard and key, or file
+IMAGE_DIGEST = "image_digest"  # string, 32 hex digits: half the sha256 of `image`
+IMAGE_PHASH = "image_phash"  # uint64, perceptual hash of `image`; null where nobody asked for it
 TRUTH = "truth"  # string, JSON: what a rendered scene really holds
 LATENTS = "latents"  # large_binary, (C, H, W): the VAE's mean, scaled as training wants it
 LATENT_MOMENTS = "latent_moments"  # large_binary, (2C, H, W): mean, then deviation, both scaled
@@ -36,6 +39,7 @@ META_CHANNELS = "lidit:channels"  # C, of latents
 META_DOWNSCALE = "lidit:downscale"  # pixels along a side of one latent pixel
 META_SCALING_FACTOR = "lidit:scaling_factor"  # what stored latents were multiplied with, after the shift
 META_SHIFT_FACTOR = "lidit:shift_factor"  # what was subtracted from the VAE's own before
+META_MOMENTS = "lidit:moments"  # mean | mean,deviation
 META_STAGE = "lidit:stage"
 META_FINGERPRINT = "lidit:fingerprint"  # JSON: everything the values depend on
 META_VERSIONS = "lidit:versions"  # JSON: library versions at the time; informative, never compared
@@ -54,6 +58,21 @@ def length(text: str, encoder: str) -> str:
 def truncated(text: str, encoder: str) -> str:
     """Column of the number of prompt tokens cut off beyond the limit (int32; 0 = the prompt is whole)."""
     return f"{text}_truncated_{encoder}"
+
+
+def caption_status(column: str = CAPTION) -> str:
+    """Column of what the quality gate says of a caption (string; `ok`, or why the caption is null)."""
+    return f"{column}_status"
+
+
+def caption_tokens(column: str = CAPTION) -> str:
+    """Column of the caption's length in tokens of the VLM that wrote it (int32)."""
+    return f"{column}_tokens"
+
+
+def variant(column: str, name: str) -> str:
+    """`latents`, `512` -> `latents_512`: the same for another resolution or autoencoder; the column itself for no name."""
+    return f"{column}_{name}" if name else column
 
 
 def error(stage: str) -> str:

@@ -14,9 +14,9 @@ LOG_SECONDS = 30.0
 
 
 class JobProgress:
-    """Rows done of `total`, rows/s, tokens/s, padding waste, errors and ETA, read from the run's tracker."""
+    """Rows done of `total` (None: nobody knows), rows/s, tokens/s, padding waste, errors and ETA, from the run's tracker."""
 
-    def __init__(self, job: str, total: int):
+    def __init__(self, job: str, total: int | None):
         self.job, self.total = job, total
         self.totals: dict[str, float] = {}
         self._start: float | None = None
@@ -38,7 +38,8 @@ class JobProgress:
         detail = self._detail(now - self._start) if self._start is not None and now > self._start else "starting actors"
         self._bar.update(self._task, completed=rows, detail=detail)
         if self._bar.disable and (final or now - self._last_line > LOG_SECONDS):
-            print(f"{self.job}: {rows:,} of {self.total:,} rows, {detail}", file=sys.stderr, flush=True)
+            of = "" if self.total is None else f" of {self.total:,}"
+            print(f"{self.job}: {rows:,}{of} rows, {detail}", file=sys.stderr, flush=True)
             self._last_line = now
 
     def close(self) -> None:

@@ -1,39 +1,35 @@
-"""Where rows come from: a source lists its items, and turns some of them into rows. Nothing is read before it is due.
+"""Where rows come from. A source is cut into units, small and JSON-able; a worker reads a unit record by record.
 
-| spec           | rows                                                           | fills                            |
-|----------------|----------------------------------------------------------------|----------------------------------|
-| `scenes:N`     | N rendered scenes of the demo world                            | image, both captions, `truth`    |
-| `folder:PATH`  | every image below PATH                                         | image, `caption_original`        |
-| `coco:PATH`    | one per annotation of a COCO captions set                      | image, `caption_original`        |
-| `prompts:FILE` | one per prompt of a text file                                  | `caption`                        |
+| spec                | rows                                                          | fills                             |
+|---------------------|---------------------------------------------------------------|-----------------------------------|
+| `scenes:N`          | N rendered scenes of the demo world                           | image, `caption_original`, `truth` |
+| `folder:URI`        | every image below a folder                                    | image, `caption_original`         |
+| `coco:URI`          | one per annotation of a COCO captions set                     | image, `caption_original`         |
+| `prompts:FILE`      | one per prompt of a text file                                 | `caption`                         |
+| `webdataset:URI`    | one per sample of tar shards                                  | image, `caption_original`         |
+| `parquet:URI`       | one per row of Parquet files                                  | image, `caption_original`         |
+| `lance:URI`         | one per row of a Lance table                                  | image, `caption_original`         |
+| `hf:PATH`           | one per row of a `datasets` folder (`save_to_disk`)           | image, `caption_original`         |
+| `img2dataset:PATH`  | what img2dataset downloaded: tars, Parquet or plain files     | image, `caption_original`         |
 
-A folder's texts come from `<name>.txt` beside the image, or from `metadata.jsonl` (`file_name`, `text`). A COCO set is
-`PATH/captions.json` and the folder `PATH/images`.
-
-Prompt files are UTF-8; text is taken as it stands, edge spaces included, and blank lines are no rows.
-`.txt`: one prompt a line. `.tsv`: header with `prompt` (any case), **no** quoting: a `"` is a character. `.csv`: header
-with `prompt`, fields quoted as RFC 4180 says. `.jsonl`: one object a line with key `prompt`.
+A URI is a local path or anything fsspec opens (`s3://...`). The first four list their rows beforehand (*listed*); the
+others are read shard by shard (*sharded*), and nobody ever holds a list of their rows. docs/ingest.md says it all.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image, ImageOps
 
 from lidit import columns
+from pipelines.image_check import check_image, digest
 from pipelines.table import UNCOMPRESSED
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-MAX_PIXELS = 100_000_000  # of an image's header; larger ones are refused before anything is decoded
+MAX_IMAGE_BYTES = 256 << 20  # of an encoded image; larger files are refused before they are read
 ID_FIELD = pa.field(columns.IMAGE_ID, pa.string())
 ERROR_FIELD = pa.field(columns.error("ingest"), pa.string())
 IMAGE_FIELDS = [
@@ -41,16 +37,82 @@ IMAGE_FIELDS = [
     pa.field(columns.HEIGHT, pa.int32()),
     pa.field(columns.WIDTH, pa.int32()),
     pa.field(columns.CAPTION_ORIGINAL, pa.string()),
+    pa.field(columns.SOURCE, pa.string()),
+    pa.field(columns.IMAGE_DIGEST, pa.string()),
+    pa.field(columns.IMAGE_PHASH, pa.uint64()),
 ]
 CAPTION_FIELD = pa.field(columns.CAPTION, pa.string())
 
-Item = dict[str, Any]  # `image_id` and what the source needs to make the row; JSON-able and small
+Item = dict[str, Any]  # of a listed source: `image_id` and what it needs to make the row; JSON-able and small
+Piece = dict[str, Any]  # of a sharded source: what it can read by itself; JSON-able and small. See `Sharded.pieces`
+
+
+@dataclass(frozen=True)
+class ColumnsConfig:
+    """Which column of a table, or which file of a tar's samples, holds what. Unset: the usual names are tried."""
+
+    image: str | None = None
+    """The image's encoded bytes: a column (also a struct with `bytes`), or a file name extension such as `jpg`."""
+    caption: str | None = None
+    """The text that came with it: a column, an extension such as `txt`, or `json.KEY` for a key of a sample's JSON."""
+    score: str | None = None
+    """A number that `filters.min_score` is held against, such as an aesthetic score: a column, or `json.KEY`."""
+
+    def __bool__(self) -> bool:
+        return any((self.image, self.caption, self.score))
+
+
+USUAL_NAMES = ColumnsConfig()
+
+
+@dataclass
+class Record:
+    """What a source found at one place, as it came: not looked at yet, not filtered."""
+
+    place: str  # shard and key, or file: tells a person where it came from; the same every time
+    image: bytes | None = None
+    caption: str | None = None  # the text that came with it
+    score: float | None = None
+    error: str | None = None  # why it can be no good row
+    image_id: str | None = None  # None: made from the content, see `identify`
+    values: dict[str, Any] = field(default_factory=dict)  # further columns
+    digest: str | None = None  # of the image's bytes; None until `identify`
+
+    def identify(self) -> str:
+        """The `image_id` of its row: the source's own, or digests of image (of the place, without one) and caption."""
+        if self.image is not None:
+            self.digest = digest(self.image)
+        if self.image_id is None:
+            image = self.digest or digest(f"place:{self.place}".encode())
+            caption = digest(b"" if self.caption is None else f"text:{self.caption}".encode())
+            self.image_id = f"{image}-{caption[:16]}"
+        return self.image_id
 
 
 class Source(ABC):
-    """Items known beforehand, each with the `image_id` of the row that it becomes, the same every time."""
+    """Something to ingest. Opened by the driver and by every worker; opening reads little or nothing."""
 
     fields: list[pa.Field]
+    has_images = True  # a record without an image is then an error
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the rows."""
+        return pa.schema([ID_FIELD, *self.fields, ERROR_FIELD])
+
+    @abstractmethod
+    def records(self, parts: Iterable[dict[str, Any]]) -> Iterator[Record]:
+        """The records of some items or pieces, in an order that is the same every time.
+
+        What is damaged is a record with an `error`.
+
+        Raises:
+            OSError: the storage cannot be read now; the job stops, and goes on when it can.
+        """
+
+
+class Listed(Source):
+    """A source whose rows are known beforehand, each with the `image_id` that it always has."""
 
     @abstractmethod
     def items(self) -> list[Item]:
@@ -61,235 +123,113 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def row(self, item: Item) -> dict[str, Any]:
-        """The row of an item, without its id. An exception becomes the row's `ingest_error`."""
+    def record(self, item: Item) -> Record:
+        """One item's record."""
+
+    def records(self, parts: Iterable[Item]) -> Iterator[Record]:
+        for item in parts:
+            try:
+                record = self.record(item)
+            except ValueError as error:  # such as a text that is not UTF-8
+                record = Record(item["image_id"], error=f"{type(error).__name__}: {error}")
+            record.image_id = item["image_id"]
+            yield record
 
     def batch(self, items: Iterable[Item]) -> pa.RecordBatch:
-        """Rows of some items, in the source's schema."""
-        rows = []
-        for item in items:
-            try:
-                rows.append({columns.IMAGE_ID: item["image_id"], **self.row(item)})
-            except Exception as error:  # whatever a damaged file makes its reader raise: the row is kept, and says it
-                rows.append({columns.IMAGE_ID: item["image_id"], ERROR_FIELD.name: f"{type(error).__name__}: {error}"})
+        """Rows of some items, nothing filtered."""
+        rows = [make_row(record, self.has_images) for record in self.records(items)]
         return pa.RecordBatch.from_pylist(rows, schema=self.schema)
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Columns of the rows."""
-        return pa.schema([ID_FIELD, *self.fields, ERROR_FIELD])
 
-
-class Scenes(Source):
-    """The demo world: scene i is made from seed i."""
-
-    fields = [*IMAGE_FIELDS, CAPTION_FIELD, pa.field(columns.TRUTH, pa.string())]
-
-    def __init__(self, argument: str):
-        if not argument.isdecimal() or int(argument) < 1:
-            raise ValueError(f"source scenes:N: expected a number of scenes, received {argument!r}")
-        self.count = int(argument)
-
-    def items(self) -> list[Item]:
-        return [{"image_id": f"scene-{seed:08d}", "seed": seed} for seed in range(self.count)]
-
-    def row(self, item: Item) -> dict[str, Any]:
-        from demo import scenes
-
-        height, width = scenes.image_size(item["seed"])
-        example = scenes.example(item["seed"], height, width)
-        return {
-            columns.IMAGE: example["image_bytes"],
-            columns.HEIGHT: height,
-            columns.WIDTH: width,
-            columns.CAPTION: example["caption"],
-            columns.CAPTION_ORIGINAL: example["caption_original"],
-            columns.TRUTH: example["truth"],
-        }
-
-
-class Folder(Source):
-    """Images below a folder; `image_id` is the path from the folder's parent."""
+class Sharded(Source):
+    """A source of shards that are read as they come; a row's `image_id` is made from its content."""
 
     fields = IMAGE_FIELDS
 
-    def __init__(self, argument: str):
-        self.root = _folder(argument, "folder")
+    @abstractmethod
+    def pieces(self) -> list[Piece]:
+        """All that there is to read, in order.
 
-    def items(self) -> list[Item]:
-        texts = self._metadata()
-        items = []
-        for path in sorted(self.root.rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-                relative = path.relative_to(self.root).as_posix()
-                items.append(
-                    {"image_id": f"{self.root.name}/{relative}", "path": str(path), "text": texts.get(relative)}
-                )
-        if not items:
-            raise ValueError(
-                f"source folder:{self.root}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none"
-            )
-        return items
+        A piece has `place`, `stamp` (changes when the content may have; None: nobody knows), `rows` (None: unknown until
+        it is read), `bytes` (roughly), and whatever `read` needs.
 
-    def row(self, item: Item) -> dict[str, Any]:
-        path = Path(item["path"])
-        text = item["text"]
-        if text is None and path.with_suffix(".txt").is_file():
-            text = path.with_suffix(".txt").read_text("utf-8-sig").rstrip("\r\n")
-        return {**_image_columns(path), columns.CAPTION_ORIGINAL: text}
+        Raises:
+            ValueError: the source is not what its spec says.
+        """
 
-    def _metadata(self) -> dict[str, str]:
-        path = self.root / "metadata.jsonl"
-        if not path.is_file():
-            return {}
-        return {record["file_name"]: record["text"] for record in _json_lines(path, required=("file_name", "text"))}
+    @abstractmethod
+    def read(self, piece: Piece) -> Iterator[Record]:
+        """One piece's records."""
+
+    def records(self, parts: Iterable[Piece]) -> Iterator[Record]:
+        for piece in parts:
+            yield from self.read(piece)
 
 
-class Coco(Source):
-    """One row per annotation: an image with five captions makes five rows."""
+def make_row(
+    record: Record,
+    has_image: bool,
+    decode: bool = True,
+    with_phash: bool = False,
+    wanted: Callable[[int, int], bool] | None = None,
+) -> dict[str, Any] | None:
+    """A record as a row of its source's schema: nulls and a reason where it can be no good one.
 
-    fields = IMAGE_FIELDS
-
-    def __init__(self, argument: str):
-        self.root = _folder(argument, "coco")
-
-    def items(self) -> list[Item]:
-        path = self.root / "captions.json"
-        try:
-            record = json.loads(path.read_text("utf-8"))
-            names = {image["id"]: image["file_name"] for image in record["images"]}
-            return [
-                {
-                    "image_id": f"coco-{note['image_id']}-{note['id']}",
-                    "path": str(self.root / "images" / names[note["image_id"]]),
-                    "text": note["caption"],
-                }
-                for note in sorted(record["annotations"], key=lambda note: (note["image_id"], note["id"]))
-            ]
-        except FileNotFoundError as error:
-            raise ValueError(f"source coco:{self.root}: expected captions.json and a folder images") from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: expected COCO captions (`images` with id and file_name, `annotations` with id, image_id and "
-                f"caption), received {type(error).__name__}: {error}"
-            ) from error
-
-    def row(self, item: Item) -> dict[str, Any]:
-        return {**_image_columns(Path(item["path"])), columns.CAPTION_ORIGINAL: item["text"]}
-
-
-class Prompts(Source):
-    """Prompts without images; `image_id` is file name, index and a digest of the text, so a grown file adds its new rows."""
-
-    fields = [CAPTION_FIELD]
-
-    def __init__(self, argument: str):
-        self.path = Path(argument).expanduser()
-        if not self.path.is_file():
-            raise ValueError(f"source prompts:{argument}: expected a file, nothing is there")
-
-    def items(self) -> list[Item]:
-        readers = {".txt": self._txt, ".tsv": self._tsv, ".csv": self._csv, ".jsonl": self._jsonl}
-        if self.path.suffix.lower() not in readers:
-            raise ValueError(f"{self.path}: expected a file ending in {', '.join(readers)}")
-        prompts = [prompt for prompt in readers[self.path.suffix.lower()]() if prompt.strip()]
-        if not prompts:
-            raise ValueError(f"{self.path}: expected prompts, found none")
-        return [
-            {
-                "image_id": f"{self.path.name}:{index:07d}:{hashlib.sha256(prompt.encode()).hexdigest()[:8]}",
-                "text": prompt,
-            }
-            for index, prompt in enumerate(prompts)
-        ]
-
-    def row(self, item: Item) -> dict[str, Any]:
-        return {columns.CAPTION: item["text"]}
-
-    def _txt(self) -> list[str]:
-        return [line.removesuffix("\r") for line in _read(self.path).split("\n")]
-
-    def _tsv(self) -> list[str]:
-        return self._column([line.removesuffix("\r").split("\t") for line in _read(self.path).split("\n")])
-
-    def _csv(self) -> list[str]:
-        try:
-            lines = list(csv.reader(io.StringIO(_read(self.path), newline=""), strict=True))
-        except csv.Error as error:
-            raise ValueError(f"{self.path}: expected fields quoted as RFC 4180 says: {error}") from error
-        return self._column(lines)
-
-    def _column(self, lines: list[list[str]]) -> list[str]:
-        header = lines[0] if lines else []
-        names = [name.strip().lower() for name in header]
-        if "prompt" not in names:
-            raise ValueError(f"{self.path}: expected a header with a column `prompt`, received {header}")
-        index = names.index("prompt")
-        prompts = []
-        for number, line in enumerate(lines[1:], start=2):
-            if line in ([], [""]):
-                continue
-            if len(line) <= index:
-                raise ValueError(f"{self.path}, row {number}: expected {len(header)} fields, received {len(line)}")
-            prompts.append(line[index])
-        return prompts
-
-    def _jsonl(self) -> list[str]:
-        return [record["prompt"] for record in _json_lines(self.path, required=("prompt",))]
-
-
-SOURCES: dict[str, type[Source]] = {"scenes": Scenes, "folder": Folder, "coco": Coco, "prompts": Prompts}
-
-
-def open_source(spec: str) -> Source:
-    """`kind:argument` -> the source. Raises ValueError where there is no such kind or nothing is there."""
-    kind, colon, argument = spec.partition(":")
-    if kind not in SOURCES or not colon or not argument:
-        kinds = "scenes:N, folder:PATH, coco:PATH, prompts:FILE"
-        raise ValueError(f"source: expected one of {kinds}; received {spec!r}")
-    return SOURCES[kind](argument)  # type: ignore[call-arg]
-
-
-def _image_columns(path: Path) -> dict[str, Any]:
-    """The file's bytes, and its size, upright; raises where it is damaged, or too large to decode safely."""
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,} allowed")
-        image.draft(None, (1, 1))  # a JPEG is decoded at an eighth of its size: enough to see that it is whole
-        image.load()
-        if image.getexif().get(ImageOps.ExifTags.Base.Orientation, 1) >= 5:  # turned by a quarter
-            width, height = height, width
-    return {columns.IMAGE: data, columns.HEIGHT: height, columns.WIDTH: width}
-
-
-def _folder(argument: str, kind: str) -> Path:
-    path = Path(argument).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"source {kind}:{argument}: expected a folder, nothing is there")
-    return path.resolve()
-
-
-def _read(path: Path) -> str:
+    `decode`, `with_phash` as `check_image` has them. None: `wanted`, given height and width, does not want it.
+    """
+    row = {columns.IMAGE_ID: record.identify(), **record.values}
+    if record.error is not None:
+        return error_row(record, record.error)
+    if not has_image:
+        return row
+    if record.image is None:
+        return error_row(record, "there is no image")
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: expected UTF-8, received byte {error.object[error.start]:#x} at {error.start}"
-        ) from error
+        look = check_image(record.image, decode, with_phash, wanted)
+    except ValueError as error:
+        return error_row(record, str(error))
+    if wanted is not None and not wanted(look.height, look.width):
+        return None
+    return {
+        **row,
+        columns.IMAGE: record.image,
+        columns.HEIGHT: look.height,
+        columns.WIDTH: look.width,
+        columns.CAPTION_ORIGINAL: record.caption,
+        columns.SOURCE: record.place,
+        columns.IMAGE_DIGEST: record.digest,
+        columns.IMAGE_PHASH: look.phash,
+    }
 
 
-def _json_lines(path: Path, required: tuple[str, ...]) -> list[dict[str, Any]]:
-    records = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: expected a JSON object: {error}") from error
-        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in required):
-            raise ValueError(f"{path}, line {number}: expected an object with text under {', '.join(required)}")
-        records.append(record)
-    return records
+def error_row(record: Record, reason: str) -> dict[str, Any]:
+    """A row that says why there is nothing in it."""
+    return {columns.IMAGE_ID: record.identify(), columns.SOURCE: record.place, ERROR_FIELD.name: reason}
+
+
+def open_source(spec: str, names: ColumnsConfig = USUAL_NAMES) -> Source:
+    """`kind:argument` -> the source. Raises ValueError where there is no such kind, or nothing there."""
+    from pipelines import sources_grouped, sources_listed, sources_tables
+
+    listed: dict[str, Callable[[str], Source]] = {
+        "scenes": sources_listed.Scenes,
+        "folder": sources_listed.Folder,
+        "coco": sources_listed.Coco,
+        "prompts": sources_listed.Prompts,
+    }
+    sharded: dict[str, Callable[[str, ColumnsConfig], Source]] = {
+        "webdataset": sources_grouped.WebDataset,
+        "parquet": sources_tables.Parquet,
+        "lance": sources_tables.LanceTable,
+        "hf": sources_tables.HuggingFace,
+        "img2dataset": sources_grouped.open_img2dataset,
+    }
+    kind, colon, argument = spec.partition(":")
+    if not colon or not argument or kind not in listed | sharded:
+        kinds = "scenes:N, folder:URI, coco:URI, prompts:FILE, webdataset:URI, parquet:URI, lance:URI, hf:PATH, "
+        raise ValueError(f"source: expected one of {kinds}img2dataset:PATH; received {spec!r}")
+    if kind in sharded:
+        return sharded[kind](argument, names)
+    if names:
+        raise ValueError(f"columns.*: expected with {', '.join(sharded)} only, received it with {kind}:")
+    return listed[kind](argument)

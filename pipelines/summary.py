@@ -23,6 +23,7 @@ class Summary:
     errors: int = 0
     error_examples: list[dict[str, Any]] = field(default_factory=list)
     counts: dict[str, float] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)  # kind, such as a status -> a few texts
     bytes_written: int = 0
     seconds: float = 0.0  # the whole run
     work_seconds: float = 0.0  # first actor's begin to last actor's end, writing included
@@ -71,6 +72,8 @@ class Summary:
             lines.append(f"  truncated  {counts['truncated']:,.0f} prompts were longer than the limit and cut")
         if counts.get("already_there"):
             lines.append(f"  unchanged  {counts['already_there']:,.0f} rows were there already")
+        lines += self._ingest_lines()
+        lines += self._status_lines()
         if self.fragments_waiting:
             lines.append(f"  waiting    {self.fragments_waiting:,} fragments lack the column to read")
         if self.errors:
@@ -82,3 +85,36 @@ class Summary:
         if self.next:
             lines.append(f"  next       {self.next}")
         return "\n".join(lines)
+
+    def _ingest_lines(self) -> list[str]:
+        """What an ingest did not take as it came, by reason."""
+        counts = self.counts
+        lines = []
+        if counts.get("shards_done_before"):
+            lines.append(
+                f"  skipped    {counts['shards_done_before']:,.0f} shards were taken in whole before (--reread reads them)"
+            )
+        if counts.get("repeated"):
+            lines.append(f"  repeated   {counts['repeated']:,.0f} rows came more than once, image and caption alike")
+        for prefix, what in (("filtered_", "  left out   "), ("caption_null_", "  no caption ")):
+            found = {name.removeprefix(prefix): count for name, count in counts.items() if name.startswith(prefix)}
+            if found:
+                lines.append(what + ", ".join(f"{count:,.0f} by {name}" for name, count in sorted(found.items())))
+        for name, count in counts.items():
+            if name.startswith("without_"):
+                lines.append(f"  unknown    {count:,.0f} images of the table have no {name[8:]} and were not compared")
+        return lines
+
+    def _status_lines(self) -> list[str]:
+        """How many rows have which status, the commonest first, with an example of each."""
+        found = {name[7:]: count for name, count in self.counts.items() if name.startswith("status_")}
+        lines = []
+        for status, count in sorted(found.items(), key=lambda item: -item[1]):
+            said = self.examples.get(status, [])
+            lines.append(f"  {status:<10} {count:,.0f} rows" + (f', such as "{said[0]:.160}"' if said else ""))
+        if self.counts.get("blank_checked"):
+            lines.append(
+                f"  looked     {self.counts['blank_checked']:,.0f} images were also shown blank: "
+                f"{self.counts.get('blank_same', 0):,.0f} captions stayed the same"
+            )
+        return lines

@@ -1,0 +1,230 @@
+"""What an ingest actor does with one unit: read, look, filter, claim, write, overlapping; nothing visible until committed."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+from PIL.Image import DecompressionBombWarning
+
+from lidit import columns
+from pipelines.known import IN_TABLE, NEW, REPEATED, UNKNOWN
+from pipelines.pool import Attempt
+from pipelines.sources import ERROR_FIELD, Record, Source, error_row, make_row, open_source
+from pipelines.table import ColumnFile, ColumnFileWriter, Table
+
+if TYPE_CHECKING:
+    from pipelines.ingest import IngestConfig
+
+WINDOW_ROWS = 64  # of one look, claim and write: bounds an actor's memory, together with
+WINDOW_BYTES = 64 << 20
+EXAMPLES = 5  # errors of a unit that are shown in the summary
+DIED = "the process died on this row, and again when it was tried alone"
+
+
+@dataclass
+class _Window:
+    """Records that follow each other in a unit, with their number in it."""
+
+    first: int
+    records: list[Record] = field(default_factory=list)
+
+
+@dataclass
+class _Looked:
+    """What became of a record: a row, or the name of the filter that it did not pass."""
+
+    row: dict[str, Any] | None = None
+    filtered: str | None = None
+    nulled: str | None = None  # why its caption was taken away
+
+
+class IngestWorker:
+    """One actor. Its unit is `{"name": str, "parts": [items or pieces]}`."""
+
+    def __init__(self, config: IngestConfig, table_uri: str, run_id: str, tracker: Any, known: Any):
+        warnings.simplefilter("ignore", DecompressionBombWarning)  # sizes are checked, against a limit of our own
+        self.config, self.table_uri, self.run_id = config, table_uri, run_id
+        self.tracker, self.known = tracker, known
+        self.source = open_source(config.source, config.columns)
+        self.threads = ThreadPoolExecutor(max(1, int(config.actors.num_cpus)))
+
+    def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
+        begun = time.time()
+        task = _Task(self, unit)
+        try:
+            files = task.run()
+        except BaseException:
+            task.files.discard()
+            raise
+        ray.get(self.tracker.end.remote(unit["name"]))
+        return {
+            "name": unit["name"],
+            "attempt": task.number,
+            "files": [file.to_json() for file in files],
+            "errors": task.errors,
+            "examples": task.examples,
+            "counts": dict(task.counts),
+            "begun": begun,
+            "ended": time.time(),
+        }
+
+
+class _Task:
+    """One unit on its way through a worker."""
+
+    def __init__(self, worker: IngestWorker, unit: dict[str, Any]):
+        self.unit, self.source, self.threads = unit, worker.source, worker.threads
+        self.config, self.filters = worker.config, worker.config.filters
+        self.tracker, self.known = worker.tracker, worker.known
+        self.files = _Files(worker.table_uri, worker.source, worker.run_id, worker.config.rows_per_fragment)
+        self.counts: Counter[str] = Counter()
+        self.errors = 0
+        self.examples: list[dict[str, Any]] = []
+        self.attempt: Attempt = ray.get(self.tracker.begin.remote(unit["name"]))
+        self.number: int = ray.get(self.known.begin.remote(unit["name"]))
+
+    def run(self) -> list[ColumnFile]:
+        """Reads a window ahead and writes a window behind, while images are looked at."""
+        windows = self._windows()
+        written: Future[None] | None = None
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+            upcoming = reading.submit(next, windows, None)
+            while (window := upcoming.result()) is not None:
+                upcoming = reading.submit(next, windows, None)
+                rows = self._rows(window)
+                if written is not None:
+                    written.result()
+                written = writing.submit(self.files.write, rows)
+            if written is not None:
+                written.result()
+        return self.files.finish()
+
+    def _windows(self) -> Iterator[_Window]:
+        window, size = _Window(0), 0
+        for record in self.source.records(self.unit["parts"]):
+            window.records.append(record)
+            size += len(record.image or b"")
+            if len(window.records) == WINDOW_ROWS or size >= WINDOW_BYTES:
+                yield window
+                window, size = _Window(window.first + len(window.records)), 0
+        if window.records:
+            yield window
+
+    def _rows(self, window: _Window) -> list[dict[str, Any]]:
+        """The window's new and wanted rows, claimed for this unit."""
+        counts: Counter[str] = Counter(read=len(window.records))
+        ids = list(self.threads.map(Record.identify, window.records))
+        fresh = []
+        for number, (record, state) in enumerate(zip(window.records, ray.get(self.known.seen.remote(ids)))):
+            if state == UNKNOWN:
+                fresh.append((window.first + number, record))
+            else:
+                counts["already_there" if state == IN_TABLE else "repeated"] += 1
+        rows = self._claimed(self._looked_at(fresh), counts)
+        failed = [f"{row.get(columns.SOURCE)}: {row[ERROR_FIELD.name]}" for row in rows if row.get(ERROR_FIELD.name)]
+        self.examples = [*self.examples, *({"error": reason} for reason in failed)][:EXAMPLES]
+        self.errors += len(failed)
+        self.counts.update(counts)
+        progress = {"rows": len(window.records), "errors": len(failed)}
+        ray.get(self.tracker.leave.remote(self.unit["name"], progress))
+        return rows
+
+    def _looked_at(self, fresh: Sequence[tuple[int, Record]]) -> list[_Looked]:
+        """Looks at records, given with their numbers. If a process died among them, each is taken alone."""
+        if not fresh:
+            return []
+        name, first, stop = self.unit["name"], fresh[0][0], fresh[-1][0] + 1
+        if not any(first < to and since < stop for since, to in self.attempt.careful):
+            ray.get(self.tracker.enter.remote(name, first, stop))
+            return list(self.threads.map(self._look, (record for _, record in fresh)))
+        looked = []
+        for number, record in fresh:
+            if number in self.attempt.quarantined:
+                looked.append(_Looked(error_row(record, DIED)))
+                continue
+            ray.get(self.tracker.enter.remote(name, number, number + 1))
+            looked.append(self._look(record))
+            ray.get(self.tracker.leave.remote(name, {}))
+        return looked
+
+    def _look(self, record: Record) -> _Looked:
+        """A record as a row, if it passes the filters."""
+        filters, nulled = self.filters, None
+        if record.error is None:
+            if (failed := filters.score(record.score)) is not None:
+                return _Looked(filtered=failed)
+            if (nulled := filters.caption(record.caption)) is not None:
+                if filters.bad_caption == "drop":
+                    return _Looked(filtered=f"caption_{nulled}")
+                record.caption = None
+        sizes: list[str | None] = []
+
+        def wanted(height: int, width: int) -> bool:
+            sizes.append(filters.size(height, width))
+            return sizes[-1] is None
+
+        with_phash = filters.near_duplicates is not None
+        row = make_row(record, self.source.has_images, self.config.check == "decode", with_phash, wanted)
+        return _Looked(row, sizes[-1] if row is None else None, nulled)
+
+    def _claimed(self, looked: list[_Looked], counts: Counter[str]) -> list[dict[str, Any]]:
+        """Those of the rows that are new and no duplicates."""
+        counts.update(f"filtered_{one.filtered}" for one in looked if one.filtered)
+        found = [(one.row, one.nulled) for one in looked if one.row is not None]
+        names = (columns.IMAGE_ID, columns.IMAGE_DIGEST, columns.IMAGE_PHASH)
+        asked = [[row.get(name) for row, _ in found] for name in names]
+        kept = []
+        for (row, nulled), verdict in zip(
+            found, ray.get(self.known.claim.remote(self.unit["name"], self.number, *asked))
+        ):
+            if verdict == NEW:
+                kept.append(row)
+                counts.update([f"caption_null_{nulled}"] if nulled else [])
+            else:
+                counts["repeated" if verdict == REPEATED else f"filtered_{verdict}"] += 1
+        return kept
+
+
+class _Files:
+    """Rows -> data files of `rows_per_fragment` rows, the last one of fewer."""
+
+    def __init__(self, table_uri: str, source: Source, run_id: str, rows_per_fragment: int):
+        self.table_uri, self.schema, self.run_id = table_uri, source.schema, run_id
+        self.rows_per_fragment = rows_per_fragment
+        self._done: list[ColumnFile] = []
+        self._writer: ColumnFileWriter | None = None
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Appends rows."""
+        while rows:
+            if self._writer is None:
+                self._writer = ColumnFileWriter(self.table_uri, self.schema, self.run_id)
+            room = self.rows_per_fragment - self._writer.rows
+            self._writer.write(pa.RecordBatch.from_pylist(rows[:room], schema=self.schema))
+            rows = rows[room:]
+            if self._writer.rows == self.rows_per_fragment:
+                self._close()
+
+    def finish(self) -> list[ColumnFile]:
+        """Closes the last file; all of them."""
+        if self._writer is not None:
+            self._close()
+        return self._done
+
+    def discard(self) -> None:
+        """Takes the unfinished file away; finished ones are removed as orphans by the next run that ends well."""
+        if self._writer is not None:
+            self._writer.discard()
+
+    def _close(self) -> None:
+        assert self._writer is not None
+        self._done.append(self._writer.finish(Table(self.table_uri).open()))
+        self._writer = None

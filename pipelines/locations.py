@@ -1,0 +1,135 @@
+"""URIs of a source: braces and wildcards expanded, folders listed, files read. Anything that fsspec opens.
+
+Credentials come from the environment (or the storage library's own files), never from a URI or a config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+STAT_THREADS = 16
+BRACES = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a source."""
+
+    uri: str
+    size: int  # bytes
+    stamp: str | None  # changes when the content does; None where the storage tells nothing
+
+    @property
+    def place(self) -> str:
+        """Folder and name: enough for a person, the same from any machine, and no path of anybody's."""
+        return "/".join(self.uri.rstrip("/").split("/")[-2:])
+
+
+def expand_braces(text: str) -> list[str]:
+    """`a-{0000..0012}.tar` -> 13 names, zeros kept; `{x,y}` -> two; several braces multiply."""
+    found = BRACES.search(text)
+    if found is None:
+        return [text]
+    inside = found[1]
+    if (numbers := RANGE.fullmatch(inside)) is not None:
+        first, last = int(numbers[1]), int(numbers[2])
+        if last < first:
+            raise ValueError(f"{text}: expected a range that rises, received {{{inside}}}")
+        width = len(numbers[1]) if numbers[1].startswith("0") or len(numbers[1]) == len(numbers[2]) else 0
+        choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
+    else:
+        choices = inside.split(",")
+    head, tail = text[: found.start()], text[found.end() :]
+    return [head + choice + rest for choice in choices for rest in expand_braces(tail)]
+
+
+def find_files(spec: str, suffixes: Sequence[str], kind: str) -> list[File]:
+    """The files that a spec means, each once: a file, a folder (all below it with such suffixes), braces, `*`.
+
+    Raises:
+        ValueError: nothing there, or one of the files named is not; says which.
+    """
+    found: list[File] = []
+    uris = list(dict.fromkeys(expand_braces(spec)))
+    with ThreadPoolExecutor(STAT_THREADS) as threads:  # object stores answer in tens of milliseconds each
+        for uri, files in zip(uris, threads.map(lambda uri: _files_at(uri, suffixes), uris)):
+            if not files:
+                more = f" (1 of {len(uris):,})" if len(uris) > 1 else ""
+                raise ValueError(
+                    f"source {kind}:{spec}: expected {' or '.join(suffixes)} at {uri}{more}, found nothing"
+                )
+            found += files
+    return list({file.uri: file for file in found}.values())
+
+
+def list_folder(uri: str) -> list[dict[str, Any]]:
+    """What lies directly in a folder, by name: dictionaries with `name`, `size`, `type` (`file` or `directory`)."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    entries = [entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path.rstrip("/")]
+    return sorted(entries, key=lambda entry: entry["name"])
+
+
+def walk_files(uri: str) -> Iterator[tuple[str, int]]:
+    """(path below the folder, bytes) of all files below it, sorted; links to folders are not followed."""
+    fs, root = fsspec.core.url_to_fs(uri)
+    root = root.rstrip("/")
+    for folder, names, files in fs.walk(root, detail=True):
+        for name in sorted(names):  # the walk goes on in this order
+            names[name] = names.pop(name)
+        prefix = folder.rstrip("/").removeprefix(root).lstrip("/")
+        for name in sorted(files):
+            yield posixpath.join(prefix, name), files[name]["size"]
+
+
+def is_folder(uri: str) -> bool:
+    """Whether there is a folder (or a prefix with objects below it)."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs.isdir(path)
+
+
+def is_local(uri: str) -> bool:
+    """Whether the URI is a path of this machine."""
+    return isinstance(fsspec.core.url_to_fs(uri)[0], LocalFileSystem)
+
+
+def read_bytes(uri: str) -> bytes:
+    """A whole file."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs.cat_file(path)
+
+
+def stamp_of(info: dict[str, Any]) -> str | None:
+    """A short digest of what the storage says of a file's content: its ETag, or its time, and its size."""
+    told = next(
+        (info[key] for key in ("ETag", "etag", "mtime", "LastModified", "last_modified") if info.get(key)), None
+    )
+    return None if told is None else hashlib.sha256(f"{told} {info.get('size')}".encode()).hexdigest()[:16]
+
+
+def _files_at(uri: str, suffixes: Sequence[str]) -> list[File]:
+    fs, path = fsspec.core.url_to_fs(uri)
+    try:
+        info = fs.info(path)
+    except FileNotFoundError:
+        if not any(sign in path for sign in "*?["):
+            return []
+        infos = fs.glob(path, detail=True).values()
+    else:
+        infos = [info] if info["type"] != "directory" else fs.find(path, detail=True).values()
+        if info["type"] == "directory":
+            infos = [entry for entry in infos if entry["name"].lower().endswith(tuple(suffixes))]
+    files = sorted((entry for entry in infos if entry["type"] != "directory"), key=lambda entry: entry["name"])
+    return [
+        File(fs.unstrip_protocol(entry["name"]).removeprefix("file://"), int(entry["size"] or 0), stamp_of(entry))
+        for entry in files
+    ]

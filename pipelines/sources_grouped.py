@@ -1,0 +1,301 @@
+"""Sources whose samples are groups of files: WebDataset tars, and what img2dataset leaves (tars, Parquet, plain files).
+
+Files that follow each other and share their name up to the first dot are one sample: `000123.jpg`, `000123.txt`,
+`000123.json`. A tar is read from front to back and nothing of it is ever unpacked to a disk: names with `../` are only
+names, links are not followed. A name that comes twice makes two samples.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import posixpath
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+
+from pipelines.locations import File, find_files, is_folder, list_folder, stamp_of
+from pipelines.sources import MAX_IMAGE_BYTES, USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
+from pipelines.sources_listed import UNREADABLE
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+CAPTION_CHOICES = ("txt", "caption", "text", "json.caption", "json.text")
+PEEK_SAMPLES = 16  # of the first shard, read beforehand: wrong names stop the job before it begins
+BLOCK_BYTES = 1 << 20  # of one read
+
+
+@dataclass
+class Sample:
+    """Files of one name: extension -> bytes, or the reason why there are none."""
+
+    key: str
+    parts: dict[str, bytes | str] = field(default_factory=dict)
+
+
+class DamagedShard(Exception):
+    """A shard that ends in the middle, or is none; what came before is good, but for the last sample."""
+
+
+class WebDataset(Sharded):
+    """Tar shards: one file, braces (`{0000..0012}`), a wildcard, or all tars below a folder."""
+
+    def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
+        self.argument = argument
+        self.names = SampleNames(names)
+
+    def pieces(self) -> list[Piece]:
+        files = find_files(self.argument, TAR_SUFFIXES, "webdataset")
+        self._peek(files[0])
+        return [
+            {"place": file.place, "uri": file.uri, "stamp": file.stamp, "rows": None, "bytes": file.size}
+            for file in files
+        ]
+
+    def read(self, piece: Piece) -> Iterator[Record]:
+        samples = grouped(tar_files(piece["uri"], self.names.wanted))
+        try:
+            for sample in samples:
+                yield from self.names.records(sample, piece["place"])
+        except DamagedShard as error:
+            yield Record(f"{piece['place']}#end", error=str(error))
+
+    def _peek(self, file: File) -> None:
+        """Raises ValueError where no sample has an image by the name that is expected: the names are wrong, not a row."""
+        seen: dict[str, None] = {}
+        try:
+            for number, sample in enumerate(grouped(tar_files(file.uri, lambda extension: False))):
+                seen |= dict.fromkeys(sample.parts)
+                if any(map(self.names.is_image, sample.parts)):
+                    return
+                if number >= PEEK_SAMPLES:
+                    break
+        except DamagedShard:
+            return  # the job says so, and looks at the others
+        if seen:
+            raise ValueError(
+                f"{file.uri}: expected an image ({self.names.image_words()}) in every sample, its first ones have "
+                f"{', '.join(seen)}; name the extension with --columns.image"
+            )
+
+
+class PlainFiles(Sharded):
+    """The `files` layout of img2dataset: a folder per shard, `00000/000000123.jpg` and `.txt` and `.json`."""
+
+    def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
+        self.root = argument.rstrip("/")
+        self.names = SampleNames(names)
+
+    def pieces(self) -> list[Piece]:
+        entries = list_folder(self.root)
+        stats = {posixpath.basename(entry["name"]): entry for entry in entries}
+        pieces = []
+        for entry in entries:
+            name = posixpath.basename(entry["name"].rstrip("/"))
+            if entry["type"] == "directory" and not name.startswith(("_", ".")):
+                stamp = stamp_of(stats.get(f"{name}_stats.json", {}))  # written when the shard is whole
+                place = f"{posixpath.basename(self.root)}/{name}"
+                uri = f"{self.root}/{name}"
+                pieces.append({"place": place, "uri": uri, "stamp": stamp, "rows": None, "bytes": 0})
+        return pieces
+
+    def read(self, piece: Piece) -> Iterator[Record]:
+        for sample in grouped(folder_files(piece["uri"], self.names.wanted)):
+            yield from self.names.records(sample, piece["place"])
+
+
+def open_img2dataset(argument: str, names: ColumnsConfig = USUAL_NAMES) -> Sharded:
+    """What img2dataset left in a folder, by its output format: webdataset, parquet or files.
+
+    Raises:
+        ValueError: no such folder, or TFRecord, or nothing downloaded yet.
+    """
+    from pipelines.sources_tables import Parquet
+
+    if not is_folder(argument):
+        raise ValueError(f"source img2dataset:{argument}: expected a folder, nothing is there")
+    entries = list_folder(argument)
+    files = [posixpath.basename(entry["name"]) for entry in entries if entry["type"] != "directory"]
+    if any(name.endswith(".tar") for name in files):
+        return WebDataset(argument, names)
+    if any(name.endswith(".tfrecord") for name in files):
+        raise ValueError(f"source img2dataset:{argument}: TFRecord is not read; download as webdataset or parquet")
+    folders = [entry for entry in entries if entry["type"] == "directory"]
+    if any(not posixpath.basename(entry["name"].rstrip("/")).startswith(("_", ".")) for entry in folders):
+        return PlainFiles(argument, names)
+    if any(name.endswith(".parquet") for name in files):
+        return Parquet(argument, names, downloaded=True)
+    raise ValueError(f"source img2dataset:{argument}: expected shards (.tar, .parquet or folders), found none")
+
+
+class SampleNames:
+    """Which file of a sample is what."""
+
+    def __init__(self, names: ColumnsConfig):
+        self.image = None if names.image is None else names.image.lower().lstrip(".")
+        self.captions = CAPTION_CHOICES if names.caption is None else (names.caption.lstrip("."),)
+        self.score = names.score
+        texts = [*self.captions, *([self.score] if self.score else [])]
+        self._texts = {text.partition(".")[0].lower() for text in texts}
+
+    def is_image(self, extension: str) -> bool:
+        """Whether a file with this extension is the sample's image."""
+        return extension in IMAGE_EXTENSIONS if self.image is None else extension == self.image
+
+    def image_words(self) -> str:
+        """The extensions, for a message."""
+        return f".{self.image}" if self.image else ", ".join(f".{name}" for name in IMAGE_EXTENSIONS)
+
+    def wanted(self, extension: str) -> bool:
+        """Whether a file with this extension need be read at all."""
+        return self.is_image(extension) or extension in self._texts
+
+    def records(self, sample: Sample, shard: str) -> Iterator[Record]:
+        """The sample's record: one."""
+        images = [extension for extension in sample.parts if self.is_image(extension)]
+        place = f"{shard}#{sample.key}{'.' + images[0] if images else ''}"
+        if not images:
+            yield Record(place, error=f"no image ({self.image_words()}); the sample has {', '.join(sample.parts)}")
+            return
+        image = sample.parts[images[0]]
+        if isinstance(image, str):
+            yield Record(place, error=image)
+            return
+        try:
+            yield Record(place, image, self._caption(sample), self._score(sample))
+        except ValueError as error:
+            yield Record(place, image, error=str(error))
+
+    def _caption(self, sample: Sample) -> str | None:
+        for choice in self.captions:
+            found = self._look_up(sample, choice)
+            if found is not None:
+                return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+        return None
+
+    def _score(self, sample: Sample) -> float | None:
+        found = self._look_up(sample, self.score) if self.score else None
+        try:
+            return None if found is None else float(found)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.score}: expected a number, received {found!r}") from error
+
+    @staticmethod
+    def _look_up(sample: Sample, name: str) -> Any:
+        """The text of a part, or a value of its JSON: `txt`, `json.caption`."""
+        extension, dot, key = name.partition(".")
+        part = sample.parts.get(extension.lower())
+        if part is None:
+            return None
+        if isinstance(part, str):
+            raise ValueError(f".{extension}: {part}")
+        try:
+            text = part.decode("utf-8-sig")
+            if not dot:
+                return text.rstrip("\r\n")
+            record = json.loads(text)
+        except UnicodeDecodeError as error:
+            raise ValueError(f".{extension}: expected UTF-8, received byte {part[error.start]:#x}") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f".{extension}: expected JSON: {error}") from error
+        return record.get(key) if isinstance(record, dict) else None
+
+
+def grouped(files: Iterable[tuple[str, bytes | str]]) -> Iterator[Sample]:
+    """Files in order -> samples. The last one is given only when the files have ended well: it may lack something."""
+    sample: Sample | None = None
+    for name, content in files:
+        folder, base = posixpath.split(name)
+        stem, _, extension = base.partition(".")
+        key, extension = posixpath.join(folder, stem), extension.lower()
+        if sample is None or key != sample.key or extension in sample.parts:
+            if sample is not None:
+                yield sample
+            sample = Sample(key)
+        sample.parts[extension] = content
+    if sample is not None:
+        yield sample
+
+
+def tar_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
+    """(name, bytes) of a tar's files in order, read in one pass; instead of bytes a reason where they are not taken.
+
+    `wanted(extension)`: whether the bytes are needed; b"" if not.
+
+    Raises:
+        DamagedShard: no tar, or one that is cut short.
+    """
+    fs, path = fsspec.core.url_to_fs(uri)
+    try:
+        with fs.open(path, "rb", block_size=BLOCK_BYTES) as raw:
+            stream = gzip.GzipFile(fileobj=raw) if not uri.endswith(".tar") else raw
+            with tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK_BYTES, tarinfo=_StrictTarInfo) as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined] # it would keep every header
+                    base = posixpath.basename(member.name)
+                    if member.isdir() or base.startswith(".") or member.name.startswith("__MACOSX/"):
+                        continue
+                    yield member.name, _content(tar, member, wanted)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DamagedShard(
+            f"the shard is damaged ({type(error).__name__}: {error}): the samples before that place are taken, but for "
+            f"the last one; what comes after is lost"
+        ) from error
+
+
+def folder_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
+    """The same for the files of a folder."""
+    fs, _ = fsspec.core.url_to_fs(uri)
+    for entry in list_folder(uri):
+        name = posixpath.basename(entry["name"])
+        if entry["type"] == "directory" or name.startswith("."):
+            continue
+        extension = name.partition(".")[2].lower()
+        if not wanted(extension):
+            yield name, b""
+        elif entry["size"] > MAX_IMAGE_BYTES:
+            yield name, _too_large(entry["size"])
+        else:
+            try:
+                yield name, fs.cat_file(entry["name"])
+            except UNREADABLE as error:
+                yield name, type(error).__name__
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, wanted: Any) -> bytes | str:
+    if member.issym() or member.islnk():
+        return f"a link (to {member.linkname!r}): not followed"
+    if not member.isreg():
+        return "no regular file"
+    extension = posixpath.basename(member.name).partition(".")[2].lower()
+    if not wanted(extension):
+        return b""
+    if member.size > MAX_IMAGE_BYTES:
+        return _too_large(member.size)
+    content = tar.extractfile(member).read()  # type: ignore[union-attr]
+    if len(content) < member.size:
+        raise tarfile.ReadError(f"{member.name} ends after {len(content):,} of {member.size:,} bytes")
+    return content
+
+
+def _too_large(size: int) -> str:
+    return f"{size:,} bytes, more than {MAX_IMAGE_BYTES:,} allowed"
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Headers of a tar that must end as tars end; tarfile itself takes a damaged header for the end, and says nothing."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("it ends without the mark that ends a tar") from error
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"no header where one is due: {error}") from error

@@ -1,0 +1,231 @@
+"""Sources whose rows are known beforehand: rendered scenes, image folders, COCO captions, prompt files.
+
+A folder's texts come from `<name>.txt` beside the image, or from `metadata.jsonl` (`file_name`, `text`). A COCO set is
+`URI/captions.json` and the folder `URI/images`.
+
+Prompt files are UTF-8; text is taken as it stands, edge spaces included, and blank lines are no rows.
+`.txt`: one prompt a line. `.tsv`: header with `prompt` (any case), **no** quoting: a `"` is a character. `.csv`: header
+with `prompt`, fields quoted as RFC 4180 says. `.jsonl`: one object a line with key `prompt`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import posixpath
+from typing import Any
+
+import pyarrow as pa
+
+from lidit import columns
+from pipelines.locations import is_folder, read_bytes, walk_files
+from pipelines.sources import CAPTION_FIELD, IMAGE_FIELDS, MAX_IMAGE_BYTES, Item, Listed, Record
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)  # this file's own fault, not the storage's
+
+
+class Scenes(Listed):
+    """The demo world: scene i is made from seed i. What is true of it, a dense caption included, is its `truth`."""
+
+    fields = [*IMAGE_FIELDS, pa.field(columns.TRUTH, pa.string())]
+
+    def __init__(self, argument: str):
+        if not argument.isdecimal() or int(argument) < 1:
+            raise ValueError(f"source scenes:N: expected a number of scenes, received {argument!r}")
+        self.count = int(argument)
+
+    def items(self) -> list[Item]:
+        return [{"image_id": f"scene-{seed:08d}", "seed": seed} for seed in range(self.count)]
+
+    def record(self, item: Item) -> Record:
+        from demo import scenes
+
+        example = scenes.example(item["seed"], *scenes.image_size(item["seed"]))
+        values = {columns.TRUTH: example["truth"]}
+        return Record(item["image_id"], example["image_bytes"], example["caption_original"], values=values)
+
+
+class Folder(Listed):
+    """Images below a folder; `image_id` is the path from the folder's parent."""
+
+    fields = IMAGE_FIELDS
+
+    def __init__(self, argument: str):
+        self.root = _folder(argument, "folder")
+
+    def items(self) -> list[Item]:
+        sizes = dict(walk_files(self.root))
+        texts = self._metadata() if "metadata.jsonl" in sizes else {}
+        name = posixpath.basename(self.root)
+        items = []
+        for path in sorted(sizes):
+            stem, suffix = posixpath.splitext(path)
+            if suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            item: Item = {"image_id": f"{name}/{path}", "path": path, "bytes": sizes[path]}
+            if path in texts:
+                item["text"] = texts[path]
+            elif f"{stem}.txt" in sizes:
+                item["text_path"] = f"{stem}.txt"
+            items.append(item)
+        if not items:
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise ValueError(f"source folder:{self.root}: expected images ({suffixes}), found none")
+        return items
+
+    def record(self, item: Item) -> Record:
+        text = item.get("text")
+        if "text_path" in item:
+            text = read_bytes(f"{self.root}/{item['text_path']}").decode("utf-8-sig").rstrip("\r\n")
+        if item["bytes"] > MAX_IMAGE_BYTES:
+            return Record(item["image_id"], error=f"{item['bytes']:,} bytes, more than {MAX_IMAGE_BYTES:,} allowed")
+        return _file_record(item["image_id"], f"{self.root}/{item['path']}", text)
+
+    def _metadata(self) -> dict[str, str]:
+        records = _json_lines(f"{self.root}/metadata.jsonl", required=("file_name", "text"))
+        return {record["file_name"]: record["text"] for record in records}
+
+
+class Coco(Listed):
+    """One row per annotation: an image with five captions makes five rows."""
+
+    fields = IMAGE_FIELDS
+
+    def __init__(self, argument: str):
+        self.root = _folder(argument, "coco")
+
+    def items(self) -> list[Item]:
+        path = f"{self.root}/captions.json"
+        try:
+            record = json.loads(read_bytes(path))
+            names = {image["id"]: image["file_name"] for image in record["images"]}
+            return [
+                {
+                    "image_id": f"coco-{note['image_id']}-{note['id']}",
+                    "path": f"{self.root}/images/{names[note['image_id']]}",
+                    "text": note["caption"],
+                }
+                for note in sorted(record["annotations"], key=lambda note: (note["image_id"], note["id"]))
+            ]
+        except FileNotFoundError as error:
+            raise ValueError(f"source coco:{self.root}: expected captions.json and a folder images") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: expected COCO captions (`images` with id and file_name, `annotations` with id, image_id and "
+                f"caption), received {type(error).__name__}: {error}"
+            ) from error
+
+    def record(self, item: Item) -> Record:
+        return _file_record(f"images/{posixpath.basename(item['path'])}", item["path"], item["text"])
+
+
+class Prompts(Listed):
+    """Prompts without images; `image_id` is file name, index and a digest of the text, so a grown file adds its new rows."""
+
+    fields = [CAPTION_FIELD]
+    has_images = False
+
+    def __init__(self, argument: str):
+        self.path = _local(argument)
+        self.name = posixpath.basename(self.path)
+        self.suffix = posixpath.splitext(self.name)[1].lower()
+
+    def items(self) -> list[Item]:
+        readers = {".txt": self._txt, ".tsv": self._tsv, ".csv": self._csv, ".jsonl": self._jsonl}
+        if self.suffix not in readers:
+            raise ValueError(f"{self.path}: expected a file ending in {', '.join(readers)}")
+        prompts = [prompt for prompt in readers[self.suffix]() if prompt.strip()]
+        if not prompts:
+            raise ValueError(f"{self.path}: expected prompts, found none")
+        return [
+            {
+                "image_id": f"{self.name}:{index:07d}:{hashlib.sha256(prompt.encode()).hexdigest()[:8]}",
+                "text": prompt,
+            }
+            for index, prompt in enumerate(prompts)
+        ]
+
+    def record(self, item: Item) -> Record:
+        return Record(item["image_id"], values={columns.CAPTION: item["text"]})
+
+    def _txt(self) -> list[str]:
+        return [line.removesuffix("\r") for line in _read(self.path).split("\n")]
+
+    def _tsv(self) -> list[str]:
+        return self._column([line.removesuffix("\r").split("\t") for line in _read(self.path).split("\n")])
+
+    def _csv(self) -> list[str]:
+        try:
+            lines = list(csv.reader(io.StringIO(_read(self.path), newline=""), strict=True))
+        except csv.Error as error:
+            raise ValueError(f"{self.path}: expected fields quoted as RFC 4180 says: {error}") from error
+        return self._column(lines)
+
+    def _column(self, lines: list[list[str]]) -> list[str]:
+        header = lines[0] if lines else []
+        names = [name.strip().lower() for name in header]
+        if "prompt" not in names:
+            raise ValueError(f"{self.path}: expected a header with a column `prompt`, received {header}")
+        index = names.index("prompt")
+        prompts = []
+        for number, line in enumerate(lines[1:], start=2):
+            if line in ([], [""]):
+                continue
+            if len(line) <= index:
+                raise ValueError(f"{self.path}, row {number}: expected {len(header)} fields, received {len(line)}")
+            prompts.append(line[index])
+        return prompts
+
+    def _jsonl(self) -> list[str]:
+        return [record["prompt"] for record in _json_lines(self.path, required=("prompt",))]
+
+
+def _file_record(place: str, uri: str, text: str | None) -> Record:
+    """The record of an image file; one that is not there, or not ours to read, is a row's error."""
+    try:
+        return Record(place, read_bytes(uri), text)
+    except UNREADABLE as error:
+        return Record(place, error=f"{type(error).__name__}: {posixpath.basename(uri)}")
+
+
+def _folder(argument: str, kind: str) -> str:
+    uri = _local(argument)
+    if not is_folder(uri):
+        raise ValueError(f"source {kind}:{argument}: expected a folder, nothing is there")
+    return uri.rstrip("/")
+
+
+def _local(argument: str) -> str:
+    """A URI as it is; a path of this machine made absolute, `~` and links resolved."""
+    from pathlib import Path
+
+    return argument if "://" in argument else str(Path(argument).expanduser().resolve())
+
+
+def _read(uri: str) -> str:
+    try:
+        return read_bytes(uri).decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise ValueError(f"source prompts:{uri}: expected a file, nothing is there") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{uri}: expected UTF-8, received byte {error.object[error.start]:#x} at {error.start}"
+        ) from error
+
+
+def _json_lines(uri: str, required: tuple[str, ...]) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(_read(uri).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{uri}, line {number}: expected a JSON object: {error}") from error
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in required):
+            raise ValueError(f"{uri}, line {number}: expected an object with text under {', '.join(required)}")
+        records.append(record)
+    return records

@@ -1,0 +1,292 @@
+"""Sources that are tables: Parquet files, Lance tables, and folders of Hugging Face `datasets`.
+
+They are cut by row group, fragment or range of rows, and read a few rows at a time: memory does not depend on how large a
+row group or a fragment is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import fsspec
+import lance
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.locations import STAT_THREADS, File, find_files, list_folder, read_bytes, stamp_of
+from pipelines.sources import USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
+from pipelines.sources_listed import UNREADABLE
+
+PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
+READ_ROWS = 64
+READ_BYTES = 8 << 20  # of one column, read ahead
+PIECE_ROWS = 1024  # of a folder of `datasets`, which has no row groups of its own
+IMAGE_CHOICES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "img")
+CAPTION_CHOICES = ("caption", "text", "TEXT", "txt", "caption_original", "prompt")
+DAMAGE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowSerializationError)
+DAMAGE_WORDS = ("parquet", "thrift", "decompress", "corrupt", "page", "end of stream", "truncated", "unexpected end")
+
+
+class Parquet(Sharded):
+    """Parquet files: one, braces, a wildcard, or all below a folder. `downloaded`: rows without an image are left out."""
+
+    def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES, downloaded: bool = False):
+        self.argument, self.names, self.downloaded = argument, names, downloaded
+
+    def pieces(self) -> list[Piece]:
+        files = find_files(self.argument, PARQUET_SUFFIXES, "parquet")
+        with ThreadPoolExecutor(STAT_THREADS) as threads:
+            footers = list(threads.map(_footer, files))
+        schemas = [footer.schema.to_arrow_schema() for footer in footers if not isinstance(footer, str)]
+        problems = [problem for schema in schemas if (problem := self._problem(schema))]
+        if schemas and len(problems) == len(schemas):
+            raise ValueError(f"source parquet:{self.argument}: {problems[0]}")
+        return [piece for file, footer in zip(files, footers) for piece in _row_groups(file, footer)]
+
+    def read(self, piece: Piece) -> Iterator[Record]:
+        place = piece["place"]
+        if piece["damage"]:
+            yield Record(place, error=piece["damage"])
+            return
+        fs, path = fsspec.core.url_to_fs(piece["uri"])
+        row = piece["first"]
+        with fs.open(path, "rb") as raw:
+            try:
+                file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=READ_BYTES)
+                if problem := self._problem(file.schema_arrow):
+                    yield Record(place, error=problem)
+                    return
+                names = table_names(file.schema_arrow, self.names)
+                batches = file.iter_batches(READ_ROWS, row_groups=[piece["group"]], columns=[n for n in names if n])
+                for batch in batches:
+                    yield from table_records(batch, names, piece["file"], row, skip_empty=self.downloaded)
+                    row += batch.num_rows
+            except (*DAMAGE, OSError) as error:
+                if isinstance(error, OSError) and not _is_damage(error):
+                    raise
+                yield Record(f"{place}#end", error=f"the row group is damaged from row {row} on: {error}")
+
+    def _problem(self, schema: pa.Schema) -> str | None:
+        try:
+            table_names(schema, self.names)
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+class LanceTable(Sharded):
+    """A Lance table, its version of now: one piece per fragment."""
+
+    def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
+        self.argument, self.names = argument, names
+
+    def pieces(self) -> list[Piece]:
+        try:
+            dataset = lance.dataset(self.argument)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"source lance:{self.argument}: expected a Lance table: {error}") from error
+        table_names(dataset.schema, self.names)
+        name = self.argument.rstrip("/").rpartition("/")[2]
+        return [
+            {
+                "place": f"{name}/{fragment.fragment_id}",
+                "uri": self.argument,
+                "stamp": _fragment_stamp(fragment),
+                "rows": fragment.count_rows(),
+                "bytes": sum(file.file_size_bytes or 0 for file in fragment.metadata.files),
+                "version": dataset.version,
+                "fragment": fragment.fragment_id,
+            }
+            for fragment in dataset.get_fragments()
+        ]
+
+    def read(self, piece: Piece) -> Iterator[Record]:
+        dataset = lance.dataset(self.argument, version=piece["version"])
+        names = table_names(dataset.schema, self.names)
+        fragment, row = dataset.get_fragment(piece["fragment"]), 0
+        assert fragment is not None  # the version is pinned
+        batches = fragment.to_batches(columns=[name for name in names if name], batch_size=READ_ROWS, batch_readahead=1)
+        for batch in batches:
+            yield from table_records(batch, names, piece["place"], row)
+            row += batch.num_rows
+
+
+class HuggingFace(Sharded):
+    """A folder that `datasets` wrote with `save_to_disk`; needs the extra `hf`."""
+
+    def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
+        self.argument, self.names = argument, names
+
+    def pieces(self) -> list[Piece]:
+        dataset = self._open()
+        table_names(dataset.features.arrow_schema, self.names)
+        rows = len(dataset)
+        name = self.argument.rstrip("/").rpartition("/")[2]
+        state = next((entry for entry in list_folder(self.argument) if entry["name"].endswith("state.json")), {})
+        each = (dataset.data.nbytes or 0) / max(rows, 1)
+        return [
+            {
+                "place": f"{name}:{first}",
+                "uri": self.argument,
+                "stamp": stamp_of(state),
+                "rows": min(PIECE_ROWS, rows - first),
+                "bytes": int(each * min(PIECE_ROWS, rows - first)),
+                "name": name,
+                "first": first,
+            }
+            for first in range(0, rows, PIECE_ROWS)
+        ]
+
+    def read(self, piece: Piece) -> Iterator[Record]:
+        dataset = self._open()
+        names = table_names(dataset.features.arrow_schema, self.names)
+        dataset = dataset.select_columns([name for name in names if name]).with_format("arrow")
+        stop = piece["first"] + piece["rows"]
+        for first in range(piece["first"], stop, READ_ROWS):
+            rows = dataset[first : min(first + READ_ROWS, stop)]
+            for batch in rows.to_batches():
+                yield from table_records(batch, names, piece["name"], first, read_path=read_bytes)
+                first += batch.num_rows
+
+    def _open(self) -> Any:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ValueError("source hf: needs the package `datasets`: pip install 'lidit[hf]'") from error
+        try:
+            dataset = datasets.load_from_disk(self.argument)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"source hf:{self.argument}: expected a folder written by save_to_disk: {error}. Other data sets of the "
+                f"hub are Parquet files: parquet:URI reads them"
+            ) from error
+        if isinstance(dataset, datasets.DatasetDict):
+            splits = ", ".join(f"hf:{self.argument.rstrip('/')}/{split}" for split in dataset)
+            raise ValueError(f"source hf:{self.argument}: holds several splits; name one: {splits}")
+        return dataset
+
+
+def table_names(schema: pa.Schema, names: ColumnsConfig) -> tuple[str, str | None, str | None]:
+    """The columns that hold image, caption and score: those named, or the first usual name that is there.
+
+    Raises:
+        ValueError: a column that is named is not there, there is no image column, or a column is of the wrong type.
+    """
+    image = names.image or next((name for name in IMAGE_CHOICES if name in schema.names), None)
+    caption = names.caption or next((name for name in CAPTION_CHOICES if name in schema.names), None)
+    has = f"the table has {', '.join(schema.names)}"
+    if image is None:
+        raise ValueError(f"expected an image column ({', '.join(IMAGE_CHOICES)}), {has}; name it with --columns.image")
+    for what, name in (("image", image), ("caption", caption), ("score", names.score)):
+        if name is not None and name not in schema.names:
+            raise ValueError(f"expected column {name!r} (--columns.{what}), {has}")
+    kind = schema.field(image).type
+    is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if not (is_struct or _is_binary(kind)):
+        raise ValueError(
+            f"column {image!r}: expected an image's bytes (binary, or a struct with `bytes`), it is {kind}"
+        )
+    if caption is not None:
+        kind = schema.field(caption).type
+        if not (_is_text(kind) or (pa.types.is_list(kind) and _is_text(kind.value_type))):
+            raise ValueError(f"column {caption!r}: expected text, or lists of texts, it is {kind}")
+    if names.score is not None:
+        kind = schema.field(names.score).type
+        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+            raise ValueError(f"column {names.score!r}: expected numbers, it is {kind}")
+    return image, caption, names.score
+
+
+def table_records(
+    batch: pa.RecordBatch,
+    names: tuple[str, str | None, str | None],
+    place: str,
+    first: int,
+    skip_empty: bool = False,
+    read_path: Callable[[str], bytes] | None = None,
+) -> Iterator[Record]:
+    """Rows as records; a list of captions makes one record each.
+
+    Args:
+        batch: rows with the columns `names`: image, caption, score.
+        place: where they come from.
+        first: number of the first row there.
+        skip_empty: leave rows without an image out, instead of making errors of them.
+        read_path: reads a file that a row names instead of holding it. None: such rows are errors, for a table from
+            elsewhere must not choose which files of this machine are read.
+    """
+    image, caption, score = names
+    nothing = pa.nulls(batch.num_rows)
+    captions = (batch.column(caption) if caption else nothing).to_pylist()
+    scores = (batch.column(score) if score else nothing).to_pylist()
+    for row, (picture, text, number) in enumerate(zip(batch.column(image), captions, scores)):
+        here, data, error = f"{place}#{first + row}", picture.as_py(), None
+        if isinstance(data, dict):
+            data, error = _from_struct(data, read_path)
+        if data is None and error is None and skip_empty:
+            continue
+        error = error if data is not None or error else f"column {image!r} is null"
+        for one in (text or [None]) if isinstance(text, list) else [text]:
+            yield Record(here, data, one, None if number is None else float(number), error)
+
+
+def _from_struct(cell: dict[str, Any], read_path: Callable[[str], bytes] | None) -> tuple[bytes | None, str | None]:
+    """`{bytes, path}`, as `datasets` has it -> (bytes, None) or (None, why not)."""
+    path = cell.get("path")
+    if cell["bytes"] is not None or not path:
+        return cell["bytes"], None
+    if read_path is None or "://" in path:
+        return None, "only the path of a file, no bytes"
+    try:
+        return read_path(path), None
+    except UNREADABLE as error:
+        return None, f"{type(error).__name__}: {path.rpartition('/')[2]}"
+
+
+def _footer(file: File) -> pq.FileMetaData | str:
+    """A file's metadata, or why it has none."""
+    fs, path = fsspec.core.url_to_fs(file.uri)
+    try:
+        with fs.open(path, "rb") as raw:
+            return pq.read_metadata(raw)
+    except DAMAGE as error:
+        return f"no Parquet file, or one cut short: {error}"
+
+
+def _row_groups(file: File, footer: pq.FileMetaData | str) -> Iterator[Piece]:
+    common = {"uri": file.uri, "file": file.place, "stamp": file.stamp}
+    if isinstance(footer, str):
+        yield {**common, "place": file.place, "rows": 1, "bytes": 0, "damage": footer}
+        return
+    first = 0
+    for group in range(footer.num_row_groups):
+        about = footer.row_group(group)
+        place, size = (
+            f"{file.place}:{group}",
+            sum(about.column(i).total_compressed_size for i in range(about.num_columns)),
+        )
+        parts = {"place": place, "rows": about.num_rows, "bytes": size, "group": group, "first": first, "damage": None}
+        yield {**common, **parts}
+        first += about.num_rows
+
+
+def _fragment_stamp(fragment: lance.LanceFragment) -> str:
+    """Changes when files or deletions of the fragment do."""
+    about = fragment.metadata
+    deleted = about.deletion_file
+    return f"{'-'.join(file.path for file in about.files)}-{deleted.id if deleted else ''}"
+
+
+def _is_damage(error: OSError) -> bool:
+    """Whether a reader's OSError is about the file's content (Arrow has some of these) rather than the storage."""
+    return error.errno is None and any(word in str(error).lower() for word in DAMAGE_WORDS)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)

@@ -1,0 +1,143 @@
+"""Looking at images: what is let in, with which size, what is refused and why, and hashes that tell pictures apart."""
+
+import io
+import re
+import tracemalloc
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from pipelines import image_check
+from pipelines.image_check import check_image, digest, has_end, perceptual_hash
+
+pytestmark = pytest.mark.unit
+
+
+def bits_apart(first, second):
+    return (first ^ second).bit_count()
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_odd_images_are_let_in_with_their_upright_size(zoo, decode):
+    for name, data in zoo.good.items():
+        look = check_image(data, decode=decode)
+        with Image.open(io.BytesIO(data)) as image:
+            assert (look.width, look.height) == ImageOps.exif_transpose(image).size, name
+        assert look.phash is None
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_bad_images_are_refused_with_a_reason(zoo, decode):
+    for name, (data, reason) in zoo.bad.items():
+        with pytest.raises(ValueError) as caught:
+            check_image(data, decode=decode)
+        assert re.search(reason, str(caught.value)), (name, str(caught.value))
+
+
+def test_damage_inside_is_found_by_decoding_only(photo):
+    whole = photo(1, format="PNG")
+    data = bytearray(whole)
+    data[len(data) // 2] ^= 0xFF
+    check_image(bytes(data), decode=False)
+    with pytest.raises(ValueError, match="damaged PNG"):
+        check_image(bytes(data), decode=True)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_end_is_missing_at_any_cut(photo, format):
+    whole = photo(4, format=format)
+    assert has_end(whole, format) and has_end(whole + b"\0\0", format)
+    assert not any(has_end(whole[:-cut], format) for cut in (4, 20, 100, len(whole) // 2))
+
+
+def test_end_of_a_thumbnail_is_not_the_end(photo):
+    """Cameras put a whole JPEG into the header of the JPEG."""
+    thumbnail, out = photo(5, size=(32, 32)), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x927C] = thumbnail
+    Image.open(io.BytesIO(photo(6))).save(out, "JPEG", exif=exif)
+    data = out.getvalue()
+    assert thumbnail in data and has_end(data, "JPEG") and not has_end(data[:-30], "JPEG")
+
+
+def test_bomb_is_refused_before_it_is_decoded(zoo):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="900000000"):
+            check_image(zoo.bad["bomb.png"][0], with_phash=True)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["cut.jpg", "cut.png"])
+def test_unwanted_sizes_are_not_decoded(zoo, name):
+    asked = []
+    look = check_image(zoo.bad[name][0], keep=lambda height, width: asked.append((height, width)))
+    assert asked == [(64, 96)] == [(look.height, look.width)], "decoding it would have raised"
+    with pytest.raises(ValueError, match="damaged"):
+        check_image(zoo.bad[name][0], keep=lambda height, width: True)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_png_may_be_turned_too(decode):
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 8
+    Image.new("RGB", (30, 20)).save(out, "PNG", exif=exif)
+    data = out.getvalue()
+    assert (check_image(data, decode).height, check_image(data, decode).width) == (30, 20)
+    start = data.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    moved = data[:start] + data[stop:-12] + data[start:stop] + data[-12:]  # behind the pixels, as the format allows
+    assert check_image(moved, decode).height == 30
+
+
+def test_digest():
+    assert digest(b"abc") == "ba7816bf8f01cfea414140de5dae2223"
+
+
+def test_hash_is_imagehash_s_own(photo):
+    import imagehash
+
+    image = Image.open(io.BytesIO(photo(7, size=(100, 80), format="PNG")))
+    assert f"{perceptual_hash(image):016x}" == str(imagehash.phash(image))
+
+
+def test_hashes_of_the_same_picture_are_near_and_of_others_far(data):
+    """Real photos: recompressed, resized, turned by EXIF, as PNG; against each other."""
+    hashes = {}
+    for path in sorted((data / "coco-mini-cc" / "images").iterdir())[:20]:
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        variants = {
+            "jpeg 60": dict(format="JPEG", quality=60),
+            "png": dict(format="PNG", compress_level=1),
+            "half": dict(format="WEBP", quality=80),
+            "turned": dict(format="JPEG", quality=90, exif=exif),
+        }
+        hashes[path.name] = original = check_image(path.read_bytes(), with_phash=True).phash
+        for name, options in variants.items():
+            made = image.resize((image.width // 2, image.height // 2)) if name == "half" else image
+            made = made.transpose(Image.Transpose.ROTATE_90) if name == "turned" else made
+            made.save(out := io.BytesIO(), **options)
+            assert bits_apart(original, check_image(out.getvalue(), with_phash=True).phash) <= 4, (path.name, name)
+    values = list(hashes.values())
+    apart = [bits_apart(a, b) for number, a in enumerate(values) for b in values[:number]]
+    assert min(apart) > 11 and 28 < np.mean(apart) < 36
+
+
+def test_every_mode_can_be_hashed(zoo):
+    hashes = {name: check_image(data, with_phash=True).phash for name, data in zoo.good.items()}
+    assert all(0 <= value < 1 << 64 for value in hashes.values())
+    same = [hashes[name] for name in ("alpha.png", "animated.gif", "animated.webp", "png_named.jpg", "progressive.jpg")]
+    assert all(bits_apart(same[0], value) <= 4 for value in same), "the same picture in other clothes"
+
+
+def test_large_images_are_reduced_first(monkeypatch, photo):
+    """The hash of a large image is made from a small one: same picture, near hash."""
+    data = photo(8, size=(1500, 1000), format="PNG")
+    before = check_image(data, with_phash=True).phash
+    monkeypatch.setattr(image_check, "REDUCED", 100_000)
+    assert bits_apart(before, check_image(data, with_phash=True).phash) <= 2
