@@ -232,11 +232,11 @@ class TextToImage:
     def _warn_if_cut(self, prompts: Sequence[str]) -> None:
         """Says which encoders cannot take all of the prompts."""
         for name, encoder in self.encoders.items():
-            _, excess = encoder.tokenize(list(prompts))
+            _, excess = encoder.tokenize(list(dict.fromkeys(prompts)))
             if excess.any():
                 warnings.warn(
-                    f"encoder {name} reads {encoder.max_prompt_tokens} tokens of a prompt: {int((excess > 0).sum())} of "
-                    f"{len(prompts)} are longer, by {int(excess.max())} tokens at most; their ends are cut off",
+                    f"encoder {name} reads {encoder.max_prompt_tokens} tokens of a prompt; longer prompts: "
+                    f"{int((excess > 0).sum())}, by {int(excess.max())} tokens at most; their ends are cut off",
                     stacklevel=3,
                 )
 

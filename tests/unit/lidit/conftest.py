@@ -184,3 +184,60 @@ def make_inputs() -> Callable[..., dict[str, Any]]:
         }
 
     return make
+
+
+# -- from prompts to images -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A KL autoencoder of diffusers' own class: 4 channels, 8 times down, random weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = 4
+    autoencoder: Any = AutoencoderKL(
+        block_out_channels=(8,) * blocks, norm_num_groups=4, latent_channels=4, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+        scaling_factor=0.5, shift_factor=0.1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("vae")
+    autoencoder.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompt_encoders(llms: dict[str, Path]) -> dict[str, Any]:
+    """The two tiny LLMs as encoders that read 12 tokens of a prompt."""
+    from lidit.text import EncoderConfig, PromptEncoder
+
+    options: dict[str, Any] = dict(template="plain", dtype="fp32", max_prompt_tokens=12)
+    return {name: PromptEncoder(EncoderConfig(name, str(folder), **options), "cpu") for name, folder in llms.items()}
+
+
+@pytest.fixture(scope="session")
+def weights_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[..., Any],
+    prompt_encoders: dict[str, Any],
+    vae_folder: Path,
+) -> Path:
+    """Weights of a very small LIDiT for these encoders and this autoencoder, as the trainer exports them."""
+    import dataclasses
+
+    from lidit.diffusion import Flow, objective_to_dict
+    from lidit.vae import VAE
+    from lidit.weights import save_weights
+
+    encoders = {
+        name: {"config": dataclasses.asdict(encoder.config), "fingerprint": encoder.fingerprint()}
+        for name, encoder in prompt_encoders.items()
+    }
+    extra = {
+        "objective": objective_to_dict(Flow(shift=2.0)),
+        "encoders": encoders,
+        "vae": {"model": str(vae_folder), "fingerprint": VAE(str(vae_folder), device="cpu").fingerprint()},
+        "image_size": [32, 48],
+    }
+    model = make_model(encoders={name: encoder.width for name, encoder in prompt_encoders.items()})
+    return save_weights(tmp_path_factory.mktemp("weights") / "weights", model, extra=extra)
