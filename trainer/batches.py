@@ -20,8 +20,9 @@ import torch
 from lidit.diffusion import Objective
 from trainer.assemble import DROPPED, Assembler, Batch, Values
 from trainer.config import DataConfig
-from trainer.features import Features, Survey
+from trainer.features import Features
 from trainer.plan import Plan
+from trainer.survey import Survey
 
 __all__ = ["DROPPED", "Batch", "Batches"]
 

@@ -1,4 +1,4 @@
-"""The pinned feature table: opened at one version, checked, surveyed, and read by rows.
+"""The pinned feature table: opened at one version, checked, and read by rows. survey.py reads what is in it.
 
 Writers may append and clean up meanwhile: `pin` tags the version, and Lance's clean-up leaves a tagged version alone.
 """
@@ -13,14 +13,11 @@ from typing import Any
 import lance
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lidit import columns
 from lidit.buckets import parse_bucket
 from lidit.codec import bytes_per_token
-from trainer.plan import Rows, is_held_out, left_out
 
-SCAN_ROWS = 65536  # of the small columns, at a time
 METADATA_CACHE = 256 << 20  # bytes that Lance may keep of the files' metadata
 LATENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -69,18 +66,6 @@ class LatentsFormat:
     def size(self, bucket: str) -> int:
         """Bytes of a value in that bucket."""
         return int(np.prod(self.shape(bucket))) * LATENT_BYTES[self.codec]
-
-
-@dataclass
-class Survey:
-    """What the small columns say of the whole table."""
-
-    rows: Rows
-    total: int  # rows of the table
-    lengths: dict[
-        str, dict[str, np.ndarray]
-    ]  # text -> encoder -> (longest + 1,) int64, prompts of each number of tokens
-    sample_bytes: float  # of a trainable row as it is read, by the text mix
 
 
 class Features:
@@ -162,39 +147,10 @@ class Features:
                     f"set the phase's `resolution`, or its `latents` and `bucket` columns"
                 )
 
-    def survey(self, holdout: float = 0.0) -> Survey:
-        """Reads bucket and lengths of every row, a window at a time. `holdout`: share of rows kept for validation."""
-        total = int(self._ends[-1]) if len(self._ends) else 0
-        columns_of = {
-            text: {name: columns.length(text, name) for name in formats} for text, formats in self.embeds.items()
-        }
-        lengths = {text: {name: np.zeros(1, np.int64) for name in formats} for text, formats in self.embeds.items()}
-        names: dict[str, int] = {}
-        codes, texts = np.empty(total, np.uint8), np.zeros(total, np.uint8)
-        small = self.table.scanner(
-            columns=[self.bucket, *(column for by_name in columns_of.values() for column in by_name.values())],
-            batch_size=SCAN_ROWS,
-            batch_readahead=2,
-            fragment_readahead=2,
-            scan_in_order=True,
-        )
-        at = 0
-        for batch in small.to_batches():
-            here = slice(at, at + batch.num_rows)
-            numbers = _codes(batch.column(self.bucket), names)
-            if len(names) > left_out(codes) and codes.dtype == np.uint8:
-                codes = _wider(codes)
-            codes[here] = np.minimum(numbers, left_out(codes))
-            for bit, text in enumerate(self.texts):
-                has = np.ones(batch.num_rows, bool)
-                for name, column in columns_of[text].items():
-                    tokens = batch.column(column)
-                    has &= tokens.is_valid().to_numpy(zero_copy_only=False)
-                    lengths[text][name] = _added(lengths[text][name], np.bincount(tokens.drop_null().to_numpy()))
-                texts[here] |= has.astype(np.uint8) << bit
-            at += batch.num_rows
-        rows = _rows(codes, texts, names, holdout, len(self.texts))
-        return Survey(rows, total, lengths, self._sample_bytes(rows, lengths))
+    @property
+    def total(self) -> int:
+        """Rows of the table."""
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -275,20 +231,6 @@ class Features:
             raise ValueError(f"column {column!r} of {self.table.uri}: expected field metadata {', '.join(absent)}")
         return found
 
-    def _sample_bytes(self, rows: Rows, lengths: Mapping[str, Mapping[str, np.ndarray]]) -> float:
-        sizes = np.array([self.latents.size(bucket) for bucket in rows.buckets] or [0])
-        latents = float(np.average(sizes, weights=rows.counts)) if rows.counts.sum() else 0.0
-        prompts = (
-            sum(mean_length(lengths[text][name]) * form.bytes_per_token for name, form in self.embeds[text].items())
-            for text in self.texts
-        )
-        return latents + float(np.dot(self.shares, list(prompts)))
-
-
-def mean_length(histogram: np.ndarray) -> float:
-    """Prompts of 0, 1, 2 .. tokens -> the mean of their tokens; 0 where there are none."""
-    return float(np.dot(np.arange(len(histogram)), histogram) / max(1, histogram.sum()))
-
 
 def _open(uri: str, version: int | None) -> lance.LanceDataset:
     """Raises ValueError where there is no table, or that version of it is gone."""
@@ -302,58 +244,6 @@ def _open(uri: str, version: int | None) -> lance.LanceDataset:
             f"version {version} of {uri} cannot be opened: {reason}. If a clean-up removed it, this run cannot go on as it "
             f"was; start one of another `name` on the newest version"
         ) from error
-
-
-def _codes(column: pa.Array, names: dict[str, int]) -> np.ndarray:
-    """Bucket names -> their numbers, which `names` learns as they come; 65535 for null."""
-    encoded = pc.dictionary_encode(column)
-    numbers = [names.setdefault(name, len(names)) for name in encoded.dictionary.to_pylist()]
-    indices = pc.fill_null(encoded.indices, len(numbers)).to_numpy(zero_copy_only=False)
-    return np.array([*numbers, 65535], np.uint16)[indices]
-
-
-def _wider(codes: np.ndarray) -> np.ndarray:
-    """Bytes -> 16 bits, for tables of more buckets than fit."""
-    wider = codes.astype(np.uint16)
-    wider[codes == left_out(codes)] = left_out(wider)
-    return wider
-
-
-def _added(histogram: np.ndarray, more: np.ndarray) -> np.ndarray:
-    """The sum of two histograms, as long as the longer one."""
-    total = np.zeros(max(len(histogram), len(more)), np.int64)
-    total[: len(histogram)] += histogram
-    total[: len(more)] += more
-    return total
-
-
-def _rows(codes: np.ndarray, texts: np.ndarray, names: dict[str, int], holdout: float, text_count: int) -> Rows:
-    """Codes in order of appearance -> `Rows`: buckets sorted by name; rows that lack something or are held out left out.
-
-    `codes` are changed in place.
-    """
-    buckets, out = sorted(names), left_out(codes)
-    renamed = np.full(out + 1, out, codes.dtype)
-    for number, name in enumerate(buckets):
-        renamed[names[name]] = number
-    held, no_bucket, no_text = [], 0, 0
-    for start in range(0, len(codes), SCAN_ROWS):
-        part, has_text = renamed[codes[start : start + SCAN_ROWS]], texts[start : start + SCAN_ROWS] > 0
-        whole = (part != out) & has_text
-        no_bucket += int((part == out).sum())
-        no_text += int(((part != out) & ~has_text).sum())
-        kept_out = whole & is_held_out(np.arange(start, start + len(part)), holdout)
-        held.append((start + np.flatnonzero(kept_out), part[kept_out]))
-        codes[start : start + SCAN_ROWS] = np.where(whole & ~kept_out, part, out)
-    reasons = (("without latents", no_bucket), ("without embeddings", no_text))
-    return Rows(
-        codes,
-        buckets,
-        texts if text_count > 1 else None,
-        np.concatenate([rows for rows, _ in held]) if held else None,
-        np.concatenate([part for _, part in held]) if held else None,
-        {reason: count for reason, count in reasons if count},
-    )
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:

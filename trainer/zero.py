@@ -1,4 +1,4 @@
-"""TrainConfig -> DeepSpeed's dictionary. A pure function: what is not asked for in the config is derived from the model's width.
+"""TrainConfig -> DeepSpeed's dictionary, purely. What the config does not ask for is derived from the model's width.
 
 Sizes are in elements. A DiT block has about 25 D^2 weights (9 modulation, 4 self-attention, 4 cross-attention, 8 feed-forward),
 its largest matrix, the modulation, 9 D^2.
