@@ -1,4 +1,4 @@
-"""Ragged prompt embeddings as bytes: `encode` on the encoder's device, `decode` from a column and its field alone.
+"""Prompt embeddings and latents as bytes: `encode` on the model's device, `decode` from a column and its field alone.
 
 A row holds its L tokens one after the other, each of `bytes_per_token(codec, E)` bytes, little-endian:
 
@@ -10,6 +10,9 @@ A row holds its L tokens one after the other, each of `bytes_per_token(codec, E)
 
 The value of an fp8 token is `float8 * scale`, with `scale = max|x| / 448`, so that one token's outliers never spoil
 another token. L is the number of bytes over `bytes_per_token`; a prompt of no tokens is an empty value, not a null.
+
+Latents (C, H, W) lie channel by channel, row by row, each value a `bf16`, `fp16` or `fp32`; their height and width follow
+from the row's bucket.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ import numpy as np
 import torch
 
 from lidit import columns
+from lidit.buckets import parse_bucket
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 CODECS = ("bf16", "fp32", "fp8_e4m3")
+LATENT_CODECS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 
 # How far a decoded value may lie from what was encoded, as (share of the value, share of the token's largest value):
@@ -110,6 +115,73 @@ def finite_values(data: bytes | memoryview | pa.Buffer, codec: str, width: int) 
     raw = raw.reshape(-1, bytes_per_token(codec, width))
     scale = np.ascontiguousarray(raw[:, width:]).view("<f4")
     return bool(((raw[:, :width] & 127) != 127).all() and np.isfinite(scale).all())
+
+
+def bytes_per_value(codec: str) -> int:
+    """Bytes of one value of latents. ValueError where there is no such codec."""
+    if codec not in LATENT_CODECS:
+        raise ValueError(f"codec of latents: expected one of {', '.join(LATENT_CODECS)}, received {codec!r}")
+    return LATENT_CODECS[codec].itemsize
+
+
+def encode_latents(latents: torch.Tensor, codec: str) -> torch.Tensor:
+    """`latents` (B, C, H, W) float, on any device -> (B, C * H * W * bytes_per_value) uint8 on the same device.
+
+    Values beyond fp16's range become Inf: the caller's to catch.
+    """
+    size = bytes_per_value(codec)
+    packed = latents.to(LATENT_CODECS[codec]).contiguous().view(torch.uint8)
+    return packed.reshape(latents.shape[0], latents[0].numel() * size if len(latents) else 0)
+
+
+def decode_latents(
+    column: pa.Array | pa.ChunkedArray, field: pa.Field, buckets: pa.Array | pa.ChunkedArray | list[str | None]
+) -> list[np.ndarray | None]:
+    """A column of latents and its rows' buckets -> one float32 (C, H, W) per row, None where the row is null.
+
+    Needs only the field's metadata (`lidit:codec`, `lidit:channels`, `lidit:downscale`) and `HEIGHTxWIDTH` of every row.
+    Of a column of moments a row is (2C, H, W): mean, then deviation.
+
+    Raises:
+        ValueError: the field is not of latents, or a value does not have the size that its bucket says.
+    """
+    metadata = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
+    wanted = (columns.META_CODEC, columns.META_CHANNELS, columns.META_DOWNSCALE)
+    if any(key not in metadata for key in wanted):
+        raise ValueError(
+            f"column {field.name!r}: expected field metadata {', '.join(wanted)}, received {sorted(metadata)}; pass the field "
+            f"of the table's own schema"
+        )
+    codec, downscale = metadata[columns.META_CODEC], int(metadata[columns.META_DOWNSCALE])
+    planes = int(metadata[columns.META_CHANNELS]) * len(metadata.get(columns.META_MOMENTS, "mean").split(","))
+    names = buckets if isinstance(buckets, list) else buckets.to_pylist()
+    return [
+        None
+        if not value.is_valid
+        else decode_latents_bytes(value.as_buffer(), codec, (planes, *_latent_size(name, downscale)))
+        for value, name in zip(column, names, strict=True)
+    ]
+
+
+def decode_latents_bytes(data: bytes | memoryview | pa.Buffer, codec: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """The bytes of one row -> float32 of that shape (C, H, W). ValueError where they are not as many as it takes."""
+    raw, size = np.frombuffer(data, np.uint8), bytes_per_value(codec)
+    if raw.size != np.prod(shape) * size:
+        raise ValueError(
+            f"{codec} latents of shape {shape}: expected {np.prod(shape) * size:,} bytes, received {raw.size:,}; the column, "
+            f"its bucket and its metadata do not belong together"
+        )
+    if codec == "bf16":
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    return raw.view("<f2" if codec == "fp16" else "<f4").astype(np.float32).reshape(shape)
+
+
+def _latent_size(bucket: str | None, downscale: int) -> tuple[int, int]:
+    """(H, W) of the latents of a bucket."""
+    if bucket is None:
+        raise ValueError("a row has latents and no bucket: expected both or neither")
+    height, width = parse_bucket(bucket)
+    return height // downscale, width // downscale
 
 
 @functools.cache

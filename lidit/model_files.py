@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,20 +21,41 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def resolve_model(model: str, revision: str | None) -> Path:
+@dataclass(frozen=True)
+class ModelFiles:
+    """Which files a model of some kind is made of."""
+
+    weights: tuple[str, ...] = (WEIGHT_FILES,)
+    """Glob patterns of the weight files."""
+    index: str = "model.safetensors.index.json"
+    """The file that lists the shards, where there are several."""
+    tokenizer: bool = True
+    """Whether there must be a tokenizer."""
+
+
+LANGUAGE_MODEL = ModelFiles()
+AUTOENCODER = ModelFiles(
+    weights=("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors"),
+    index="diffusion_pytorch_model.safetensors.index.json",
+    tokenizer=False,
+)  # diffusers' own names; its `.fp16` variants and single-file checkpoints beside them are not read
+
+
+def resolve_model(model: str, revision: str | None, files: ModelFiles = LANGUAGE_MODEL) -> Path:
     """A local folder, or a hub id with a pinned commit -> the folder that holds the model's files.
 
-    A relative path is looked up from the working directory, then from the project's root. Hub ids need `revision` to be
-    a full commit hash: a branch name would let two runs of one job read two different models.
+    A relative path is looked up from the working directory, then from the project's root. A hub id is `owner/name`, or
+    `owner/name/folder` for a model that lies in a folder of its repository. Hub ids need `revision` to be a full commit
+    hash: a branch name would let two runs of one job read two different models.
 
     Raises:
         ValueError: nothing is there, files are missing or cut short, or the revision is not pinned.
     """
     for folder in (Path(model), PROJECT_ROOT / model):
         if folder.is_dir():
-            check_model_folder(folder)
+            check_model_folder(folder, files)
             return folder.resolve()
-    if model.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if model.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", model):
         raise ValueError(
             f"model {model!r}: expected a folder with config.json, or a hub id `owner/name`; nothing is there"
         )
@@ -44,30 +66,37 @@ def resolve_model(model: str, revision: str | None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    owner, name, *inner = model.split("/")
+    patterns = [*files.weights, "*.json", *(TOKENIZER_FILES if files.tokenizer else ())]
     try:
-        path = snapshot_download(model, revision=revision, allow_patterns=[WEIGHT_FILES, "*.json", *TOKENIZER_FILES])
+        path = snapshot_download(
+            f"{owner}/{name}", revision=revision, allow_patterns=["/".join([*inner, pattern]) for pattern in patterns]
+        )
     except Exception as error:  # the hub client raises its own, its HTTP library's and OSError: all mean the same here
         raise ValueError(
             f"model {model!r} at {revision[:12]}: expected to find it in the local hub cache or on the hub, "
             f"received {type(error).__name__}: {error}; check the name and the network, or give the path of a folder"
         ) from error
-    check_model_folder(Path(path))
-    return Path(path)
+    folder = Path(path, *inner)
+    if not folder.is_dir():
+        raise ValueError(f"model {model!r} at {revision[:12]}: the repository has no such folder, or no model in it")
+    check_model_folder(folder, files)
+    return folder
 
 
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path, files: ModelFiles = LANGUAGE_MODEL) -> None:
     """Raises ValueError unless config.json, a tokenizer and whole safetensors files (every shard) are there."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder {folder}: expected config.json, received {_listing(folder)}")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if files.tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(
             f"model folder {folder}: expected a tokenizer (tokenizer.json or the like), {_listing(folder)}"
         )
-    index = folder / "model.safetensors.index.json"
+    index = folder / files.index
     wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    present = {path.name for path in folder.glob(WEIGHT_FILES)}
+    present = {path.name for path in _weight_files(folder, files)}
     if not present or wanted - present:
-        missing = ", ".join(sorted(wanted - present)) or WEIGHT_FILES
+        missing = ", ".join(sorted(wanted - present)) or files.weights[0]
         raise ValueError(
             f"model folder {folder}: missing {missing} ({_listing(folder)}); "
             f"only safetensors weights are read, convert pickled ones first"
@@ -83,17 +112,19 @@ def check_model_folder(folder: Path) -> None:
             ) from error
 
 
-def weights_digest(folder: Path) -> str:
+def weights_digest(folder: Path, files: ModelFiles = LANGUAGE_MODEL) -> str:
     """sha256 over the digests of all weight files, in name order (files are hashed in parallel)."""
-    return _digest(sorted(folder.glob(WEIGHT_FILES)))
+    return digest_of_files(_weight_files(folder, files))
 
 
 def tokenizer_digest(folder: Path) -> str:
     """sha256 over the tokenizer's files, chat template included."""
-    return _digest([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()])
+    return digest_of_files([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()])
 
 
-def _digest(paths: list[Path]) -> str:
+def digest_of_files(paths: list[Path]) -> str:
+    """sha256 over names and digests of the files, in the order given."""
+
     def file_digest(path: Path) -> str:
         stat = path.stat()
         return _file_digest(path, stat.st_size, stat.st_mtime_ns)
@@ -109,6 +140,10 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
     """Digest of a file as it was then: one job asks for it several times."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _weight_files(folder: Path, files: ModelFiles) -> list[Path]:
+    return sorted({path for pattern in files.weights for path in folder.glob(pattern)})
 
 
 def _listing(folder: Path) -> str:

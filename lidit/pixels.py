@@ -1,0 +1,165 @@
+"""Encoded image bytes -> upright RGB pixels of a bucket's size: safe to call on whatever the web holds.
+
+What is done to an image, in this order; all of it but the limits is part of what stored latents depend on (`RULES`):
+
+- The header is read, by the formats in `FORMATS` alone and whatever the file is called; an image of more than
+  `MAX_PIXELS` is refused before anything is decoded.
+- A JPEG that is much larger than needed is decoded at a half, a quarter or an eighth of its size, as long as twice the
+  bucket's size is left; of an animation the first frame is taken.
+- 16-bit grey is brought to 8 bits, transparent parts become white, and every other mode is converted to RGB. Colour
+  profiles are not applied.
+- The centred part of the bucket's aspect ratio is resized to the bucket's size, antialiased (Lanczos), and turned upright
+  as its EXIF orientation says.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
+from torch import Tensor
+
+from lidit.buckets import Bucket, bucket_name, centre_box, nearest_bucket, upscale_needed
+
+# Formats that are pictures of pixels; none of their decoders starts another program, as that of EPS does.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")  # a JPEG with several pictures (MPO) is a JPEG
+MAX_PIXELS = 100_000_000  # of an image's header
+LARGE_PIXELS = 16_000_000  # decoded images above it are held in memory by one thread at a time
+DRAFT_MARGIN = 2  # a JPEG is decoded at no less than so many times the size needed
+RULES = "upright, first frame, centre box, lanczos, white behind, jpeg draft 2x"
+"""The treatment above in a few words, for fingerprints: change it whenever a pixel may come out differently."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF orientation -> what makes the image upright
+
+large_images = threading.Lock()
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message is a reason fit for a table."""
+
+
+def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Bytes -> an image of which only the header has been read.
+
+    Raises:
+        ImageError: no image, of an unknown format, or larger than `max_pixels`.
+    """
+    if not len(data):
+        raise ImageError("0 bytes: expected an image file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        begin = bytes(data[:12])
+        raise ImageError(
+            f"not an image of a format known here ({', '.join(FORMATS)}): begins with {begin!r}"
+        ) from error
+    except Exception as error:  # Pillow's size limit, and whatever a damaged header makes a format's reader raise
+        raise ImageError(f"the header cannot be read: {type(error).__name__}: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"{width} x {height} pixels: more than the {max_pixels:,} allowed")
+    if width < 1 or height < 1:
+        raise ImageError(f"{width} x {height} pixels: expected at least one")
+    return image
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 where there is none, no such one, or (TIFF) Pillow itself turns."""
+    if image.format == "TIFF":
+        return 1
+    found = image.getexif().get(Base.Orientation, 1)
+    return found if found in UPRIGHT else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) in pixels after EXIF rotation."""
+    width, height = image.size
+    return (width, height) if orientation(image) >= 5 else (height, width)
+
+
+def bucket_pixels(
+    data: bytes | memoryview, buckets: Sequence[Bucket], max_upscale: float = 1.25, max_pixels: int = MAX_PIXELS
+) -> tuple[Bucket, np.ndarray]:
+    """Bytes -> (nearest bucket, uint8 (height, width, 3) of exactly its size). May run in many threads at once.
+
+    Args:
+        data: the image file as it came.
+        buckets: (height, width) of each, in pixels.
+        max_upscale: how many times smaller than its bucket an image may be.
+        max_pixels: of the header; more is refused before anything is decoded.
+
+    Raises:
+        ImageError: no image, damaged, too large, or too small for its bucket.
+    """
+    image = open_image(data, max_pixels)
+    try:
+        turn = orientation(image)
+        height, width = upright_size(image)
+        bucket = nearest_bucket(height, width, buckets)
+        if (factor := upscale_needed(height, width, bucket)) > max_upscale:
+            raise ImageError(
+                f"{height} x {width} pixels (height x width): bucket {bucket_name(bucket)} would need it {factor:.2f} times "
+                f"larger, more than the {max_upscale:g} allowed"
+            )
+        size = bucket if turn < 5 else (bucket[1], bucket[0])  # (height, width) as the file lies
+        image.draft(None, (round(image.width * DRAFT_MARGIN * factor), round(image.height * DRAFT_MARGIN * factor)))
+        if image.width * image.height <= LARGE_PIXELS:
+            pixels = _resized(image, size)
+        else:
+            with large_images:
+                pixels = _resized(image, size)
+        if turn in UPRIGHT:
+            pixels = pixels.transpose(UPRIGHT[turn])
+    except ImageError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its decoder raise
+        raise ImageError(f"damaged {image.format}: {type(error).__name__}: {error}") from error
+    return bucket, np.asarray(pixels)
+
+
+def _resized(image: Image.Image, size: Bucket) -> Image.Image:
+    """The centred part of the aspect ratio of `size` (height, width), as RGB of that size."""
+    image.load()
+    flat = eight_bits(image)
+    box = centre_box(flat.height, flat.width, size)
+    return flat.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0).convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Any mode -> L or RGB, 8 bits a channel; transparent parts lie on white."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ImageError(f"{image.mode} values from {values.min()} to {values.max()}: expected 16 bits at most")
+        return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ImageError("floating-point values: expected 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        behind = Image.new("RGBA", coloured.size, "white")
+        return Image.alpha_composite(behind, coloured).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def to_unit_range(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 (B, height, width, 3) -> (B, 3, height, width) in [-1, 1], on the same device."""
+    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(dtype)
+
+
+def to_bytes(pixels: Tensor) -> np.ndarray:
+    """pixels (B, 3, height, width), [-1, 1] where nothing overshoots -> uint8 (B, height, width, 3) to look at."""
+    scaled = (pixels.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
