@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from demo.world import Group, Relation, Scene, relation_between, stated_relations
@@ -71,7 +73,7 @@ def canonical_caption(scene: Scene) -> str:
         for group in groups
     ]
     sentences = [f"{join(phrases)} on a {scene.background} background."]
-    for first, second in zip(order, order[1:]):
+    for first, second in itertools.pairwise(order):
         relation = relation_between(scene, first, second)
         if relation is not None:
             subject, other = scene.groups[first], scene.groups[second]

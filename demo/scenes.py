@@ -149,7 +149,7 @@ def truth(scene: Scene, height: int = 1, width: int = 1) -> dict[str, Any]:
 
 
 def example(seed: int, height: int, width: int) -> dict[str, Any]:
-    """One sample: PNG bytes, size in pixels, dense caption, original caption (may be None) and truth as JSON."""
+    """One sample: PNG bytes, size in pixels, original caption (may be None), and truth as JSON with a dense `caption`."""
     scene = make_scene(seed)
     buffer = io.BytesIO()
     render(scene, height, width).save(buffer, format="PNG")
@@ -157,7 +157,6 @@ def example(seed: int, height: int, width: int) -> dict[str, Any]:
         "image_bytes": buffer.getvalue(),
         "height": height,
         "width": width,
-        "caption": describe(scene, 0),
         "caption_original": noisy_caption(scene, 0),
-        "truth": json.dumps(truth(scene, height, width)),
+        "truth": json.dumps({**truth(scene, height, width), "caption": describe(scene, 0)}),
     }

@@ -182,7 +182,7 @@ def train(
 def save_checkpoint(
     path: Path,
     recipe: dict[str, Any],
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     optimizers: list[torch.optim.Optimizer],
     step: int,
     seconds: float,
@@ -201,7 +201,7 @@ def save_checkpoint(
 
 
 def restore(
-    path: Path, recipe: dict[str, Any], model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]
+    path: Path, recipe: dict[str, Any], model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> tuple[int, float, list[float]]:
     """Load the checkpoint if there is one; the step to go on from, wall seconds so far, and the last losses."""
     if not path.exists():

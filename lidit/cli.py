@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 JOBS = {
     "ingest": ("pipelines.ingest", "rows of a source -> the samples table"),
+    "recaption": ("pipelines.recaption", "images -> captions by a vision-language model, behind a quality gate"),
     "embed": ("pipelines.embed", "text columns -> prompt embeddings of several LLMs"),
     "verify": ("pipelines.verify", "checks a store: counts, checksums, embeddings against an independent path"),
     "sample": ("lidit.sample", "trained weights and a prompt -> images"),

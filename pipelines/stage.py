@@ -7,6 +7,7 @@ the driver attaches finished files in batches. Whatever is killed, and whenever:
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from pipelines.progress import JobProgress
 from pipelines.runs import Run
 from pipelines.summary import Summary
 from pipelines.table import ColumnFile, Table, field_differences, is_ours
-from pipelines.worker import EXAMPLES, READS, FragmentWorker, Stage
+from pipelines.worker import EXAMPLES, MAY_BE_NULL, READS, FragmentWorker, Stage, add_examples, columns_read
 
 COMMIT_SHARE = 0.005  # of the time at most, the last commit apart
 PASSES = 5  # over what is still missing, when others changed fragments under this run
@@ -83,6 +84,7 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
     fields = [*stage.writes(config), pa.field(columns.error(stage.name), pa.string())]
     dataset = table.open()
     _check_reads(stage, fields[:-1], dataset, table)
+    _check_owner(stage, fields[:-1], dataset, table)
     start = time.monotonic()
     if config.dry_run:
         return _plan(stage, config, table, fields[:-1])
@@ -174,6 +176,7 @@ class _Pass:
                 summary.rows += int(result["counts"].get("rows", 0))
                 summary.errors += result["errors"]
                 summary.bytes_written += file.size
+                add_examples(summary.examples, result["kinds"])
                 summary.error_examples += [
                     {"fragment": result["fragment"], **example} for example in result["examples"]
                 ]
@@ -204,6 +207,19 @@ def _check_reads(stage: type[Stage], fields: list[pa.Field], dataset: lance.Lanc
             f"{stage.name} reads column {absent[0]!r}, which {table.uri} does not have; it has "
             f"{', '.join(dataset.schema.names)}"
         )
+
+
+def _check_owner(stage: type[Stage], fields: list[pa.Field], dataset: lance.LanceDataset, table: Table) -> None:
+    """Refuses to touch, `--overwrite` or not, a column that this stage did not make."""
+    for wanted in fields:
+        if wanted.name in dataset.schema.names:
+            metadata = dataset.schema.field(wanted.name).metadata or {}
+            owner = metadata.get(columns.META_STAGE.encode(), b"").decode()
+            if owner != stage.name:
+                raise ValueError(
+                    f"column {wanted.name!r} of {table.uri} was {f'made by {owner}' if owner else 'ingested'}, not made by "
+                    f"{stage.name}: it stays as it is; give the new column another name, or use another store"
+                )
 
 
 def _reads(fields: list[pa.Field]) -> list[str]:
@@ -245,8 +261,8 @@ def _units(table: Table, fields: list[pa.Field]) -> tuple[list[dict[str, Any]], 
 
 def _has_gaps(fragment: lance.LanceFragment, stored: pa.Field) -> bool:
     """Whether some row has the column read, and neither the column made from it nor a reason."""
-    if pa.types.is_large_binary(stored.type):
-        return False  # a small column of the same stage tells as well
+    if pa.types.is_large_binary(stored.type) or MAY_BE_NULL.encode() in stored.metadata:
+        return False  # another column of the same stage tells as well
     metadata = {key.decode(): value.decode() for key, value in stored.metadata.items()}
     reason = columns.error(metadata[columns.META_STAGE])
     gaps = f"{metadata[READS]} IS NOT NULL AND {stored.name} IS NULL AND {reason} IS NULL"
@@ -254,14 +270,23 @@ def _has_gaps(fragment: lance.LanceFragment, stored: pa.Field) -> bool:
 
 
 def _overwrite(table: Table, fields: list[pa.Field]) -> None:
-    """Drops the columns that were made differently, or are complete; half-done ones of this fingerprint go on."""
+    """Drops the columns that were made differently, or are complete; half-done ones of this fingerprint go on.
+
+    What other stages made from a dropped column goes with it: it would no longer be true.
+    """
     schema = table.open().schema
     present = [f for f in fields[:-1] if f.name in schema.names]
     complete = not _units(table, present)[0]
     drop = {f.name for f in present if complete or field_differences(schema.field(f.name), f, columns.META_FINGERPRINT)}
     stage = fields[0].metadata[columns.META_STAGE.encode()]
     kept = [f for f in schema if (f.metadata or {}).get(columns.META_STAGE.encode()) == stage and f.name not in drop]
-    table.drop(drop if kept else drop | {fields[-1].name})
+    made_from = {f.name for f in schema if (f.metadata or {}).get(READS.encode(), b"").decode() in drop}
+    if made_from:
+        print(
+            f"dropped with {', '.join(sorted(drop))}, being made from it: {', '.join(sorted(made_from))}",
+            file=sys.stderr,
+        )
+    table.drop(drop | made_from if kept else drop | made_from | {fields[-1].name})
 
 
 def _plan(stage: type[Stage], config: StageConfig, table: Table, fields: list[pa.Field]) -> Summary:
@@ -272,7 +297,7 @@ def _plan(stage: type[Stage], config: StageConfig, table: Table, fields: list[pa
     rows = sum(unit["rows"] for unit in units)
     start_ray()
     smallest, largest, num_gpus = resolve_actors(config.actors)
-    per_row = stage.bytes_per_row(config, dataset.head(SAMPLE_ROWS, columns=_reads(fields)), fields)
+    per_row = stage.bytes_per_row(config, dataset.head(SAMPLE_ROWS, columns=columns_read(fields, schema.names)), fields)
     plan = [f"table      {table.uri}, version {dataset.version}, {dataset.count_rows():,} rows"]
     for wanted in fields:
         state = "new"

@@ -19,7 +19,9 @@ from lidit import columns
 from pipelines.pool import Attempt
 from pipelines.table import ColumnFileWriter, Table, column_holder, field_differences, field_ids, missing_in
 
-READS = "lidit:reads"  # field metadata: the column that a column is made from
+READS = "lidit:reads"  # field metadata: the column that a column is made from; without it there is nothing to do
+ALSO_READS = "lidit:also_reads"  # field metadata: a column that is looked at too where it is there
+MAY_BE_NULL = "lidit:may_be_null"  # field metadata: null is an answer too; another column of the stage tells why
 STAGE_KEY = columns.META_STAGE.encode()
 EXAMPLES = 5  # errors of a fragment that are shown in the summary
 
@@ -31,6 +33,11 @@ class Columns:
     arrays: dict[str, pa.Array]
     errors: dict[int, str] = field(default_factory=dict)  # row of the window -> why its values are null
     counts: dict[str, float] = field(default_factory=dict)  # added up for progress and summary
+    examples: dict[str, list[str]] = field(default_factory=dict)  # for the summary: a few texts of each kind
+
+
+class Unavailable(RuntimeError):
+    """Something that a stage needs cannot be used now, such as a server: the job stops, and no row is marked as failed."""
 
 
 class Stage(Protocol):
@@ -95,6 +102,7 @@ class FragmentWorker:
             "errors": len(task.errors),
             "examples": [{"row": row, "error": task.errors[row]} for row in sorted(task.errors)[:EXAMPLES]],
             "counts": dict(task.counts),
+            "kinds": task.kinds,
             "begun": begun,
             "ended": time.time(),
         }
@@ -115,10 +123,11 @@ class _Task:
         self.replaces = {name: path for name, path in holders.items() if path is not None}
         self.earlier_errors = self._earlier_errors() if self.error_column in self.replaces else {}
         self.schema = pa.schema([dataset.schema.field(name) for name in [*wanted, self.error_column]])
-        self.reads = sorted({self.schema.field(name).metadata[READS.encode()].decode() for name in wanted})
+        self.reads = columns_read([self.schema.field(name) for name in wanted], dataset.schema.names)
         self.writer = ColumnFileWriter(worker.table.uri, self.schema, worker.run_id)
         self.errors: dict[int, str] = {}
         self.counts: Counter[str] = Counter()
+        self.kinds: dict[str, list[str]] = {}
         self.attempt: Attempt = ray.get(self.tracker.begin.remote(str(self.fragment_id)))
 
     def run(self) -> Any:
@@ -158,6 +167,8 @@ class _Task:
         if not suspect:
             try:
                 parts = [self._piece(first, stop, window)]
+            except Unavailable:
+                raise
             except Exception:  # some row of it: each is tried alone below, and keeps its own error
                 suspect = True
         if suspect:
@@ -167,12 +178,15 @@ class _Task:
                     continue
                 try:
                     parts.append(self._piece(position, position + 1, window.slice(row, 1)))
+                except Unavailable:
+                    raise
                 except Exception as error:
                     parts.append(self._null_row(f"{type(error).__name__}: {error}"))
         merged = self._merge(parts)
         for row, reason in merged.errors.items():
             self.errors[int(positions[row])] = reason
         self.counts.update(merged.counts)  # type: ignore[arg-type]
+        add_examples(self.kinds, merged.examples)
         texts = [self._error_text(int(position)) for position in positions]
         arrays = [merged.arrays[name] for name in self.wanted]
         return pa.record_batch([*arrays, pa.array(texts, pa.string())], self.schema)
@@ -202,6 +216,7 @@ class _Task:
             for reason in part.errors.values():
                 merged.errors[row] = reason
             counts.update(part.counts)  # type: ignore[arg-type]
+            add_examples(merged.examples, part.examples)
         merged.counts = dict(counts)
         return merged
 
@@ -234,3 +249,16 @@ class _Task:
         return (
             "; ".join(text for text in (self.earlier_errors.get(position), self.errors.get(position)) if text) or None
         )
+
+
+def columns_read(fields: list[pa.Field], present: list[str]) -> list[str]:
+    """The columns that these are made from, those looked at too included where they are present."""
+    needed = {field.metadata[READS.encode()].decode() for field in fields}
+    along = {field.metadata.get(ALSO_READS.encode(), b"").decode() for field in fields}
+    return sorted(needed | (along & set(present)))
+
+
+def add_examples(held: dict[str, list[str]], more: dict[str, list[str]]) -> None:
+    """Keeps the first `EXAMPLES` texts of each kind."""
+    for kind, texts in more.items():
+        held[kind] = [*held.get(kind, []), *texts][:EXAMPLES]

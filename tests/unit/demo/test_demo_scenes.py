@@ -28,7 +28,7 @@ def test_example_holds_what_it_says():
     for seed in range(40):
         height, width = image_size(seed)
         sample = example(seed, height, width)
-        assert set(sample) == {"image_bytes", "height", "width", "caption", "caption_original", "truth"}
+        assert set(sample) == {"image_bytes", "height", "width", "caption_original", "truth"}
         image = Image.open(io.BytesIO(sample["image_bytes"]))
         assert image.format == "PNG" and image.mode == "RGB" and image.size == (width, height)
         assert json.loads(sample["truth"])["background"] in BACKGROUNDS

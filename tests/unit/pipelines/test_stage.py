@@ -14,6 +14,7 @@ from pipelines.stage import (
     CommitConfig,
     ErrorRateExceeded,
     StageConfig,
+    _check_owner,
     _check_reads,
     _overwrite,
     _Pass,
@@ -22,7 +23,7 @@ from pipelines.stage import (
 )
 from pipelines.summary import Summary
 from pipelines.table import ColumnFileWriter
-from pipelines.worker import READS
+from pipelines.worker import MAY_BE_NULL, READS
 
 pytestmark = pytest.mark.unit
 
@@ -118,6 +119,23 @@ def test_compacted_fragments_that_are_complete_are_left_alone(table):
     assert table.open().to_table().to_pylist() == before
 
 
+def test_null_of_a_column_that_may_be_null_is_no_gap(table):
+    """`a` may be null where `b` tells why: only a null `b` makes the fragment unfinished."""
+    a = A.with_metadata({**A.metadata, MAY_BE_NULL: "b"})
+    table.attach([column_file(table, fragment, values=[None, None]) for fragment in range(3)])
+    table.open().optimize.compact_files()
+    assert _units(table, [A, B])[0] and _units(table, [a, B]) == ([], 0)
+
+
+def test_columns_of_others_are_never_touched(table):
+    table.declare([made_field("c").with_metadata({columns.META_STAGE: "latents"})], columns.META_FINGERPRINT)
+    with pytest.raises(ValueError, match=r"column 'caption' of .* was ingested, not made by embed: it stays as it is"):
+        _check_owner(NamedStage, [A, made_field("caption")], table.open(), table)
+    with pytest.raises(ValueError, match=r"column 'c' of .* was made by latents, not made by embed"):
+        _check_owner(NamedStage, [made_field("c")], table.open(), table)
+    _check_owner(NamedStage, [A, B, made_field("new")], table.open(), table)
+
+
 def test_column_to_read_that_is_not_there(table):
     fields = [made_field("x", reads="caption_vlm"), A]
     assert _reads(fields) == ["caption", "caption_vlm"]
@@ -155,6 +173,15 @@ def test_overwrite_makes_complete_columns_anew(table):
     assert not {"a", "b", "embed_error"} & set(table.open().schema.names)
 
 
+def test_overwrite_takes_along_what_was_made_from_it(table, capsys):
+    table.declare([made_field("from_a", reads="a"), made_field("from_b", reads="b")], columns.META_FINGERPRINT)
+    table.attach([column_file(table, fragment) for fragment in range(3)])
+    _overwrite(table, [made_field("a", weights="w2"), ERROR])
+    names = set(table.open().schema.names)
+    assert not {"a", "from_a"} & names and {"b", "from_b", "embed_error"} <= names
+    assert "dropped with a, being made from it: from_a" in capsys.readouterr().err
+
+
 def test_overwrite_of_nothing(fill):
     table = fill([["one"]])
     _overwrite(table, [A, B, ERROR])
@@ -181,6 +208,7 @@ def result(file, errors=0, **counts):
         "errors": errors,
         "examples": examples,
         "counts": {"rows": file.rows, "errors": errors, **counts},
+        "kinds": {"ok": [f"caption {number}" for number in range(4)]},
     }
 
 
@@ -239,6 +267,7 @@ def test_commit_shows_a_few_examples_only(make_pass, table):
     made.pending = [result(column_file(table, fragment), errors=4) for fragment in range(3)]
     made._commit()
     assert len(made.summary.error_examples) == stage.EXAMPLES and made.summary.errors == 12
+    assert made.summary.examples == {"ok": ["caption 0", "caption 1", "caption 2", "caption 3", "caption 0"]}
 
 
 def test_run_that_may_be_taken_for_dead_commits_nothing(make_pass, table):

@@ -67,3 +67,16 @@ def test_text_of_counts_without_slots():
 
 def test_dry_run():
     assert Summary("embed", "s", dry_run=True, ok=True).to_text().endswith("dry run: nothing was changed")
+
+
+def test_statuses_with_examples_the_commonest_first():
+    summary = Summary("recaption", "s", ok=True, rows=10)
+    summary.counts = {"status_refusal": 2, "status_ok": 7, "blank_checked": 3, "blank_same": 1}
+    summary.examples = {"ok": ["A red circle."], "refusal": ["Sorry, " + "x" * 500]}
+    lines = summary.to_text().splitlines()
+    assert lines[2:4] == [
+        '  ok         7 rows, such as "A red circle."',
+        f'  refusal    2 rows, such as "Sorry, {"x" * 153}"',
+    ]
+    assert "3 images were also shown blank: 1 captions stayed the same" in lines[4]
+    assert json.loads(summary.to_json())["examples"]["ok"] == ["A red circle."]

@@ -8,7 +8,7 @@ import pytest
 
 from lidit import columns
 from pipelines.table import ColumnFileWriter
-from pipelines.worker import Columns, _Task
+from pipelines.worker import ALSO_READS, EXAMPLES, READS, Columns, Unavailable, _Task, add_examples, columns_read
 
 pytestmark = pytest.mark.unit
 
@@ -64,6 +64,40 @@ def test_pieces_are_merged_row_by_row(task):
 def test_one_piece_is_itself(task):
     whole = Columns({"a": pa.array([b"1", b"2"]), "b": pa.array([1, 2])}, {1: "bad"}, {"rows": 2})
     assert task._merge([whole]) is whole
+
+
+def test_examples_of_pieces_are_kept_by_kind(task):
+    parts = [piece(b"x"), piece(b"y")]
+    parts[0].examples, parts[1].examples = {"ok": ["one"]}, {"ok": ["two"], "empty": [""]}
+    assert task._merge(parts).examples == {"ok": ["one", "two"], "empty": [""]}
+    held = {}
+    for number in range(9):
+        add_examples(held, {"ok": [str(number)]})
+    assert held["ok"] == [str(number) for number in range(EXAMPLES)]
+
+
+def test_columns_looked_at_too_are_read_where_they_are_there():
+    fields = [
+        pa.field("a", pa.string(), metadata={READS: "image", ALSO_READS: "caption_original"}),
+        pa.field("b", pa.string(), metadata={READS: "image"}),
+    ]
+    assert columns_read(fields, ["image_id", "image"]) == ["image"]
+    assert columns_read(fields, ["image", "caption_original", "truth"]) == ["caption_original", "image"]
+
+
+def test_what_is_unavailable_is_no_fault_of_a_row(task):
+    """It passes through, where any other exception becomes the error of a row."""
+
+    def piece_(first, stop, window):
+        raise Unavailable("the server is down")
+
+    task._piece, task.attempt = piece_, SimpleNamespace(careful=[], quarantined=[])
+    with pytest.raises(Unavailable, match="is down"):
+        task._compute(np.arange(3), batch(0, 1, 2))
+    task.attempt.careful = [(0, 3)]
+    with pytest.raises(Unavailable, match="is down"):
+        task._compute(np.arange(3), batch(0, 1, 2))
+    assert task.errors == {}
 
 
 def test_reasons_of_earlier_runs_are_kept(task):

@@ -1,0 +1,243 @@
+"""Describes images with a vision-language model: `image` -> `caption`, `caption_status`, `caption_tokens`.
+
+Every caption passes a quality gate: empty, refused, cut off, repetitive, in the wrong script, too short, or (a sample of
+images is also shown blank) written without looking. What does not pass is tried again with other seeds; what never passes
+is null with its status, and training then reads `caption_original`. Equal images are described once per window.
+
+Engines: `transformers` runs any image-text-to-text model here; `openai` asks a server of that protocol. Run again to resume.
+With no arguments it describes the scenes of ./store with the demo's tiny VLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+
+from lidit import columns
+from lidit.caption_gate import IMAGE_IGNORED, OK, GateConfig, judge, same_text
+from lidit.caption_image import IMAGE_RULES
+from lidit.caption_request import INSTRUCTION, CaptionAnswer, CaptionEngine, CaptionRequest, prompt_text
+from lidit.captioner import Captioner, VlmConfig
+from pipelines.endpoint import EndpointCaptioner, EndpointConfig
+from pipelines.stage import StageConfig, run_stage
+from pipelines.summary import Summary
+from pipelines.worker import ALSO_READS, EXAMPLES, MAY_BE_NULL, READS, Columns
+
+WINDOW_ROWS = 256  # images in memory at a time, encoded
+TYPICAL_BYTES = 400  # of a caption, for the estimate of a dry run
+DEMO_VLM = VlmConfig("demo/vlm", dtype="fp32")
+
+
+@dataclass(frozen=True)
+class RecaptionConfig(StageConfig):
+    """The recaption job."""
+
+    column: str = columns.CAPTION
+    """Column of the captions; `<column>_status` and `<column>_tokens` come with it. Another name keeps captions of several
+    models side by side."""
+    engine: Literal["transformers", "openai"] = "transformers"
+    """`transformers`: the model of `vlm` runs here. `openai`: the server of `endpoint` is asked."""
+    vlm: VlmConfig = DEMO_VLM
+    """The model of the engine `transformers`."""
+    endpoint: EndpointConfig = EndpointConfig()
+    """The server of the engine `openai`."""
+    instruction: str = INSTRUCTION
+    """What is asked of every image."""
+    hint: bool = False
+    """Also show the model `caption_original`, where there is one, as a text that may be wrong."""
+    max_new_tokens: int = 256
+    """Longest caption, in tokens; what is cut off there does not pass the gate."""
+    image_side: int = 1024
+    """Larger images are brought to this longer side, in pixels, before the model's own processing."""
+    temperature: float = 0.0
+    """Of the first try; 0 takes the likeliest word each time."""
+    retry_temperature: float = 0.7
+    """Of every further try, if higher than `temperature`."""
+    retries: int = 2
+    """Further tries, each with another seed, of a caption that does not pass the gate."""
+    seed: int = 0
+    """Decides what is drawn, together with image and prompt: the same row gives the same caption, whatever stands beside it."""
+    gate: GateConfig = GateConfig()
+    """What a caption must be like."""
+    blank_share: float = 0.02
+    """Share of images (0 to 1) that are also shown blank: a caption that stays the same did not look."""
+    batch_tokens: int = 16384
+    """Tokens of one batch of the engine `transformers`, images and room for the answers included. Lower it if a GPU runs out
+    of memory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.column.isidentifier():
+            raise ValueError(f"column: expected letters, digits and underscores, received {self.column!r}")
+        if not self.instruction.strip():
+            raise ValueError("instruction: expected words, received none")
+        if min(self.max_new_tokens, self.image_side, self.batch_tokens) < 1:
+            raise ValueError("max_new_tokens, image_side, batch_tokens: expected at least 1 each")
+        if self.retries < 0 or min(self.temperature, self.retry_temperature) < 0:
+            raise ValueError("retries, temperature, retry_temperature: expected 0 or more")
+        if not 0 <= self.blank_share <= 1:
+            raise ValueError(f"blank_share: expected a share from 0 to 1, received {self.blank_share}")
+
+    def make_engine(self) -> CaptionEngine:
+        """The engine, on this process's device. Loads no weights before it is called."""
+        if self.engine == "openai":
+            return EndpointCaptioner(self.endpoint, self.max_new_tokens, self.image_side)
+        device = "cuda" if self.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
+        return Captioner(self.vlm, self.max_new_tokens, self.image_side, self.batch_tokens, device)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything a caption depends on, as JSON-able values."""
+        if self.engine == "openai":
+            model: dict[str, Any] = {"model": self.endpoint.model, "revision": self.endpoint.revision}
+        else:
+            model = Captioner(self.vlm, self.max_new_tokens, self.image_side, self.batch_tokens, "cpu").fingerprint()
+        own = ("instruction", "hint", "max_new_tokens", "image_side", "temperature", "retry_temperature", "retries")
+        return {
+            "engine": self.engine,
+            **model,
+            **{name: getattr(self, name) for name in (*own, "seed", "blank_share")},
+            "gate": {**asdict(self.gate), "scripts": list(self.gate.scripts)},
+            "image": IMAGE_RULES,
+        }
+
+
+class Recaption:
+    """`image` (and `caption_original` as a hint) -> `<column>`, `<column>_status`, `<column>_tokens`."""
+
+    name = "recaption"
+    window_rows = WINDOW_ROWS
+
+    def __init__(self, config: RecaptionConfig):
+        self.config, self.engine = config, config.make_engine()
+
+    @classmethod
+    def writes(cls, config: RecaptionConfig) -> list[pa.Field]:
+        """Caption, status and length, each with the fingerprint of what made it."""
+        used = ("transformers", "torch", "pillow") if config.engine == "transformers" else ("openai", "pillow")
+        metadata = {
+            READS: columns.IMAGE,
+            **({ALSO_READS: columns.CAPTION_ORIGINAL} if config.hint else {}),
+            columns.META_STAGE: cls.name,
+            columns.META_FINGERPRINT: json.dumps(config.fingerprint(), sort_keys=True),
+            columns.META_VERSIONS: json.dumps({name: version(name) for name in used}),
+        }
+        absent = {**metadata, MAY_BE_NULL: columns.caption_status(config.column)}
+        return [
+            pa.field(config.column, pa.string(), metadata=absent),
+            pa.field(columns.caption_status(config.column), pa.string(), metadata=metadata),
+            pa.field(columns.caption_tokens(config.column), pa.int32(), metadata=absent),
+        ]
+
+    @classmethod
+    def bytes_per_row(cls, config: RecaptionConfig, sample: pa.Table, fields: list[pa.Field]) -> float:
+        """A typical caption; nobody knows before."""
+        return float(TYPICAL_BYTES)
+
+    def __call__(self, window: pa.RecordBatch, wanted: list[str]) -> Columns:
+        """Describes every distinct image of the window; a null image has null columns."""
+        images = window.column(columns.IMAGE).to_pylist()
+        hints = [None] * len(images)
+        if self.config.hint and columns.CAPTION_ORIGINAL in window.schema.names:
+            hints = window.column(columns.CAPTION_ORIGINAL).to_pylist()
+        tasks = [
+            None if image is None else _Task(image, prompt_text(self.config.instruction, hint))
+            for image, hint in zip(images, hints)
+        ]
+        distinct = {task.key: task for task in tasks if task is not None}
+        before = Counter(self.engine.counts)
+        self._describe(list(distinct.values()))
+        found = [None if task is None else distinct[task.key] for task in tasks]
+        made = self._columns(found, wanted)
+        made.counts.update(Counter(self.engine.counts) - before)
+        checked = [task for task in distinct.values() if task.blank_answer is not None]
+        made.counts["blank_checked"] = len(checked)
+        made.counts["blank_same"] = sum(task.status == IMAGE_IGNORED for task in checked)
+        made.counts["tried_again"] = sum(task.tries > 1 for task in distinct.values())
+        return made
+
+    def _describe(self, tasks: list[_Task]) -> None:
+        """Gives every task a status: first try for all, further ones for those that do not pass."""
+        config = self.config
+        for attempt in range(1 + config.retries):
+            pending = [task for task in tasks if task.status != OK and task.error is None]
+            if not pending:
+                return
+            temperature = config.temperature if attempt == 0 else max(config.temperature, config.retry_temperature)
+            requests = [task.request(config.seed, attempt, temperature) for task in pending]
+            looked_at = [task for task in pending if attempt == 0 and task.share < config.blank_share]
+            requests += [task.request(config.seed, attempt, temperature, blank=True) for task in looked_at]
+            answers = self.engine(requests)
+            for task, answer in zip(looked_at, answers[len(pending) :]):
+                task.blank_answer = answer.text if answer.error is None else None
+            for task, answer in zip(pending, answers):
+                task.take(answer, config.gate)
+
+    def _columns(self, found: list[_Task | None], wanted: list[str]) -> Columns:
+        """Tasks per row -> columns, errors, counts by status and examples of each."""
+        column = self.config.column
+        good = [task if task is not None and task.status == OK else None for task in found]
+        statuses = [None if task is None or task.error is not None else task.status for task in found]
+        arrays = {
+            column: pa.array([task and task.text for task in good], pa.string()),
+            columns.caption_status(column): pa.array(statuses, pa.string()),
+            columns.caption_tokens(column): pa.array([task and task.tokens for task in good], pa.int32()),
+        }
+        made = Columns({name: arrays[name] for name in wanted})
+        for row, task in enumerate(found):
+            if task is not None and task.error is not None:
+                made.errors[row] = f"{column}: {task.error}"
+            elif task is not None:
+                made.counts[f"status_{task.status}"] = made.counts.get(f"status_{task.status}", 0) + 1
+                said = made.examples.setdefault(task.status, [])
+                if len(said) < EXAMPLES and task.text not in said:
+                    said.append(task.text)
+        return made
+
+
+class _Task:
+    """One image to be described, and how far that is."""
+
+    def __init__(self, image: bytes, prompt: str):
+        self.image, self.prompt = image, prompt
+        self.key = hashlib.sha256(hashlib.sha256(image).digest() + prompt.encode()).digest()
+        self.status = ""
+        self.text, self.tokens, self.tries = "", 0, 0
+        self.error: str | None = None
+        self.blank_answer: str | None = None
+
+    @property
+    def share(self) -> float:
+        """A number from 0 to 1 that depends on image and prompt alone: which tasks belong to a sample."""
+        return int.from_bytes(self.key[:8], "big") / 2**64
+
+    def request(self, seed: int, attempt: int, temperature: float, blank: bool = False) -> CaptionRequest:
+        """The request of a try; the seed follows from image, prompt, the job's seed and the try."""
+        drawn = hashlib.sha256(self.key + f"{seed}:{attempt}".encode()).digest()
+        return CaptionRequest(self.image, self.prompt, int.from_bytes(drawn[:8], "big"), temperature, blank)
+
+    def take(self, answer: CaptionAnswer, gate: GateConfig) -> None:
+        """Keeps what a try brought; the last one stands."""
+        self.tries += 1
+        self.text, self.tokens, self.error = answer.text, answer.tokens, answer.error
+        self.status = judge(answer.text, answer.cut_off, gate)
+        if self.status == OK and self.blank_answer is not None and same_text(self.text, self.blank_answer):
+            self.status = IMAGE_IGNORED
+
+
+def main(config: RecaptionConfig) -> Summary:
+    """Runs the job."""
+    return run_stage(Recaption, config)
+
+
+if __name__ == "__main__":
+    from lidit.cli import main as command_line
+
+    sys.exit(command_line(["recaption", *sys.argv[1:]]))
