@@ -65,11 +65,14 @@ class Modulation(nn.Module):
 
     def __init__(self, width: int, vectors: int):
         super().__init__()
-        self.vectors = vectors
+        self.sizes = [width] * vectors
         self.project = ZeroLinear(width, vectors * width)
 
     def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
-        return self.project(F.silu(cond))[:, None].chunk(self.vectors, dim=-1)
+        vectors = self.project(F.silu(cond))[:, None]  # B 1 (vectors D)
+        return torch.split_with_sizes_copy(
+            vectors, self.sizes, dim=-1
+        )  # copies: compiled code is made for each view's offset
 
 
 class TimestepEmbedding(nn.Module):

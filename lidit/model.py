@@ -95,7 +95,7 @@ class LIDiT(nn.Module):
         context = keys.pack(context)
         x = self.patchify(noisy_latents)  # B D h w
         h, w = x.shape[2:]
-        x = self.res_block(x).flatten(2).transpose(1, 2)  # B S D, S = h w
+        x = self.res_block(x).flatten(2).transpose(1, 2).contiguous()  # B S D, S = h w
         for block in self.blocks:
             x = self._run(block, x, cond, context, keys)
         return self.final(x, cond, (h, w)).to(noisy_latents.dtype)  # B C H W

@@ -374,6 +374,21 @@ def test_compiled_regions_give_the_same(make_model, make_inputs, backend):
     assert "modulate" in vars(compiled.blocks[0]) and "modulate" not in vars(model.blocks[0])
 
 
+def test_regions_are_compiled_once_for_all_sizes(make_model, make_inputs):
+    """Of images, batches and prompts; in all blocks, whichever of its vectors a block passes."""
+    torch._dynamo.reset()
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph
+
+    model = make_model(encoders=3).compile_regions(backend=backend)
+    for rows, size, padding in (((0, 1, 2), (6, 10), 0), ((0, 1), (4, 4), 3), ((0, 1, 2, 4), (10, 6), 1)):
+        gradients(model, make_inputs(model, rows=rows, size=size, padding=padding))
+    assert len(made) == 2, "modulate, and add_gated"
+
+
 def test_every_forward_runs_every_module(make_model, make_inputs):
     """Whatever the data: ranks of a sharded model gather weights together."""
 
