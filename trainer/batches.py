@@ -19,7 +19,7 @@ import torch
 
 from lidit.diffusion import Objective
 from trainer.assemble import DROPPED, Assembler, Batch, Values
-from trainer.config import DataConfig
+from trainer.config import DataConfig, TrainConfig
 from trainer.features import Features
 from trainer.plan import Plan
 from trainer.survey import Survey
@@ -242,6 +242,13 @@ class Batches:
                 return
             if future is not None:
                 future.cancel()
+
+
+def plan_phase(config: TrainConfig, number: int, survey: Survey) -> Plan:
+    """The order of the run's phase of that number."""
+    phase, data = config.phases[number], config.data
+    seed = config.order_seed(number)
+    return Plan(survey.rows, phase.global_batch_size, seed, data.block_rows, data.block_steps)
 
 
 def read_steps(data: DataConfig, survey: Survey, share: int) -> int:

@@ -409,6 +409,10 @@ class TrainConfig:
             images += phase.steps * phase.global_batch_size
         raise AssertionError("a run has phases")
 
+    def order_seed(self, phase: int) -> int:
+        """Seed of the plan of the phase of that number: phases do not repeat each other's order."""
+        return (self.seed + 0x9E3779B97F4A7C15 * phase) % 2**64
+
     def phase_objective(self, phase: PhaseConfig) -> Objective:
         """The objective with the phase's shift."""
         return dataclasses.replace(self.flow, shift=phase.flow_shift) if self.objective == "flow" else self.ddpm
