@@ -125,7 +125,7 @@ class Estimate:
         samples = sum(phase.samples for phase in self.phases)
         return [
             *made,
-            f"in all     {config.total_steps:,} steps, {samples:,} samples, {flops:.2e} FLOP, {days:,.2f} days",
+            f"in all     {config.total_steps:,} steps, {samples:,} samples, {flops:.2e} FLOP",
         ]
 
     def _phase_lines(self, number: int, made: PhaseEstimate) -> list[str]:
