@@ -24,7 +24,7 @@ FILE_ENDING = re.compile(
 FILE_WORDS = 4  # a longer text that ends in ".jpg" is a sentence about a file
 CAMERA_NAME = re.compile(
     r"(?:img|dsc|dscn|dscf|dscn|pxl|mvi|gopr|dji|imag|p|photo|image|picture|pic|untitled|screenshot|scan|file)"
-    r"[\s_-]*\(?\d[\d\s_().-]*",
+    r"[\s_-]*\(?\d(?:[\d\s_().:-]|at\b)*",
     re.I,
 )
 CODE = re.compile(r"(?=[^\s]*\d)[a-z0-9]+(?:[_-][a-z0-9]+)*", re.I)  # one word of letters and digits: an id, a hash

@@ -20,22 +20,20 @@ import ray
 import yaml
 
 from lidit import columns
-from pipelines.done_pieces import DonePieces
 from pipelines.filters import FiltersConfig
-from pipelines.hash_index import KeySet, keys_of
+from pipelines.ingest_work import Work, plain
 from pipelines.ingest_worker import EXAMPLES, IngestWorker
-from pipelines.known import LEANING, LOAD_ROWS, REFUSED, start_known
+from pipelines.known import LEANING, REFUSED, start_known
 from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray, start_tracker
 from pipelines.progress import JobProgress
 from pipelines.runs import Run
-from pipelines.sources import ColumnsConfig, Item, Listed, Piece, Sharded, Source, open_source
+from pipelines.sources import ColumnsConfig, Listed, Source, open_source
 from pipelines.summary import Summary
 from pipelines.table import ColumnFile, Table
 
 COMMIT_FRAGMENTS = 32  # finished fragments that wait at most
 COMMIT_SECONDS = 30.0  # and how long
 ERROR_BASE = 1000  # rows that the error rate is taken over at least (or all, if there are fewer)
-TYPICAL_BYTES = 16_384  # of a sample, where a shard does not tell how many it has: small shards share a unit
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,8 @@ def main(config: IngestConfig) -> Summary:
                 f"another ingest works on {config.store} ({others[0]}): two at once could add a row twice. Run this one "
                 f"when that is over"
             )
-        run.write("config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
-        work = _Work.of(config, source, table)
+        run.write("config.yaml", yaml.safe_dump(plain(asdict(config)), sort_keys=False))
+        work = Work.of(config, source, table)
         table.create(source.schema)
         summary = Summary("ingest", config.store, run.id, counts=dict(work.counts))
         if work.units:
@@ -111,38 +109,10 @@ def main(config: IngestConfig) -> Summary:
     return summary
 
 
-@dataclass
-class _Work:
-    """What is to be done: units, each `{"name", "parts"}`."""
-
-    units: list[dict[str, Any]]
-    rows: int | None  # to be read; None: a tar does not tell
-    bytes: int
-    counts: Counter[str]  # what need not be read at all
-    done: DonePieces | None = None
-
-    @classmethod
-    def of(cls, config: IngestConfig, source: Source, table: Table) -> _Work:
-        """Items that are new, or pieces that are not noted as done, in units of about a fragment's rows."""
-        if isinstance(source, Listed):
-            items = source.items()
-            new = _new_items(table, items)
-            counts = Counter(already_there=len(items) - len(new))
-            return cls(_packed(new, config.rows_per_fragment), len(new), 0, counts)
-        assert isinstance(source, Sharded)
-        done = DonePieces(table.uri, _options(config))
-        pieces = source.pieces()
-        due = [piece for piece in pieces if config.reread or piece not in done]
-        counts = Counter(shards_done_before=len(pieces) - len(due))
-        rows = [piece["rows"] for piece in due]
-        total = None if None in rows else sum(rows)
-        return cls(_packed(due, config.rows_per_fragment), total, sum(piece["bytes"] for piece in due), counts, done)
-
-
 class _Pass:
     """The units' way through the actors, with the committer."""
 
-    def __init__(self, config: IngestConfig, table: Table, run: Run, work: _Work, summary: Summary):
+    def __init__(self, config: IngestConfig, table: Table, run: Run, work: Work, summary: Summary):
         self.config, self.table, self.run_, self.work, self.summary = config, table, run, work, summary
         self.parts = {unit["name"]: unit["parts"] for unit in work.units}
         self.pending: list[dict[str, Any]] = []  # results whose files wait for the commit
@@ -244,51 +214,9 @@ class _Pass:
             )
 
 
-def _new_items(table: Table, items: list[Item]) -> list[Item]:
-    """The items whose rows are not in the table; ValueError where the source gives one id twice."""
-    ids = [item["image_id"] for item in items]
-    if len(set(ids)) < len(ids):
-        twice = next(image_id for image_id, count in Counter(ids).items() if count > 1)
-        raise ValueError(f"the source gives image_id {twice!r} twice: ids must be unique")
-    if not table.exists():
-        return items
-    present = KeySet()
-    for batch in table.open().to_batches(columns=[columns.IMAGE_ID], batch_size=LOAD_ROWS):
-        present.add(keys_of(batch.column(0).to_pylist()))
-    return [item for item, there in zip(items, present.contains(keys_of(ids))) if not there]
-
-
-def _packed(parts: list[Item] | list[Piece], rows: int) -> list[dict[str, Any]]:
-    """Parts that follow each other, as units of about so many rows (as far as the parts tell)."""
-    units: list[dict[str, Any]] = []
-    room = 0.0
-    for part in parts:
-        size = part.get("rows", 1)  # an item is a row
-        size = part["bytes"] / TYPICAL_BYTES if size is None else size
-        if not units or room < min(size, rows):
-            units.append({"name": str(len(units)), "parts": []})
-            room = rows
-        units[-1]["parts"].append(part)
-        room -= size
-    return units
-
-
-def _options(config: IngestConfig) -> dict[str, Any]:
-    """What decides which rows a piece gives."""
-    kind = config.source.partition(":")[0]
-    return {"kind": kind, **_plain({name: asdict(config)[name] for name in ("columns", "filters", "check")})}
-
-
-def _plain(values: Any) -> Any:
-    """Tuples as lists, for YAML and JSON."""
-    if isinstance(values, dict):
-        return {key: _plain(value) for key, value in values.items()}
-    return [_plain(value) for value in values] if isinstance(values, (list, tuple)) else values
-
-
 def _plan(config: IngestConfig, source: Source, table: Table) -> Summary:
     """What a run would do, changing nothing."""
-    work = _Work.of(config, source, table)
+    work = Work.of(config, source, table)
     start_ray()
     smallest, largest, _ = resolve_actors(config.actors)
     parts = sum(len(unit["parts"]) for unit in work.units)

@@ -23,8 +23,8 @@ from pipelines.table import ColumnFile, ColumnFileWriter, Table
 if TYPE_CHECKING:
     from pipelines.ingest import IngestConfig
 
-WINDOW_ROWS = 64  # of one look, claim and write: bounds an actor's memory, together with
-WINDOW_BYTES = 64 << 20
+WINDOW_ROWS = 256  # of one look, claim and write: bounds an actor's memory, together with
+WINDOW_BYTES = 32 << 20
 EXAMPLES = 5  # errors of a unit that are shown in the summary
 DIED = "the process died on this row, and again when it was tried alone"
 

@@ -11,12 +11,14 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 STAT_THREADS = 16
+READ_BLOCK = 8 << 20  # bytes of one request to an object store, when a file is read from front to back
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -33,6 +35,11 @@ class File:
     def place(self) -> str:
         """Folder and name: enough for a person, the same from any machine, and no path of anybody's."""
         return "/".join(self.uri.rstrip("/").split("/")[-2:])
+
+
+def absolute(uri: str) -> str:
+    """A path of this machine made absolute, `~` and links resolved: workers may stand in another folder. Others as they are."""
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
 
 
 def expand_braces(text: str) -> list[str]:
@@ -100,6 +107,18 @@ def is_folder(uri: str) -> bool:
 def is_local(uri: str) -> bool:
     """Whether the URI is a path of this machine."""
     return isinstance(fsspec.core.url_to_fs(uri)[0], LocalFileSystem)
+
+
+def open_stream(uri: str) -> Any:
+    """A file to be read from front to back once, as a context."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs.open(path, "rb", block_size=READ_BLOCK, cache_type="readahead")
+
+
+def open_parts(uri: str) -> Any:
+    """A file of which parts are read here and there, as a context; who reads does its own buffering."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    return open(path, "rb") if isinstance(fs, LocalFileSystem) else fs.open(path, "rb", cache_type="none")
 
 
 def read_bytes(uri: str) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 
 import fsspec
 
-from pipelines.locations import File, find_files, is_folder, list_folder, stamp_of
+from pipelines.locations import File, absolute, find_files, is_folder, list_folder, open_stream, stamp_of
 from pipelines.sources import MAX_IMAGE_BYTES, USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
 from pipelines.sources_listed import UNREADABLE
 
@@ -26,7 +26,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 CAPTION_CHOICES = ("txt", "caption", "text", "json.caption", "json.text")
 PEEK_SAMPLES = 16  # of the first shard, read beforehand: wrong names stop the job before it begins
-BLOCK_BYTES = 1 << 20  # of one read
+BUFFER = 1 << 20  # bytes of a tar read at a time
 
 
 @dataclass
@@ -45,7 +45,7 @@ class WebDataset(Sharded):
     """Tar shards: one file, braces (`{0000..0012}`), a wildcard, or all tars below a folder."""
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
-        self.argument = argument
+        self.argument = absolute(argument)
         self.names = SampleNames(names)
 
     def pieces(self) -> list[Piece]:
@@ -87,7 +87,7 @@ class PlainFiles(Sharded):
     """The `files` layout of img2dataset: a folder per shard, `00000/000000123.jpg` and `.txt` and `.json`."""
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
-        self.root = argument.rstrip("/")
+        self.root = absolute(argument).rstrip("/")
         self.names = SampleNames(names)
 
     def pieces(self) -> list[Piece]:
@@ -229,11 +229,10 @@ def tar_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
     Raises:
         DamagedShard: no tar, or one that is cut short.
     """
-    fs, path = fsspec.core.url_to_fs(uri)
     try:
-        with fs.open(path, "rb", block_size=BLOCK_BYTES) as raw:
-            stream = gzip.GzipFile(fileobj=raw) if not uri.endswith(".tar") else raw
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK_BYTES, tarinfo=_StrictTarInfo) as tar:
+        with open_stream(uri) as raw:
+            stream = gzip.GzipFile(fileobj=raw) if uri.endswith("gz") else raw
+            with tarfile.open(fileobj=stream, mode="r|", bufsize=BUFFER, tarinfo=_StrictTarInfo) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined] # it would keep every header
                     base = posixpath.basename(member.name)

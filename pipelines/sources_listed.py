@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from lidit import columns
-from pipelines.locations import is_folder, read_bytes, walk_files
+from pipelines.locations import absolute, is_folder, read_bytes, walk_files
 from pipelines.sources import CAPTION_FIELD, IMAGE_FIELDS, MAX_IMAGE_BYTES, Item, Listed, Record
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
@@ -129,7 +129,7 @@ class Prompts(Listed):
     has_images = False
 
     def __init__(self, argument: str):
-        self.path = _local(argument)
+        self.path = absolute(argument)
         self.name = posixpath.basename(self.path)
         self.suffix = posixpath.splitext(self.name)[1].lower()
 
@@ -192,17 +192,10 @@ def _file_record(place: str, uri: str, text: str | None) -> Record:
 
 
 def _folder(argument: str, kind: str) -> str:
-    uri = _local(argument)
+    uri = absolute(argument)
     if not is_folder(uri):
         raise ValueError(f"source {kind}:{argument}: expected a folder, nothing is there")
     return uri.rstrip("/")
-
-
-def _local(argument: str) -> str:
-    """A URI as it is; a path of this machine made absolute, `~` and links resolved."""
-    from pathlib import Path
-
-    return argument if "://" in argument else str(Path(argument).expanduser().resolve())
 
 
 def _read(uri: str) -> str:

@@ -6,18 +6,16 @@ row group or a fragment is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import fsspec
 import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.locations import STAT_THREADS, File, find_files, list_folder, read_bytes, stamp_of
+from pipelines.locations import STAT_THREADS, File, absolute, find_files, list_folder, open_parts, stamp_of
 from pipelines.sources import USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
-from pipelines.sources_listed import UNREADABLE
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 READ_ROWS = 64
@@ -33,7 +31,7 @@ class Parquet(Sharded):
     """Parquet files: one, braces, a wildcard, or all below a folder. `downloaded`: rows without an image are left out."""
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES, downloaded: bool = False):
-        self.argument, self.names, self.downloaded = argument, names, downloaded
+        self.argument, self.names, self.downloaded = absolute(argument), names, downloaded
 
     def pieces(self) -> list[Piece]:
         files = find_files(self.argument, PARQUET_SUFFIXES, "parquet")
@@ -50,11 +48,10 @@ class Parquet(Sharded):
         if piece["damage"]:
             yield Record(place, error=piece["damage"])
             return
-        fs, path = fsspec.core.url_to_fs(piece["uri"])
         row = piece["first"]
-        with fs.open(path, "rb") as raw:
+        with open_parts(piece["uri"]) as raw:
             try:
-                file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=READ_BYTES)
+                file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True)
                 if problem := self._problem(file.schema_arrow):
                     yield Record(place, error=problem)
                     return
@@ -80,7 +77,7 @@ class LanceTable(Sharded):
     """A Lance table, its version of now: one piece per fragment."""
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
-        self.argument, self.names = argument, names
+        self.argument, self.names = absolute(argument), names
 
     def pieces(self) -> list[Piece]:
         try:
@@ -117,7 +114,7 @@ class HuggingFace(Sharded):
     """A folder that `datasets` wrote with `save_to_disk`; needs the extra `hf`."""
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
-        self.argument, self.names = argument, names
+        self.argument, self.names = absolute(argument), names
 
     def pieces(self) -> list[Piece]:
         dataset = self._open()
@@ -147,7 +144,7 @@ class HuggingFace(Sharded):
         for first in range(piece["first"], stop, READ_ROWS):
             rows = dataset[first : min(first + READ_ROWS, stop)]
             for batch in rows.to_batches():
-                yield from table_records(batch, names, piece["name"], first, read_path=read_bytes)
+                yield from table_records(batch, names, piece["name"], first)
                 first += batch.num_rows
 
     def _open(self) -> Any:
@@ -200,12 +197,7 @@ def table_names(schema: pa.Schema, names: ColumnsConfig) -> tuple[str, str | Non
 
 
 def table_records(
-    batch: pa.RecordBatch,
-    names: tuple[str, str | None, str | None],
-    place: str,
-    first: int,
-    skip_empty: bool = False,
-    read_path: Callable[[str], bytes] | None = None,
+    batch: pa.RecordBatch, names: tuple[str, str | None, str | None], place: str, first: int, skip_empty: bool = False
 ) -> Iterator[Record]:
     """Rows as records; a list of captions makes one record each.
 
@@ -214,42 +206,28 @@ def table_records(
         place: where they come from.
         first: number of the first row there.
         skip_empty: leave rows without an image out, instead of making errors of them.
-        read_path: reads a file that a row names instead of holding it. None: such rows are errors, for a table from
-            elsewhere must not choose which files of this machine are read.
     """
     image, caption, score = names
     nothing = pa.nulls(batch.num_rows)
     captions = (batch.column(caption) if caption else nothing).to_pylist()
     scores = (batch.column(score) if score else nothing).to_pylist()
     for row, (picture, text, number) in enumerate(zip(batch.column(image), captions, scores)):
-        here, data, error = f"{place}#{first + row}", picture.as_py(), None
-        if isinstance(data, dict):
-            data, error = _from_struct(data, read_path)
-        if data is None and error is None and skip_empty:
+        data, error = picture.as_py(), f"column {image!r} is null"
+        if isinstance(data, dict):  # {bytes, path}, as `datasets` has it
+            if data["bytes"] is None and data.get("path"):
+                error = "only the path of a file, no bytes"  # a table must not choose which files are read
+            data = data["bytes"]
+        if data is None and skip_empty:
             continue
-        error = error if data is not None or error else f"column {image!r} is null"
         for one in (text or [None]) if isinstance(text, list) else [text]:
-            yield Record(here, data, one, None if number is None else float(number), error)
-
-
-def _from_struct(cell: dict[str, Any], read_path: Callable[[str], bytes] | None) -> tuple[bytes | None, str | None]:
-    """`{bytes, path}`, as `datasets` has it -> (bytes, None) or (None, why not)."""
-    path = cell.get("path")
-    if cell["bytes"] is not None or not path:
-        return cell["bytes"], None
-    if read_path is None or "://" in path:
-        return None, "only the path of a file, no bytes"
-    try:
-        return read_path(path), None
-    except UNREADABLE as error:
-        return None, f"{type(error).__name__}: {path.rpartition('/')[2]}"
+            found = None if number is None else float(number)
+            yield Record(f"{place}#{first + row}", data, one, found, None if data is not None else error)
 
 
 def _footer(file: File) -> pq.FileMetaData | str:
     """A file's metadata, or why it has none."""
-    fs, path = fsspec.core.url_to_fs(file.uri)
     try:
-        with fs.open(path, "rb") as raw:
+        with open_parts(file.uri) as raw:
             return pq.read_metadata(raw)
     except DAMAGE as error:
         return f"no Parquet file, or one cut short: {error}"

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lidit import columns
 from pipelines import sources_listed
-from pipelines.ingest import _new_items
+from pipelines.ingest_work import new_items
 from pipelines.sources import ERROR_FIELD, open_source
 from pipelines.table import ColumnFileWriter, Table
 
@@ -330,13 +330,13 @@ def test_only_new_items_are_added(tmp_path):
     source = open_source(f"prompts:{path}")
     table = Table(str(tmp_path / "samples.lance"))
     table.create(source.schema)
-    assert [item["text"] for item in _new_items(table, source.items())] == ["one", "two"]
+    assert [item["text"] for item in new_items(table, source.items())] == ["one", "two"]
     writer = ColumnFileWriter(table.uri, source.schema, "ingest-1")
     writer.write(source.batch(source.items()))
     table.append([writer.finish(table.open())])
-    assert _new_items(table, source.items()) == []
+    assert new_items(table, source.items()) == []
     path.write_text("one\ntwo\nthree")
-    assert [item["text"] for item in _new_items(table, source.items())] == ["three"]
+    assert [item["text"] for item in new_items(table, source.items())] == ["three"]
     assert table.open().to_table(columns=[columns.CAPTION])["caption"].to_pylist() == ["one", "two"]
 
 
@@ -344,4 +344,4 @@ def test_id_that_comes_twice_is_refused(tmp_path):
     table = Table(str(tmp_path / "samples.lance"))
     table.create(open_source("scenes:1").schema)
     with pytest.raises(ValueError, match="image_id 'b' twice"):
-        _new_items(table, [{"image_id": "a"}, {"image_id": "b"}, {"image_id": "b"}])
+        new_items(table, [{"image_id": "a"}, {"image_id": "b"}, {"image_id": "b"}])

@@ -1,0 +1,89 @@
+"""What an ingest has to do: which items or pieces of a source are due, in units of about a fragment's rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from lidit import columns
+from pipelines.done_pieces import DonePieces
+from pipelines.hash_index import KeySet, keys_of
+from pipelines.known import LOAD_ROWS
+from pipelines.sources import Item, Listed, Piece, Sharded, Source
+from pipelines.table import Table
+
+if TYPE_CHECKING:
+    from pipelines.ingest import IngestConfig
+
+TYPICAL_BYTES = 16_384  # of a sample, where a shard does not tell how many it has: small shards share a unit
+
+
+@dataclass
+class Work:
+    """What is to be done: units, each `{"name", "parts"}`."""
+
+    units: list[dict[str, Any]]
+    rows: int | None  # to be read; None: a tar does not tell
+    bytes: int
+    counts: Counter[str]  # what need not be read at all
+    done: DonePieces | None = None
+
+    @classmethod
+    def of(cls, config: IngestConfig, source: Source, table: Table) -> Work:
+        """Items that are new, or pieces that are not noted as done, in units of about a fragment's rows."""
+        if isinstance(source, Listed):
+            items = source.items()
+            new = new_items(table, items)
+            counts = Counter(already_there=len(items) - len(new))
+            return cls(packed(new, config.rows_per_fragment), len(new), 0, counts)
+        assert isinstance(source, Sharded)
+        done = DonePieces(table.uri, options_of(config))
+        pieces = source.pieces()
+        due = [piece for piece in pieces if config.reread or piece not in done]
+        counts = Counter(shards_done_before=len(pieces) - len(due))
+        rows = [piece["rows"] for piece in due]
+        total = None if None in rows else sum(rows)
+        return cls(packed(due, config.rows_per_fragment), total, sum(piece["bytes"] for piece in due), counts, done)
+
+
+def new_items(table: Table, items: list[Item]) -> list[Item]:
+    """The items whose rows are not in the table; ValueError where the source gives one id twice."""
+    ids = [item["image_id"] for item in items]
+    if len(set(ids)) < len(ids):
+        twice = next(image_id for image_id, count in Counter(ids).items() if count > 1)
+        raise ValueError(f"the source gives image_id {twice!r} twice: ids must be unique")
+    if not table.exists():
+        return items
+    present = KeySet()
+    for batch in table.open().to_batches(columns=[columns.IMAGE_ID], batch_size=LOAD_ROWS):
+        present.add(keys_of(batch.column(0).to_pylist()))
+    return [item for item, there in zip(items, present.contains(keys_of(ids))) if not there]
+
+
+def packed(parts: list[Item] | list[Piece], rows: int) -> list[dict[str, Any]]:
+    """Parts that follow each other, as units of about so many rows (as far as the parts tell)."""
+    units: list[dict[str, Any]] = []
+    room = 0.0
+    for part in parts:
+        size = part.get("rows", 1)  # an item is a row
+        size = part["bytes"] / TYPICAL_BYTES if size is None else size
+        if not units or room < min(size, rows):
+            units.append({"name": str(len(units)), "parts": []})
+            room = rows
+        units[-1]["parts"].append(part)
+        room -= size
+    return units
+
+
+def options_of(config: IngestConfig) -> dict[str, Any]:
+    """What decides which rows a piece gives."""
+    kind = config.source.partition(":")[0]
+    return {"kind": kind, **plain({name: asdict(config)[name] for name in ("columns", "filters", "check")})}
+
+
+def plain(values: Any) -> Any:
+    """Tuples as lists, for YAML and JSON."""
+    if isinstance(values, dict):
+        return {key: plain(value) for key, value in values.items()}
+    return [plain(value) for value in values] if isinstance(values, (list, tuple)) else values

@@ -1,0 +1,102 @@
+"""URIs: braces, wildcards, folders, on a disk and on another file system; stamps that tell a change."""
+
+import os
+
+import fsspec
+import pytest
+
+from pipelines.locations import absolute, expand_braces, find_files, is_local, list_folder, stamp_of, walk_files
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("a.tar", ["a.tar"]),
+        ("a-{0008..0011}.tar", ["a-0008.tar", "a-0009.tar", "a-0010.tar", "a-0011.tar"]),
+        ("{8..11}", ["8", "9", "10", "11"]),
+        ("{00..01}/{x,y}.tar", ["00/x.tar", "00/y.tar", "01/x.tar", "01/y.tar"]),
+        ("s3://b/{000..000}.tar", ["s3://b/000.tar"]),
+        ("{a}", ["a"]),
+    ],
+)
+def test_braces(text, wanted):
+    assert expand_braces(text) == wanted
+
+
+def test_range_that_falls():
+    with pytest.raises(ValueError, match=r"a range that rises, received \{3..1\}"):
+        expand_braces("x{3..1}")
+
+
+@pytest.fixture(params=["disk", "memory"])
+def root(request, tmp_path):
+    """A folder with files, on two kinds of storage."""
+    uri = str(tmp_path / "set") if request.param == "disk" else f"memory://{tmp_path.name}-set"
+    fs, path = fsspec.core.url_to_fs(uri)
+    for name in ("b.tar", "a.tar", "deep/c.TAR", "deep/d.txt", "e.parquet"):
+        fs.makedirs(os.path.dirname(f"{path}/{name}"), exist_ok=True)
+        fs.pipe_file(f"{path}/{name}", name.encode())
+    yield uri
+    fs.rm(path, recursive=True)
+
+
+def names(files):
+    return [file.uri.rpartition("set/")[2] for file in files]
+
+
+def test_find(root):
+    assert names(find_files(root, (".tar",), "k")) == ["a.tar", "b.tar", "deep/c.TAR"]
+    assert names(find_files(f"{root}/*.tar", (".tar",), "k")) == ["a.tar", "b.tar"]
+    assert names(find_files(f"{root}/{{b,a,b}}.tar", (".tar",), "k")) == ["b.tar", "a.tar"], "in the order given, once"
+    assert names(find_files(f"{root}/e.parquet", (".tar",), "k")) == ["e.parquet"], "what is named is taken"
+    (file,) = find_files(f"{root}/deep/c.TAR", (".tar",), "k")
+    assert file.size == 10 and file.place == "deep/c.TAR"
+    with fsspec.open(file.uri) as found:
+        assert found.read() == b"deep/c.TAR"
+
+
+@pytest.mark.parametrize("spec", ["{a,z}.tar", "z.tar", "z*.tar", "none"])
+def test_find_names_what_is_not_there(root, spec):
+    with pytest.raises(ValueError, match=r"source k:.*expected .tar at .*(z|none).*found nothing"):
+        find_files(f"{root}/{spec}", (".tar",), "k")
+
+
+def test_find_in_an_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"expected .tar or .tgz at"):
+        find_files(str(tmp_path), (".tar", ".tgz"), "k")
+
+
+def test_list_and_walk(root):
+    assert [entry["name"].rpartition("/")[2] for entry in list_folder(root)] == ["a.tar", "b.tar", "deep", "e.parquet"]
+    assert list(walk_files(root)) == [
+        ("a.tar", 5), ("b.tar", 5), ("e.parquet", 9), ("deep/c.TAR", 10), ("deep/d.txt", 10),
+    ]  # fmt: skip
+
+
+def test_walk_does_not_follow_a_loop(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "a.jpg")
+    assert [name for name, _ in walk_files(str(tmp_path))] == ["a.jpg", "link.jpg", "loop"]
+
+
+def test_stamp_tells_a_change(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"one")
+    fs = fsspec.filesystem("file")
+    first = stamp_of(fs.info(str(path)))
+    assert first == stamp_of(fs.info(str(path)))
+    os.utime(path, (1, 1))
+    assert stamp_of(fs.info(str(path))) != first
+    assert stamp_of({"ETag": "x", "size": 3}) != stamp_of({"ETag": "y", "size": 3})
+    assert stamp_of({"name": "x", "size": 3}) is None
+
+
+def test_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute("s3://bucket/a") == "s3://bucket/a"
+    assert absolute("sub/{0..3}.tar") == str(tmp_path.resolve() / "sub" / "{0..3}.tar")
+    assert absolute("~/x").endswith("/x") and "~" not in absolute("~/x")
+    assert is_local(str(tmp_path)) and not is_local("memory://x")

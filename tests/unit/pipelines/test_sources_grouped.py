@@ -1,0 +1,285 @@
+"""Tars as WebDataset writers make them and as accidents leave them; folders as img2dataset leaves them."""
+
+import gzip
+import io
+import json
+import tarfile
+
+import pytest
+
+from pipelines import sources_grouped
+from pipelines.sources import USUAL_NAMES, ColumnsConfig, open_source
+from pipelines.sources_grouped import DamagedShard, PlainFiles, WebDataset, grouped, tar_files
+from pipelines.sources_tables import Parquet
+
+pytestmark = pytest.mark.unit
+
+IMAGES = [f"image {number}".encode() for number in range(5)]  # read, not looked at
+
+
+def write_tar(path, members, mode="w", format=tarfile.PAX_FORMAT):
+    """Members: (name, bytes), or a TarInfo for what is no file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode, format=format) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+                continue
+            info = tarfile.TarInfo(member[0])
+            info.size = len(member[1])
+            tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def samples(count=5):
+    return [
+        member
+        for number in range(count)
+        for member in ((f"{number:04d}.jpg", IMAGES[number]), (f"{number:04d}.txt", f"caption {number}\n".encode()))
+    ]
+
+
+def records(spec, names=USUAL_NAMES):
+    source = open_source(spec, names)
+    return list(source.records(source.pieces()))
+
+
+def test_samples(tmp_path):
+    write_tar(tmp_path / "s" / "0.tar", samples())
+    made = records(f"webdataset:{tmp_path}/s")
+    assert [record.image for record in made] == IMAGES
+    assert [record.caption for record in made] == [f"caption {number}" for number in range(5)]
+    assert [record.place for record in made] == [f"s/0.tar#{number:04d}.jpg" for number in range(5)]
+    assert all(record.error is None for record in made)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_formats_and_long_names(tmp_path, format):
+    deep = "a" * 60 + "/" + "b" * 120 if format != tarfile.USTAR_FORMAT else "a" * 60 + "/" + "b" * 90
+    path = write_tar(tmp_path / "0.tar", [(f"{deep}.jpg", IMAGES[0]), (f"{deep}.txt", "ü猫".encode())], format=format)
+    (record,) = records(f"webdataset:{path}")
+    assert record.caption == "ü猫" and f"#{deep}.jpg" in record.place
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz"])
+def test_compressed(tmp_path, suffix):
+    path = write_tar(tmp_path / f"0{suffix}", samples(), "w:gz")
+    assert [record.image for record in records(f"webdataset:{path}")] == IMAGES
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    made = records(f"webdataset:{path}")
+    assert made[-1].error and "damaged" in made[-1].error
+
+
+def test_braces_make_shards_in_order(tmp_path):
+    for number in (2, 0, 1):
+        write_tar(tmp_path / f"{number:02d}.tar", [(f"{number}.png", IMAGES[number])])
+    pieces = open_source(f"webdataset:{tmp_path}/{{00..02}}.tar").pieces()
+    assert [piece["place"].rpartition("/")[2] for piece in pieces] == ["00.tar", "01.tar", "02.tar"]
+    assert all(piece["stamp"] and piece["bytes"] > 0 and piece["rows"] is None for piece in pieces)
+    assert json.loads(json.dumps(pieces)) == pieces
+
+
+def test_names_in_json_and_by_option(tmp_path):
+    about = json.dumps({"caption": "from json", "score": 5.5, "alt": ["a", "b"]}).encode()
+    path = write_tar(tmp_path / "0.tar", [("1.json", about), ("1.img.png", IMAGES[0]), ("1.jpg", IMAGES[1])])
+    names = ColumnsConfig(image="img.png", score="json.score")
+    (record,) = records(f"webdataset:{path}", names)
+    assert (record.image, record.caption, record.score) == (IMAGES[0], "from json", 5.5)
+    (record,) = records(f"webdataset:{path}", ColumnsConfig(image=".JPG", caption="json.alt"))
+    assert record.image == IMAGES[1] and json.loads(record.caption) == ["a", "b"]
+    (record,) = records(f"webdataset:{path}", ColumnsConfig(image="jpg", caption="txt"))
+    assert record.caption is None
+    (record,) = records(f"webdataset:{path}", ColumnsConfig(image="jpg", score="json.none"))
+    assert record.score is None
+    (record,) = records(f"webdataset:{path}", ColumnsConfig(image="jpg", score="json.alt"))
+    assert "json.alt: expected a number, received ['a', 'b']" in record.error
+
+
+@pytest.mark.parametrize(
+    "part, reason",
+    [
+        (("1.txt", b"caf\xe9"), ".txt: expected UTF-8, received byte 0xe9"),
+        (("1.json", b"{"), ".json: expected JSON"),
+        (("1.json", b"[" * 100_000), ".json: expected JSON"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_a_row_s_error(tmp_path, part, reason):
+    path = write_tar(tmp_path / "0.tar", [("1.jpg", IMAGES[0]), part, ("2.jpg", IMAGES[1])])
+    bad, good = records(f"webdataset:{path}")
+    assert reason in bad.error and good.error is None and good.image == IMAGES[1]
+
+
+def test_names_that_climb_are_only_names(tmp_path):
+    members = [("../../evil.jpg", IMAGES[0]), ("/etc/evil.jpg", IMAGES[1]), ("../../evil.txt", b"x")]
+    made = records(f"webdataset:{write_tar(tmp_path / 'in' / '0.tar', members)}")
+    assert [record.image for record in made[:2]] == IMAGES[:2]
+    assert {path.name for path in tmp_path.rglob("*")} == {"in", "0.tar"}
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_are_not_followed(tmp_path, kind):
+    link = tarfile.TarInfo("1.jpg")
+    link.type, link.linkname = kind, "/etc/passwd"
+    path = write_tar(tmp_path / "0.tar", [("0.jpg", IMAGES[0]), link, ("1.txt", b"x"), ("2.jpg", IMAGES[2])])
+    made = records(f"webdataset:{path}")
+    assert [record.image for record in made] == [IMAGES[0], None, IMAGES[2]]
+    assert "not followed" in made[1].error or "no regular file" in made[1].error
+
+
+def test_the_same_key_twice_makes_two_samples(tmp_path):
+    members = [
+        ("1.jpg", IMAGES[0]),
+        ("1.txt", b"a"),
+        ("1.jpg", IMAGES[1]),
+        ("1.txt", b"b"),
+        ("2.jpg", IMAGES[2]),
+        *samples(1),
+    ]
+    made = records(f"webdataset:{write_tar(tmp_path / '0.tar', members)}")
+    assert [(record.image, record.caption) for record in made] == [
+        (IMAGES[0], "a"), (IMAGES[1], "b"), (IMAGES[2], None), (IMAGES[0], "caption 0"),
+    ]  # fmt: skip
+
+
+def test_what_is_no_sample_is_passed_over(tmp_path):
+    folder = tarfile.TarInfo("d")
+    folder.type = tarfile.DIRTYPE
+    members = [folder, ("d/._1.jpg", b"x"), ("__MACOSX/1.jpg", b"x"), ("d/1.jpg", IMAGES[0]), ("d/.DS_Store", b"x")]
+    assert [record.image for record in records(f"webdataset:{write_tar(tmp_path / '0.tar', members)}")] == IMAGES[:1]
+
+
+def test_sample_without_an_image(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("1.jpg", IMAGES[0]), ("2.txt", b"x"), ("2.cls", b"3"), ("3.jpg", IMAGES[1])])
+    made = records(f"webdataset:{path}")
+    assert [record.error is None for record in made] == [True, False, True]
+    assert "the sample has txt, cls" in made[1].error
+
+
+def test_image_too_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_grouped, "MAX_IMAGE_BYTES", 100)
+    path = write_tar(tmp_path / "0.tar", [("1.jpg", bytes(101)), ("2.jpg", IMAGES[0])])
+    large, small = records(f"webdataset:{path}")
+    assert "101 bytes, more than 100 allowed" in large.error and small.image == IMAGES[0]
+
+
+@pytest.mark.parametrize("cut", [600, 1100, 1536, 2560, 2561, 3000, 4096, 6000, 10_000])
+def test_a_cut_shard_gives_what_is_whole_and_a_reason(tmp_path, cut):
+    """Each of the members takes 1,024 bytes. The last sample before the cut may lack its caption: it is not taken."""
+    path = write_tar(tmp_path / "0.tar", samples())
+    path.write_bytes(path.read_bytes()[:cut])
+    *good, end = records(f"webdataset:{path}")
+    assert end.error and end.place.endswith("0.tar#end") and "damaged" in end.error
+    followed = max(0, (cut - 512 - len(IMAGES[0])) // 2048)  # samples after which another one's image is whole
+    assert [(r.image, r.caption) for r in good] == [(IMAGES[n], f"caption {n}") for n in range(followed)]
+
+
+def test_damage_in_a_header_is_not_taken_for_the_end(tmp_path):
+    """tarfile by itself stops there without a word."""
+    path = write_tar(tmp_path / "0.tar", samples())
+    content = bytearray(path.read_bytes())
+    content[4096 + 150] ^= 0xFF  # checksum of the header of 0002.jpg
+    path.write_bytes(content)
+    *good, end = records(f"webdataset:{path}")
+    assert "no header where one is due" in end.error
+    assert [record.image for record in good] == IMAGES[:1]
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar", bytes(100), b"x" * 5000])
+def test_what_is_no_tar(tmp_path, content):
+    (tmp_path / "0.tar").write_bytes(content)
+    write_tar(tmp_path / "1.tar", samples(2))
+    made = records(f"webdataset:{tmp_path}")
+    assert len(made) == 3 and made[0].error and [record.image for record in made[1:]] == IMAGES[:2]
+
+
+def test_names_that_no_sample_has_stop_the_job(tmp_path):
+    write_tar(tmp_path / "0.tar", samples())
+    with pytest.raises(
+        ValueError, match=r"expected an image \(.png\).*its first ones have jpg, txt; name .*--columns.image"
+    ):
+        open_source(f"webdataset:{tmp_path}", ColumnsConfig(image="png")).pieces()
+
+
+def test_last_sample_is_given_only_if_the_files_end_well():
+    def broken():
+        yield "a.jpg", b"1"
+        yield "b.jpg", b"2"
+        raise DamagedShard("x")
+
+    made = []
+    with pytest.raises(DamagedShard):
+        made.extend(grouped(broken()))
+    assert [sample.key for sample in made] == ["a"]
+
+
+def test_headers_are_not_kept(tmp_path):
+    """tarfile keeps every header of a tar that it reads."""
+    path = write_tar(tmp_path / "0.tar", [(f"{number}.cls", b"") for number in range(3000)])
+    reader, seen = tar_files(str(path), lambda extension: True), set()
+    for _ in reader:
+        seen.add(len(reader.gi_frame.f_locals["tar"].members))
+    assert max(seen) <= 1
+
+
+# -- img2dataset ------------------------------------------------------------------------------------------------------
+
+
+def put_files(folder, count=3):
+    folder.mkdir(parents=True)
+    for number in range(count):
+        (folder / f"{number:05d}.jpg").write_bytes(IMAGES[number])
+        (folder / f"{number:05d}.txt").write_text(f"caption {number}")
+        (folder / f"{number:05d}.json").write_text(json.dumps({"status": "success", "key": f"{number:05d}"}))
+
+
+def test_img2dataset_files(tmp_path):
+    put_files(tmp_path / "00000")
+    put_files(tmp_path / "00001", 2)
+    (tmp_path / "00000.parquet").write_bytes(b"metadata only")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    (tmp_path / "_tmp").mkdir()
+    source = open_source(f"img2dataset:{tmp_path}")
+    assert isinstance(source, PlainFiles)
+    pieces = source.pieces()
+    assert [piece["place"] for piece in pieces] == [f"{tmp_path.name}/00000", f"{tmp_path.name}/00001"]
+    assert pieces[0]["stamp"] and pieces[1]["stamp"] is None, "a shard without its statistics may not be whole yet"
+    made = list(source.records(pieces))
+    assert [record.image for record in made] == [*IMAGES[:3], *IMAGES[:2]]
+    assert made[1].caption == "caption 1" and made[1].place == f"{tmp_path.name}/00000#00001.jpg"
+
+
+def test_img2dataset_files_that_are_odd(tmp_path, monkeypatch):
+    put_files(tmp_path / "00000")
+    (tmp_path / "00000" / "00001.jpg").unlink()
+    (tmp_path / "00000" / "00002.jpg").unlink()
+    (tmp_path / "00000" / "00002.jpg").symlink_to(tmp_path / "gone.jpg")
+    one, two, three = records(f"img2dataset:{tmp_path}")
+    assert one.error is None and "no image" in two.error and "FileNotFoundError" in three.error
+
+
+def test_img2dataset_tars(tmp_path):
+    write_tar(tmp_path / "00000.tar", samples(2))
+    (tmp_path / "00000.parquet").write_bytes(b"metadata only")
+    source = open_source(f"img2dataset:{tmp_path}")
+    assert isinstance(source, WebDataset)
+    assert [record.image for record in source.records(source.pieces())] == IMAGES[:2]
+
+
+def test_img2dataset_parquet_is_told_from_its_files(tmp_path):
+    (tmp_path / "00000.parquet").write_bytes(b"")
+    source = open_source(f"img2dataset:{tmp_path}")
+    assert isinstance(source, Parquet) and source.downloaded
+
+
+@pytest.mark.parametrize(("name", "match"), [("00000.tfrecord", "TFRecord is not read"), ("notes.md", "found none")])
+def test_img2dataset_that_is_not_read(tmp_path, name, match):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=match):
+        open_source(f"img2dataset:{tmp_path}")
+
+
+def test_gzip_is_told_by_the_name(tmp_path):
+    path = write_tar(tmp_path / "0.tar", samples(1))
+    (tmp_path / "1.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert [record.image for record in records(f"webdataset:{tmp_path}")] == [IMAGES[0]] * 2
