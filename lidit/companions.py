@@ -85,7 +85,7 @@ class Companions:
     def _located(self, model: str) -> str:
         """A path that counts from the weights folder, if something is there; else as it is."""
         beside = self.folder / model
-        return str(beside.resolve()) if beside.is_dir() else model
+        return str(beside.resolve()) if beside.exists() else model
 
     def _compare(self, what: str, expected: Mapping[str, Any] | None, part: PromptEncoder | VAE, argument: str) -> None:
         if not self.check or expected is None:

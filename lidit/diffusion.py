@@ -224,7 +224,7 @@ def sample_rng(seed: int, image_number: int, stream: str) -> np.random.Generator
 
     A counter-based generator (Philox 4x64): the key is (seed, stream), the counter begins at (image_number, 0). So the
     numbers depend on nothing but the arguments (not on batch, rank, or what was drawn before) and no two samples or
-    streams ever share any. About 15 microseconds to make, 12 ns a normal number on the CPU of docs/sampling.md.
+    streams ever share any. It takes about 20 microseconds to make, and 15 ns for a normal number (docs/sampling.md).
 
     Args:
         seed: of the run, 0 <= seed < 2**64.

@@ -147,6 +147,19 @@ def test_sigmas_and_euler_steps_are_those_of_diffusers(data):
         torch.testing.assert_close(torch.stack(seen), torch.tensor(case["step"]), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("steps", [1, 5, 28])
+def test_spacing_of_diffusers_is_that_of_the_one_installed(shift, steps):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(steps)
+    torch.testing.assert_close(flow_sigmas(steps, shift, "diffusers"), theirs.sigmas, rtol=0, atol=1e-7)
+    theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    theirs.set_timesteps(steps, mu=math.log(shift))
+    torch.testing.assert_close(flow_sigmas(steps, shift, "diffusers_dynamic"), theirs.sigmas, rtol=0, atol=1e-7)
+
+
 def test_linear_sigmas_are_shifted_once():
     assert flow_sigmas(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert flow_sigmas(4, shift=3.0).tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
