@@ -23,6 +23,7 @@ READS = "lidit:reads"  # field metadata: the column that a column is made from; 
 ALSO_READS = "lidit:also_reads"  # field metadata: a column that is looked at too where it is there
 MAY_BE_NULL = "lidit:may_be_null"  # field metadata: null is an answer too; another column of the stage tells why
 STAGE_KEY = columns.META_STAGE.encode()
+READ_BUFFER_BYTES = 64 << 20  # that Lance may have read and not handed out yet
 EXAMPLES = 5  # errors of a fragment that are shown in the summary
 
 
@@ -152,7 +153,14 @@ class _Task:
 
     def _windows(self) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
         """(position of each row in the fragment, the columns read) in order; deleted rows are not among them."""
-        batches = self.fragment.to_batches(columns=self.reads, batch_size=self.stage.window_rows, with_row_address=True)
+        # One window ahead is read here already: Lance's own 16 would hold images by the gigabyte.
+        batches = self.fragment.to_batches(
+            columns=self.reads,
+            batch_size=self.stage.window_rows,
+            with_row_address=True,
+            batch_readahead=1,
+            io_buffer_size=READ_BUFFER_BYTES,
+        )
         for batch in batches:
             if batch.num_rows:
                 positions = batch.column("_rowaddr").to_numpy() & 0xFFFFFFFF
