@@ -20,6 +20,7 @@ JOBS = {
     "ingest": ("pipelines.ingest", "rows of a source -> the samples table"),
     "recaption": ("pipelines.recaption", "images -> captions by a vision-language model, behind a quality gate"),
     "embed": ("pipelines.embed", "text columns -> prompt embeddings of several LLMs"),
+    "latents": ("pipelines.latents", "images -> latents of an autoencoder, in buckets of one size"),
     "verify": ("pipelines.verify", "checks a store: counts, checksums, embeddings against an independent path"),
     "sample": ("lidit.sample", "trained weights and a prompt -> images"),
     "info": ("lidit.info", "a model's parameters and FLOPs, part by part"),

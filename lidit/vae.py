@@ -148,9 +148,10 @@ class VAE:
 def _load_diffusers(folder: Path, kind: str, dtype: torch.dtype) -> torch.nn.Module:
     """The autoencoder of a folder; ValueError unless its weights are exactly those that its config asks for."""
     import diffusers
+    from diffusers.utils import logging
 
-    level = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity_error()  # what it would warn of is refused below
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would warn of is refused below
     try:
         model, report = getattr(diffusers, kind).from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -158,7 +159,7 @@ def _load_diffusers(folder: Path, kind: str, dtype: torch.dtype) -> torch.nn.Mod
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise ValueError(f"autoencoder {folder}: weights do not fit its config.json: {error}") from error
     finally:
-        diffusers.logging.set_verbosity(level)
+        logging.set_verbosity(level)
     wrong = [
         f"{key} is {what}"
         for what, found in (

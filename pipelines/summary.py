@@ -38,8 +38,9 @@ class Summary:
         rates = {}
         if self.work_seconds:
             rates["rows_per_second"] = self.rows / self.work_seconds
-            if self.counts.get("tokens"):
-                rates["tokens_per_second"] = self.counts["tokens"] / self.work_seconds
+            for what in ("tokens", "images"):
+                if self.counts.get(what):
+                    rates[f"{what}_per_second"] = self.counts[what] / self.work_seconds
         if self.counts.get("slots"):
             rates["padding_waste"] = 1 - self.counts.get("tokens", 0) / self.counts["slots"]
         if self.rows:
@@ -63,9 +64,18 @@ class Summary:
             speed = f"  speed      {rates['rows_per_second']:,.0f} rows/s"
             if "tokens_per_second" in rates:
                 speed += f", {rates['tokens_per_second']:,.0f} tokens/s"
+            if "images_per_second" in rates:
+                speed += f", {rates['images_per_second']:,.1f} images/s (equal ones counted once)"
             if "padding_waste" in rates:
                 speed += f", padding waste {rates['padding_waste']:.1%}"
             lines.append(speed)
+        if counts.get("images") and "device_seconds" in counts:
+            decode, device = (1e3 * counts[f"{what}_seconds"] / counts["images"] for what in ("decode", "device"))
+            waited = counts["wait_seconds"] / max(counts["call_seconds"], 1e-9)
+            lines.append(
+                f"  an image   {decode:,.1f} ms to decode and resize (in threads beside), {device:,.1f} ms on the device; "
+                f"{waited:.0%} of the time was waiting for decoding"
+            )
         if self.rows:
             lines.append(f"  written    {self.bytes_written / 1e6:,.1f} MB, {rates['bytes_per_row']:,.0f} bytes a row")
         if counts.get("truncated"):
