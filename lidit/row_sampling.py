@@ -46,7 +46,7 @@ class RowSampler(LogitsProcessor):
 
 def gumbel_noise(seeds: Tensor, step: int, size: int) -> Tensor:
     """(B,) int64 seeds -> (B, size) float32 standard Gumbel noise: the same on every device."""
-    state = mix(seeds[:, None] + GOLDEN * (step + 1))  # (B, 1)
+    state = mix(seeds[:, None] + _int64(GOLDEN * (step + 1)))  # (B, 1)
     bits = mix(state + GOLDEN * torch.arange(1, size + 1, device=seeds.device))  # (B, size)
     uniform = (_shifted(bits, 64 - UNIFORM_BITS).float() + 0.5) * 2.0**-UNIFORM_BITS
     return -(-uniform.log()).log()

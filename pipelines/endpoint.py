@@ -35,6 +35,7 @@ NO_KEY = "none"  # sent where the environment has no key: servers of one's own m
 SEED_BITS = 31  # what every server takes
 PASSES = {408, 409, 425, 429}  # and 5xx: worth another try
 FATAL = {401: "the key", 403: "the key", 404: "endpoint.url and endpoint.model"}  # status -> what to look at
+GATEWAY = {502, 503, 504}  # what stands in front of the server says that it is not there
 LONGEST_PAUSE = 60.0  # seconds between two tries
 
 
@@ -161,11 +162,11 @@ class EndpointCaptioner:
         )
 
     def _lives(self) -> bool:
-        """Whether the server answers at all."""
+        """Whether a server answers at all, and not a gateway in its place."""
         try:
             self._client.models.list()
         except self._openai.APIStatusError as error:
-            return error.status_code < 500
+            return error.status_code not in GATEWAY
         except self._openai.APIError:
             return False
         return True
