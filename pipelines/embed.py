@@ -3,7 +3,8 @@
 `<text>` -> `<text>_embeds_<encoder>`, `<text>_length_<encoder>`, `<text>_truncated_<encoder>` for every text column and
 encoder of the config, and one row per encoder in `encoders.lance` (its fingerprint, `instruction_embeds`, `null_embeds`).
 All encoders ride one read of the text and are committed together: the fused feature row. Run again to resume.
-With no arguments it embeds the demo world into ./store with the two tuned LLMs of `demo/encoders`.
+With no arguments it embeds the demo world with the two tuned LLMs of `demo/encoders`: scenes are ingested into ./store and
+described by the demo's VLM first, where that is not done yet.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lidit.codec import bytes_per_token
 from lidit.text import EncoderConfig, PromptEncoder
 from pipelines.stage import StageConfig, run_stage
 from pipelines.summary import Summary
-from pipelines.table import UNCOMPRESSED, Table
+from pipelines.table import UNCOMPRESSED, Table, field_differences
 from pipelines.worker import READS, Columns
 
 WINDOW_BYTES = 512 << 20  # of embeddings that one window may make, at `TYPICAL_TOKENS` a prompt
@@ -220,13 +221,27 @@ def _publish(table: Table, encoder: PromptEncoder) -> None:
     table.upsert(columns.ENCODER, row)
 
 
-def main(config: EmbedConfig) -> Summary:
-    """Runs the job. The demo world is ingested first where its store is empty."""
-    samples = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
-    if tuple(config.encoders) == DEMO_ENCODERS and not samples.exists() and not config.dry_run:
-        from pipelines import ingest
+def make_demo_world(config: EmbedConfig) -> None:
+    """Scenes into a store that is not there yet, and captions for scenes that have none: what the demo's LLMs are to read."""
+    from pipelines import ingest, recaption
 
-        ingest.main(ingest.IngestConfig(store=config.store, source=f"scenes:{DEMO_SCENES}"))
+    samples = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    if not samples.exists():
+        done = ingest.main(ingest.IngestConfig(store=config.store, source=f"scenes:{DEMO_SCENES}"))
+        print(done.to_text(), file=sys.stderr)
+    schema = samples.open().schema
+    if columns.CAPTION not in config.text or columns.TRUTH not in schema.names or not samples.missing([columns.CAPTION]):
+        return
+    job = recaption.RecaptionConfig(store=config.store, actors=config.actors, commit=config.commit)
+    ours = recaption.Recaption.writes(job)[0]
+    if ours.name not in schema.names or not field_differences(schema.field(ours.name), ours, columns.META_FINGERPRINT):
+        print(recaption.main(job).to_text(), file=sys.stderr)  # begun by another VLM: that one's work is to finish
+
+
+def main(config: EmbedConfig) -> Summary:
+    """Runs the job. With the demo's encoders it makes the demo world first, where that is missing."""
+    if tuple(config.encoders) == DEMO_ENCODERS and not config.dry_run:
+        make_demo_world(config)
     return run_stage(EmbedPrompts, config)
 
 
