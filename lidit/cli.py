@@ -22,6 +22,7 @@ JOBS = {
     "embed": ("pipelines.embed", "text columns -> prompt embeddings of several LLMs"),
     "latents": ("pipelines.latents", "images -> latents of an autoencoder, in buckets of one size"),
     "verify": ("pipelines.verify", "checks a store: counts, checksums, embeddings against an independent path"),
+    "inspect": ("pipelines.inspection", "shows a store: columns, stages, errors, bytes; as text, or as a page with samples"),
     "sample": ("lidit.sample", "trained weights and a prompt -> images"),
     "info": ("lidit.info", "a model's parameters and FLOPs, part by part"),
 }

@@ -231,9 +231,15 @@ def _plan(config: IngestConfig, source: Source, table: Table) -> Summary:
         f"done       {', '.join(f'{count:,} {name}' for name, count in work.counts.items())}",
         f"actors     {smallest} to {largest}, each {config.actors.num_cpus:g} CPUs",
         f"columns    {', '.join(source.schema.names)}",
-        f"filters    {', '.join(f'{k} {v}' for k, v in asdict(config.filters).items() if v) or 'none'}",
+        f"filters    {', '.join(f'{name} {value}' for name, value in _set(config.filters).items()) or 'none'}",
     ]
     return Summary("ingest", config.store, dry_run=True, ok=True, plan=plan)
+
+
+def _set(filters: FiltersConfig) -> dict[str, Any]:
+    """The options that are not as they are by default."""
+    usual = asdict(FiltersConfig())
+    return {name: value for name, value in asdict(filters).items() if value != usual[name]}
 
 
 if __name__ == "__main__":

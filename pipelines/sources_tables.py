@@ -104,7 +104,12 @@ class LanceTable(Sharded):
         names = table_names(dataset.schema, self.names)
         fragment, row = dataset.get_fragment(piece["fragment"]), 0
         assert fragment is not None  # the version is pinned
-        batches = fragment.to_batches(columns=[name for name in names if name], batch_size=READ_ROWS, batch_readahead=1)
+        batches = fragment.to_batches(
+            columns=[name for name in names if name],
+            batch_size=READ_ROWS,
+            batch_readahead=1,
+            io_buffer_size=READ_BYTES,
+        )
         for batch in batches:
             yield from table_records(batch, names, piece["place"], row)
             row += batch.num_rows

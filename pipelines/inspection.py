@@ -1,0 +1,197 @@
+"""Shows a store: schema, stages with their fingerprints, rows, errors by reason, bytes per column; as text or as a page.
+
+    lidit inspect --store ./store
+    lidit inspect --store ./store --html page.html
+
+The page is one file that needs nothing else: sample images with both captions, histograms, latents decoded back beside the
+images they were made of, examples of errors. Nothing in the store is changed, and no large column is read but for the samples.
+(The module is not called `inspect`: run as a script it would hide the standard library's.)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import fsspec
+import lance
+import numpy as np
+import pyarrow as pa
+
+from lidit import columns
+from pipelines.inspect_charts import bars, histogram
+from pipelines.inspect_page import Chart, Page, human, render
+from pipelines.inspect_samples import draw_samples, open_decoder
+from pipelines.inspect_table import REASONS_SHOWN, Facts, gather, labels, metadata_of, numbers
+from pipelines.table import Table
+
+BUCKETS_SHOWN = 16
+SHORT = 88  # characters of a line's text
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """The inspect job."""
+
+    store: str = "./store"
+    """Folder or URI of the feature store."""
+    version: int | None = None
+    """Version of the table. Default: the newest."""
+    html: str | None = None
+    """File (or URI) that the page is written to. Default: no page."""
+    samples: int = 24
+    """Rows that the page shows."""
+    seed: int = 0
+    """Which rows."""
+    histogram_rows: int = 1_000_000
+    """Rows that histograms are made of at most, from the first on."""
+    vae: str | None = None
+    """Autoencoder that latents are decoded with: folder or hub id. Default: the one that the newest latents run names."""
+    vae_revision: str | None = None
+    """Full commit hash of a hub id."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.histogram_rows < 1:
+            raise ValueError(
+                f"expected samples >= 0 and histogram_rows >= 1, received {self.samples}, {self.histogram_rows}"
+            )
+
+
+@dataclass
+class Inspection:
+    """What was found; `ok` always: whether a store is right is for the verify job to say."""
+
+    facts: Facts
+    html: str | None = None
+    notes: Sequence[str] = ()
+
+    ok = True
+
+    def to_json(self) -> str:
+        """One JSON object on one line."""
+        return json.dumps(
+            {"job": "inspect", "ok": True, "html": self.html, "notes": list(self.notes), **asdict(self.facts)}
+        )
+
+    def to_text(self) -> str:
+        """Tables for a terminal."""
+        facts = self.facts
+        deleted = f", {facts.deleted:,} deleted" if facts.deleted else ""
+        lines = [
+            f"{facts.uri}  version {facts.version}, {facts.changed}",
+            f"{facts.rows:,} rows in {facts.fragments:,} fragments{deleted}; {human(facts.bytes)} in columns",
+            "",
+        ]
+        lines += _table(
+            ["column", "type", "stored as", "from", ">rows", ">nulls", ">bytes", ">a row"],
+            [
+                [c.name, c.type, c.about, c.stage or "ingest", f"{c.rows:,}", "" if c.nulls is None else f"{c.nulls:,}",
+                 human(c.bytes), f"{c.bytes / c.rows:,.1f}" if c.rows else ""]
+                for c in facts.columns
+            ],
+        )  # fmt: skip
+        if facts.stages:
+            lines += [
+                "",
+                *_table(["stage", "fingerprint", ">fragments", ">waiting", "columns"], list(_stage_rows(facts))),
+            ]
+        if facts.encoders:
+            rows = [
+                [e["encoder"], e["digest"], f"{e['width']:,}", str(e["instruction_tokens"]), e["model"]]
+                for e in facts.encoders
+            ]
+            lines += ["", *_table(["encoder", "fingerprint", ">width", ">instruction", "model"], rows)]
+        if facts.reasons:
+            rows = [[reason.stage, f"{reason.count:,}", _cut(reason.text)] for reason in facts.reasons[:REASONS_SHOWN]]
+            lines += ["", *_table(["errors of", ">rows", "reason"], rows)]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, *([f"page       {self.html}"] if self.html else [])])
+
+
+def main(config: InspectConfig) -> Inspection:
+    """Looks at the store; writes the page if there is to be one."""
+    facts = gather(config.store, config.version)
+    found = Inspection(facts)
+    if config.html is None:
+        return found
+    dataset = Table(facts.uri).open(facts.version)
+    decoder = open_decoder(config.store, dataset, config.vae, config.vae_revision)
+    notes = [] if decoder is None or not decoder.problem else [f"Latents are not decoded: {decoder.problem}."]
+    samples = draw_samples(dataset, config.samples, config.seed, decoder)
+    page = Page(facts, list(_charts(dataset, config.histogram_rows)), samples, notes)
+    with fsspec.open(config.html, "w", encoding="utf-8") as file:
+        file.write(render(page))
+    return Inspection(facts, config.html, notes)
+
+
+def _charts(dataset: lance.LanceDataset, most_rows: int) -> Iterator[Chart]:
+    """Lengths of texts, of captions in tokens, of embeddings; sizes and shapes of images; buckets."""
+    names = dataset.schema.names
+    seen = min(dataset.count_rows(), most_rows)
+    rows = f"of {seen:,} rows" if seen == dataset.count_rows() else f"of the first {seen:,} rows"
+
+    def of(name: str, title: str, unit: str) -> Iterator[Chart]:
+        values = numbers(dataset, name, most_rows)
+        if len(values):
+            yield Chart(title, f"{name}: {len(values):,} values {rows}", histogram(values, unit))
+
+    for name in (columns.CAPTION, columns.CAPTION_ORIGINAL):
+        if name in names:
+            yield from of(name, f"Length of {name}", "characters")
+    for stored in dataset.schema:
+        if stored.name.endswith("_tokens") and pa.types.is_integer(stored.type):
+            yield from of(stored.name, "Length of captions", "tokens of the VLM")
+        elif "_length_" in stored.name and columns.META_ENCODER in metadata_of(stored):
+            yield from of(stored.name, f"Prompt tokens of {metadata_of(stored)[columns.META_ENCODER]}", "tokens")
+    if columns.HEIGHT in names and columns.WIDTH in names:
+        height, width = (numbers(dataset, name, most_rows) for name in (columns.HEIGHT, columns.WIDTH))
+        if len(height) and len(height) == len(width):
+            about = f"{len(height):,} images {rows}"
+            yield Chart("Shorter side", about, histogram(np.minimum(height, width), "pixels"))
+            yield Chart("Aspect ratio", about, histogram(width / height, "(width over height)"))
+    for name in names:
+        if name.startswith(columns.BUCKET) and pa.types.is_string(dataset.schema.field(name).type):
+            yield _bar_chart("Buckets, height x width", name, labels(dataset, name, most_rows), rows, True)
+        elif name.endswith("_status") and pa.types.is_string(dataset.schema.field(name).type):
+            yield _bar_chart("What the gate says of captions", name, labels(dataset, name, most_rows), rows)
+
+
+def _bar_chart(title: str, name: str, counts: Counter[str], rows: str, with_shape: bool = False) -> Chart:
+    shown = counts.most_common(BUCKETS_SHOWN)
+    more = f"; {len(counts) - len(shown):,} rarer ones are not shown" if len(counts) > len(shown) else ""
+    return Chart(title, f"{name}: {sum(counts.values()):,} values {rows}{more}", bars(shown, with_shape))
+
+
+def _stage_rows(facts: Facts) -> Iterator[list[str]]:
+    for stage in facts.stages:
+        names = _cut(", ".join(stage.columns))
+        yield [stage.name, stage.digest, f"{stage.fragments:,}", f"{stage.waiting:,}" if stage.waiting else "", names]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Rows as aligned lines; a header that begins with `>` is of numbers, to the right."""
+    right = [name.startswith(">") for name in header]
+    cells = [[name.lstrip(">") for name in header], *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[number]) for row in cells) for number in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.rjust(wide) if to_right else cell.ljust(wide) for cell, wide, to_right in zip(row, widths, right)
+        )
+        for row in cells
+    ]
+    return [line.rstrip() for line in [lines[0], "  ".join("-" * wide for wide in widths), *lines[1:]]]
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SHORT else line[: SHORT - 1] + "…"
+
+
+if __name__ == "__main__":
+    from lidit.cli import main as command_line
+
+    sys.exit(command_line(["inspect", *sys.argv[1:]]))
