@@ -31,6 +31,8 @@ class ModelFiles:
     """The file that lists the shards, where there are several."""
     tokenizer: bool = True
     """Whether there must be a tokenizer."""
+    hub_id: str = r"[\w.-]+/[\w.-]+"
+    """What a hub id looks like; with a third part, the model lies in that folder of its repository."""
 
 
 LANGUAGE_MODEL = ModelFiles()
@@ -38,15 +40,16 @@ AUTOENCODER = ModelFiles(
     weights=("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors"),
     index="diffusion_pytorch_model.safetensors.index.json",
     tokenizer=False,
+    hub_id=r"[\w.-]+/[\w.-]+(/[\w.-]+)?",
 )  # diffusers' own names; its `.fp16` variants and single-file checkpoints beside them are not read
 
 
 def resolve_model(model: str, revision: str | None, files: ModelFiles = LANGUAGE_MODEL) -> Path:
     """A local folder, or a hub id with a pinned commit -> the folder that holds the model's files.
 
-    A relative path is looked up from the working directory, then from the project's root. A hub id is `owner/name`, or
-    `owner/name/folder` for a model that lies in a folder of its repository. Hub ids need `revision` to be a full commit
-    hash: a branch name would let two runs of one job read two different models.
+    A relative path is looked up from the working directory, then from the project's root. A hub id is `owner/name`
+    (of an autoencoder also `owner/name/folder`) and needs `revision` to be a full commit hash: a branch name would let two
+    runs of one job read two different models.
 
     Raises:
         ValueError: nothing is there, files are missing or cut short, or the revision is not pinned.
@@ -55,7 +58,7 @@ def resolve_model(model: str, revision: str | None, files: ModelFiles = LANGUAGE
         if folder.is_dir():
             check_model_folder(folder, files)
             return folder.resolve()
-    if model.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", model):
+    if model.startswith(("/", ".", "~")) or not re.fullmatch(files.hub_id, model):
         raise ValueError(
             f"model {model!r}: expected a folder with config.json, or a hub id `owner/name`; nothing is there"
         )
