@@ -70,9 +70,8 @@ class Modulation(nn.Module):
 
     def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
         vectors = self.project(F.silu(cond))[:, None]  # B 1 (vectors D)
-        return torch.split_with_sizes_copy(
-            vectors, self.sizes, dim=-1
-        )  # copies: compiled code is made for each view's offset
+        # Copies, since compiled code would be made anew for each view's offset. Torch's stub says that it returns nothing.
+        return torch.split_with_sizes_copy(vectors, self.sizes, dim=-1)  # type: ignore[func-returns-value, return-value]
 
 
 class TimestepEmbedding(nn.Module):
