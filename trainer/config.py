@@ -317,6 +317,9 @@ class TrainConfig:
     """Folder or URI of the feature store."""
     storage: str = "./runs"
     """Folder or URI for checkpoints and metrics."""
+    vae: str | None = None
+    """Autoencoder that made the latents, as `lidit latents --model` had it (folder, or `owner/name@commit`): decodes sample
+    grids, and exported weights name it; null: grids show three channels of the latents."""
     model: ModelConfig = ModelConfig()
     """Which LI-DiT."""
     phases: Sequence[PhaseConfig] = (PhaseConfig(steps=2000, global_batch_size=64, resolution=64),)

@@ -26,6 +26,7 @@ def scenes() -> TrainConfig:
     """The demo world on a laptop: two CPU workers, minutes."""
     return TrainConfig(
         name="scenes",
+        vae="demo/vae",
         model=ModelConfig(size="tiny"),
         phases=(PhaseConfig(steps=600, global_batch_size=32, resolution=64),),
         data=DataConfig(

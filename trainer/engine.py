@@ -1,0 +1,90 @@
+"""The DeepSpeed engine of a run: the model built (sharded from the start at stage 3), AdamW, and DeepSpeed around them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from lidit.config import LIDiTConfig
+from lidit.model import LIDiT
+from trainer.config import OptimizerConfig, TrainConfig
+from trainer.ranks import Ranks
+from trainer.zero import deepspeed_config
+
+
+def prepare_process(config: TrainConfig) -> None:
+    """Settings of a worker process that must be made before DeepSpeed is imported. Call it first, and again is harmless."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    if config.use_gpu:
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+
+
+def build_engine(config: TrainConfig, model_config: LIDiTConfig, ranks: Ranks, universal: bool = False) -> Any:
+    """Model, optimizer and engine, the same initial weights on every rank and for every number of ranks.
+
+    Args:
+        universal: a checkpoint of another world size will be loaded (see universal.py).
+    """
+    deepspeed = _import_deepspeed(ranks.device)
+    settings = deepspeed_config(config, model_config, config.phases[0], ranks.world_size)
+    if universal:
+        settings["checkpoint"] = {"load_universal": True}
+    torch.manual_seed(config.seed)
+    sharded = config.zero.stage == 3
+    with deepspeed.zero.Init(config_dict_or_path=settings) if sharded else contextlib.nullcontext():
+        model = LIDiT(model_config)
+    model.set_checkpointing(config.model.checkpointing)
+    if config.model.compile and ranks.device.type == "cuda":
+        model.compile_regions()
+    optimizer = adamw(model, config.optimizer)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    # Ours alone: a failed write must not raise on one rank while the others wait for it (see checkpoint.py).
+    engine._copy_recovery_script = lambda save_path: None
+    return engine
+
+
+def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay, if there is any, on what has two dimensions or more. The rate is set at every step."""
+    parameters = [param for param in model.parameters() if param.requires_grad]
+    groups = [{"params": parameters, "weight_decay": config.weight_decay}]
+    if config.weight_decay:
+        vectors = [param for param in parameters if _ndim(param) < 2]
+        matrices = [param for param in parameters if _ndim(param) >= 2]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Of the next optimizer step, in all groups."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def _ndim(param: nn.Parameter) -> int:
+    """Dimensions of a parameter, also where ZeRO-3 has taken its data away."""
+    return len(getattr(param, "ds_shape", param.shape))
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # Its shared-memory collectives would be compiled at the first run, 44 s; gloo does as well for a few processes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return deepspeed

@@ -1,0 +1,264 @@
+"""Turns a checkpoint into weights: safetensors and one JSON, ready for `lidit sample` and `lidit.from_pretrained`.
+
+Works on a CPU, for checkpoints of any ZeRO stage and any number of ranks, on any storage; reads shards in pieces, so that no
+more than a shard of the weights is in memory beside the model's own file. Every file is checked against the manifest before
+it is read, and nothing is unpickled but tensors and DeepSpeed's own few classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lidit.config import LIDiTConfig
+from lidit.model import LIDiT
+from lidit.weights import expected_shapes, save_weights
+from trainer.checkpoint import EMA_FOLDER, ENGINE
+from trainer.fragments import FragmentReader
+from trainer.manifest import Damaged, Manifest, check_content, folder_of, read_manifest, steps_in
+from trainer.resume import read_state
+from trainer.storage import Storage, absolute
+from trainer.universal import restricted_unpickling
+
+VAE_KEYS = (
+    "autoencoder",
+    "weights",
+    "config",
+    "dtype",
+    "scaling_factor",
+    "shift_factor",
+)  # of the latents' fingerprint
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The export job."""
+
+    run: str = "./runs/scenes"
+    """Folder or URI of the run: `<storage>/<name>`."""
+    out: str = "./weights"
+    """Folder to write; it must not be there."""
+    step: int | None = None
+    """Checkpoint to take; null: the newest valid one."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """The moving average, or the weights as trained; auto: the average where the run keeps one."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the file."""
+    vae: str | None = None
+    """Autoencoder to name in the weights, where the run's config does not (folder, or `owner/name@commit`)."""
+    overwrite: bool = False
+    """Replace `out` if it is there."""
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("auto", "ema", "raw"):
+            raise ValueError(f"weights: expected auto, ema or raw, received {self.weights!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, received {self.dtype!r}")
+
+
+@dataclass
+class ExportSummary:
+    """What was written."""
+
+    out: str
+    step: int
+    weights: str  # ema or raw
+    parameters: int
+    ok: bool = True
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> str:
+        """One JSON object on one line."""
+        return json.dumps(dataclasses.asdict(self))
+
+    def to_text(self) -> str:
+        """For a person."""
+        lines = [
+            f"export: {self.weights} weights of step {self.step:,}, {self.parameters:,} parameters",
+            f"  folder     {self.out}",
+            *(f"  warning    {warning}" for warning in self.warnings),
+            f'  next       lidit sample --weights {self.out} --prompt "..."',
+        ]
+        return "\n".join(lines)
+
+
+def main(config: ExportConfig) -> ExportSummary:
+    """Runs the job.
+
+    Raises:
+        ValueError: no such checkpoint, it is damaged, it has no average, or `out` is there.
+    """
+    storage = Storage(absolute(config.run))
+    manifest, state, warnings = _choose(storage, config.step)
+    has_ema = any(name.startswith(f"{EMA_FOLDER}/") for name in manifest.files)
+    kind = {"auto": "ema" if has_ema else "raw"}.get(config.weights, config.weights)
+    if kind == "ema" and not has_ema:
+        raise ValueError(
+            f"{storage.uri}, step {manifest.step:,}, keeps no average (ema.decay was 0): export --weights raw"
+        )
+    model_config = LIDiTConfig.from_dict(state["model"])
+    with torch.device("meta"):
+        model = LIDiT(model_config)
+    shapes = expected_shapes(model_config)
+    with contextlib.ExitStack() as stack:
+        files = stack.enter_context(_files(storage, manifest, f"{EMA_FOLDER}/" if kind == "ema" else f"{ENGINE}/"))
+        weights = stack.enter_context(_average(files, shapes) if kind == "ema" else _raw(files, shapes, state))
+        save_weights(
+            config.out,
+            model,
+            extra=_extra(state, kind, config.vae),
+            state=weights,
+            dtype=DTYPES[config.dtype],
+            overwrite=config.overwrite,
+        )
+    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    return ExportSummary(config.out, manifest.step, kind, parameters, warnings=warnings)
+
+
+# -- which ------------------------------------------------------------------------------------------------------------
+
+
+def _choose(storage: Storage, step: int | None) -> tuple[Manifest, dict[str, Any], list[str]]:
+    """The checkpoint asked for, or the newest valid one; with what was skipped on the way."""
+    steps = [step] if step is not None else list(reversed(steps_in(storage)))
+    warnings: list[str] = []
+    for candidate in steps:
+        try:
+            manifest = read_manifest(storage, candidate)
+            return manifest, read_state(storage, candidate, manifest), warnings
+        except Damaged as error:
+            warnings.append(f"checkpoint skipped: {error}")
+    there = ", ".join(map(str, steps_in(storage))) or "none"
+    raise ValueError(f"{storage.uri}: no checkpoint to export; steps there: {there}{'; '.join(['', *warnings])}")
+
+
+@contextlib.contextmanager
+def _files(storage: Storage, manifest: Manifest, prefix: str) -> Iterator[list[Path]]:
+    """The checkpoint's files of one kind, here and checked."""
+    with tempfile.TemporaryDirectory(prefix="lidit-export-") as temporary:
+        folder = Path(storage.path(folder_of(manifest.step))) if storage.local else Path(temporary)
+        paths = []
+        for name, file in sorted(manifest.files.items()):
+            if not name.startswith(prefix):
+                continue
+            remote = f"{folder_of(manifest.step)}/{name}"
+            if not storage.local:
+                storage.download(remote, folder / name)
+            try:
+                check_content(folder / name, file, remote)
+            except Damaged as error:
+                raise ValueError(f"{storage.uri}: {error}. Export another step with --step") from error
+            paths.append(folder / name)
+        yield paths
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _average(files: list[Path], shapes: Mapping[str, Any]) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    with FragmentReader(files) as reader:
+        yield iter(reader.state(shapes))
+
+
+@contextlib.contextmanager
+def _raw(
+    files: list[Path], shapes: Mapping[str, Any], state: Mapping[str, Any]
+) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """The fp32 masters in DeepSpeed's shards (stage 0 in fp32: the weights themselves)."""
+    ordered = sorted(files, key=_rank_of)
+    with restricted_unpickling():
+        module = next(_load(path) for path in ordered if path.name.endswith("model_states.pt"))
+        shards = [_load(path)["optimizer_state_dict"] for path in ordered if path.name.endswith("optim_states.pt")]
+    if not shards:
+        yield _replicated(module, shapes)
+    elif state["zero_stage"] == 3:
+        yield _equal_pieces(shards, module["param_shapes"])
+    else:
+        yield _ranges(shards, shapes)
+
+
+def _rank_of(path: Path) -> int:
+    """`bf16_zero_pp_rank_12_mp_rank_00_optim_states.pt` -> 12; what is not one rank's comes first."""
+    found = re.search(r"zero_pp_rank_(\d+)_", path.name)
+    return int(found[1]) if found else -1
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _replicated(saved: Mapping[str, Any], shapes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Stage 0: the module; in bf16 its optimizer's fp32 copy, in the order of the module's parameters."""
+    masters = (saved.get("optimizer") or {}).get("fp32_groups")
+    if masters is None:
+        yield from ((name, saved["module"][name]) for name in shapes)
+        return
+    # As engine.py groups them: with weight decay, matrices first.
+    names = sorted(shapes, key=lambda name: len(shapes[name]) < 2) if len(masters) > 1 else list(shapes)
+    yield from zip(names, (tensor for group in masters for tensor in group))
+
+
+def _equal_pieces(shards: list[dict[str, Any]], groups: list[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Stage 3: every rank has an equal piece of each parameter, padded at the end; parameters in the order of `groups`."""
+    flat = [shard["fp32_flat_groups"] for shard in shards]
+    for number, group in enumerate(groups):
+        offset = 0
+        for name, shape in group.items():
+            numel = torch.Size(shape).numel()
+            piece = -(-numel // len(shards))
+            parts = [rank[number][offset : offset + piece] for rank in flat]
+            yield name, torch.cat(parts)[:numel].reshape(tuple(shape))
+            offset += piece
+
+
+def _ranges(shards: list[dict[str, Any]], shapes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Stages 1 and 2: every rank has a range of the flattened group; a parameter's pieces follow each other by rank."""
+    for name, shape in shapes.items():
+        pieces = []
+        for shard in shards:
+            for flat, mapping in zip(shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"]):
+                if name in mapping:
+                    pieces.append(flat[mapping[name].start : mapping[name].start + mapping[name].numel])
+        yield name, torch.cat(pieces).reshape(shape)
+
+
+def _extra(state: Mapping[str, Any], kind: str, vae: str | None) -> dict[str, Any]:
+    """config.json of the weights: what the model was trained with."""
+    table, config = state["table"], state["config"]
+    made_with = {key: value for key, value in table["features"]["latents"].items() if key in VAE_KEYS}
+    named = vae or config.get("vae")
+    extra: dict[str, Any] = {
+        "objective": state["objective"],
+        "encoders": table["encoders"],
+        "image_size": table["image_size"],
+        "training": {
+            "run": config["name"],
+            "step": state["step"],
+            "images_seen": state["images_seen"],
+            "weights": kind,
+            "tables": table["versions"],
+        },
+    }
+    if named:
+        model, _, revision = named.partition("@")
+        extra["vae"] = {"model": model, "revision": revision or None, "fingerprint": made_with}
+    return extra
+
+
+if __name__ == "__main__":
+    from lidit.cli import main as command_line
+
+    sys.exit(command_line(["export", *sys.argv[1:]]))

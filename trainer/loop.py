@@ -1,0 +1,269 @@
+"""The training loop: the step in plain sight, and around it phases, validation, saving.
+
+A step is a function of its number: which rows (plan.py), which caption, whether the prompt is dropped, which timestep and noise
+(`lidit.diffusion.draw`), which learning rate and EMA decay. So a run that resumes at step n takes the same steps as one that
+was never stopped: to the bit on as many ranks, to rounding on another number.
+
+Letters: B samples of a microbatch, C H W of the latents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lidit.config import LIDiTConfig
+from lidit.diffusion import loss_per_sample, objective_to_dict
+from trainer.batches import Batches
+from trainer.checkpoint import Checkpoints, Observe
+from trainer.config import PhaseConfig, TrainConfig
+from trainer.ema import EMA
+from trainer.engine import set_learning_rate
+from trainer.partitions import discard_gradients, squared_norm
+from trainer.ranks import Ranks
+from trainer.report import Meter, Report
+from trainer.signals import StopFile, Terminated, draining, terminated
+from trainer.tables import PhaseTable, Tables, describe
+from trainer.tally import Tally, Totals
+from trainer.validation import Validation
+
+
+class NotFinite(RuntimeError):
+    """Too many steps in a row had a loss or gradient that was not finite; raised on all ranks together."""
+
+
+@dataclass
+class Progress:
+    """How far a run is. With the config, all that the next step depends on."""
+
+    step: int = 0
+    """Optimizer steps done, those that were skipped included."""
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite, so far."""
+    skipped_in_row: int = 0
+    """Of those, the ones just before this step without another in between."""
+
+
+@dataclass
+class Phase:
+    """The phase that the loop is in."""
+
+    number: int
+    config: PhaseConfig
+    grad_accum_steps: int
+    """Microbatches of a step, on a rank."""
+    table: PhaseTable
+    batches: Batches
+    meter: Meter
+    validation: Validation | None
+
+
+class Loop:
+    """One rank's part of a run, from where it is to its end.
+
+    Args:
+        config: the run.
+        model_config: the model's shape.
+        ranks: who takes part.
+        tables: of all phases.
+        engine, ema: the model as it is now.
+        checkpoints: where it is saved.
+        report: what is written down; rank 0 has it.
+        stop: whether somebody has asked the run to stop; rank 0 has it.
+        progress: how far it is.
+        observe: told what begins.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_config: LIDiTConfig,
+        ranks: Ranks,
+        tables: Tables,
+        engine: Any,
+        ema: EMA | None,
+        checkpoints: Checkpoints,
+        report: Report | None,
+        stop: StopFile | None,
+        progress: Progress,
+        observe: Observe,
+    ):
+        self.config, self.model_config, self.ranks, self.tables = config, model_config, ranks, tables
+        self.engine, self.ema, self.checkpoints = engine, ema, checkpoints
+        self.report, self.stop, self.progress, self.observe = report, stop, progress, observe
+        self.last_step = min(config.total_steps, config.stop_after_steps or config.total_steps)
+        self._saved_while_draining = False
+
+    def run(self) -> bool:
+        """Trains to the last step, saved. Returns whether it got there: False if somebody asked it to stop.
+
+        Raises:
+            NotFinite: too many skipped steps in a row.
+            SaveFailed: a checkpoint could not be written.
+            Terminated: some rank got SIGTERM; the run is saved.
+        """
+        while self.progress.step < self.last_step:
+            with self._phase() as phase:
+                end = min(self.last_step, self.progress.step + phase.config.steps - self._step_in_phase())
+                while self.progress.step < end:
+                    totals = self._train_step(phase)
+                    if self._after_step(phase, totals):
+                        return False
+        return True
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def _train_step(self, phase: Phase) -> Totals:
+        """One step of the run: `global_batch_size` samples over all ranks, one move of the optimizer."""
+        engine, objective, step = self.engine, phase.table.objective, self.progress.step
+        tally = Tally(list(self.model_config.encoders), self.ranks.device)
+        waited = phase.batches.wait_seconds
+
+        # Forward and backward, microbatch by microbatch; gradients add up, and are averaged over ranks with the last one.
+        for number in range(phase.grad_accum_steps):
+            self.observe("data")
+            batch = next(phase.batches)
+            assert batch.timestep is not None and batch.noise is not None
+            self.observe("forward")
+            engine.set_gradient_accumulation_boundary(number == phase.grad_accum_steps - 1)
+            noisy_latents = objective.add_noise(batch.latents, batch.noise, batch.timestep)  # B C H W
+            prediction = engine(
+                noisy_latents, batch.timestep, batch.prompt_embeds, batch.prompt_mask, batch.instruction_embeds
+            )  # B C H W
+            loss = loss_per_sample(objective, prediction, batch.latents, batch.noise, batch.timestep)  # B
+            self.observe("backward")
+            engine.backward(loss.mean() / phase.grad_accum_steps, scale_wrt_gas=False)
+            tally.add(batch, loss)
+
+        # Look before the step, on all ranks together: ZeRO-3 with bf16 would take NaN for a gradient.
+        self.observe("check")
+        totals = tally.total(
+            self.ranks,
+            squared_norm(engine),
+            wait_seconds=phase.batches.wait_seconds - waited,
+            stop=self.stop is not None and self.stop.requested,
+            terminated=terminated(),
+            draining=draining(),
+        )
+
+        # Move, clipped; or forget this step's gradients, everywhere.
+        if totals.finite:
+            self.observe("step")
+            set_learning_rate(engine, self.config.optimizer.learning_rate_at(step, self.config.total_steps))
+            engine.step()
+            if self.ema is not None:
+                self.ema.update(self.config.ema.decay_at(step))
+            self.progress.skipped_in_row = 0
+        else:
+            discard_gradients(engine)
+            self.progress.skipped_steps += 1
+            self.progress.skipped_in_row += 1
+        height, width = batch.latents.shape[2:]
+        phase.meter.add(totals, (height, width), taken=totals.finite)
+        self.progress.step += 1
+        return totals
+
+    # -- around it ----------------------------------------------------------------------------------------------------
+
+    def _after_step(self, phase: Phase, totals: Totals) -> bool:
+        """Writes, validates and saves where it is time to. Returns whether the run is to stop here."""
+        step, config = self.progress.step, self.config
+        if not totals.finite:
+            self._say_skipped(totals)
+        last = step == self.last_step
+        if step % config.metrics.every_steps == 0 or last or totals.stop:
+            self._write_line(phase)
+        if phase.validation is not None and (step % config.validation.every_steps == 0 or step == config.total_steps):
+            self._validate(phase)
+        drained = totals.draining and not self._saved_while_draining
+        self._saved_while_draining = totals.draining
+        if step % config.checkpoint.every_steps == 0 or last or totals.stop or totals.terminated or drained:
+            self._save(phase)
+        if totals.terminated and not last:
+            raise Terminated(f"{totals.terminated} ranks got SIGTERM; the run is saved at step {step:,}")
+        return totals.stop and not last
+
+    @contextlib.contextmanager
+    def _phase(self) -> Iterator[Phase]:
+        """Opens the phase that the next step is in, its batches from that step on."""
+        number, step_in_phase, images_seen = self.config.phase_at(self.progress.step)
+        config, table = self.config.phases[number], self.tables.phase(number)
+        microbatch_size, grad_accum_steps = config.split(self.ranks.world_size, self.config.microbatch_size)
+        instruction_tokens = {name: len(v.instruction_embeds) for name, v in table.features.encoders.items()}
+        tflops = self.config.hardware.gpu_tflops if self.ranks.device.type == "cuda" else None
+        meter = Meter(self.model_config, instruction_tokens, microbatch_size, self.ranks.world_size, tflops)
+        validation = None
+        if self.config.validation.every_steps:
+            validation = Validation(table, self.config, microbatch_size, self.ranks)
+        with Batches(
+            table.features,
+            table.survey,
+            table.plan,
+            self.config.data,
+            seed=self.config.seed,
+            microbatch_size=microbatch_size,
+            first_step=step_in_phase,
+            last_step=min(config.steps, step_in_phase + self.last_step - self.progress.step),
+            first_image=images_seen - step_in_phase * config.global_batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            device=self.ranks.device,
+            objective=table.objective,
+        ) as batches:
+            yield Phase(number, config, grad_accum_steps, table, batches, meter, validation)
+
+    def _step_in_phase(self) -> int:
+        return self.config.phase_at(self.progress.step)[1]
+
+    def _say_skipped(self, totals: Totals) -> None:
+        why = f"the loss of {totals.bad_losses} samples" if totals.bad_losses else "the gradient"
+        words = f"step {self.progress.step - 1:,}: {why} is not finite; no rank took the step"
+        if self.report is not None:
+            self.report.say(words)
+        if self.progress.skipped_in_row >= self.config.optimizer.max_skipped_steps:
+            raise NotFinite(
+                f"{words}, the {self.progress.skipped_in_row}th in a row (optimizer.max_skipped_steps). The weights are those "
+                f"before the first of them; the newest checkpoint is older. Lower the learning rate, or look at the data"
+            )
+
+    def _write_line(self, phase: Phase) -> None:
+        if self.report is not None:
+            step = self.progress.step
+            learning_rate = self.config.optimizer.learning_rate_at(step - 1, self.config.total_steps)
+            images_seen = self.config.phase_at(step)[2]
+            values = {**phase.meter.line(), "learning_rate": learning_rate, "images_seen": images_seen}
+            self.report.line(step, {**values, "phase": phase.number, "skipped_in_all": self.progress.skipped_steps})
+        phase.meter.reset()
+
+    def _validate(self, phase: Phase) -> None:
+        assert phase.validation is not None
+        self.observe("validate")
+        values, picture = phase.validation(self.engine, self.ema)
+        if self.report is not None:
+            if values:
+                self.report.validated(self.progress.step, values)
+            if picture is not None:
+                self.report.writer.write_image("samples", self.progress.step, picture)
+        phase.meter.reset()
+
+    def _save(self, phase: Phase) -> None:
+        self.observe("save")
+        self.checkpoints.save(self.progress.step, self.engine, self.ema, self._state(phase))
+        if self.report is not None:
+            self.report.writer.flush()
+        phase.meter.reset()
+
+    def _state(self, phase: Phase) -> dict[str, Any]:
+        """state.json: all but tensors."""
+        return {
+            **asdict(self.progress),
+            "images_seen": self.config.phase_at(self.progress.step)[2],
+            "world_size": self.ranks.world_size,
+            "zero_stage": self.config.zero.stage,
+            "config": self.config.to_dict(),
+            "model": self.model_config.to_dict(),
+            "objective": objective_to_dict(phase.table.objective),
+            "table": describe(self.tables, phase.number, phase.table),
+        }

@@ -1,0 +1,297 @@
+"""Trains LI-DiT: the feature table -> checkpoints, through Ray Train and DeepSpeed.
+
+Reads latents and prompt embeddings from the store (never an image, never an LLM) and writes into `<storage>/<name>`:
+checkpoints, metrics.jsonl, TensorBoard, sample grids. The same command goes on where the run stopped, on any number of GPUs
+that divides the batch. With no arguments it trains the demo recipe `scenes` on ./store.
+`--recipe NAME` starts from another recipe; `--config FILE.yaml` and dotted flags change any field of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.checkpoint import Observe
+from trainer.config import TrainConfig
+from trainer.lease import Lease
+from trainer.manifest import steps_in
+from trainer.recipes import RECIPES
+from trainer.signals import STOP
+from trainer.storage import Storage, absolute
+from trainer.tables import Tables, pinned_versions, write_versions
+
+__all__ = ["RECIPES", "TrainConfig", "TrainSummary", "main"]
+
+
+@dataclass
+class TrainSummary:
+    """What a start of a run came to. `ok` if all steps that were asked for are done."""
+
+    run: str
+    folder: str
+    ok: bool = False
+    dry_run: bool = False
+    plan: list[str] = field(default_factory=list)  # of a dry run
+    status: str = ""  # done, stopped
+    step: int = 0
+    total_steps: int = 0
+    resumed_from: int = 0
+    images_seen: int = 0
+    skipped_steps: int = 0
+    first: dict[str, Any] = field(default_factory=dict)  # line of this start's metrics
+    last: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)  # the newest
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # of this start, Ray included
+    next: str = ""
+
+    def to_json(self) -> str:
+        """One JSON object on one line."""
+        return json.dumps(dataclasses.asdict(self))
+
+    def to_text(self) -> str:
+        """A few lines for a person."""
+        if self.dry_run:
+            return "\n".join([*self.plan, "dry run: nothing was changed"])
+        lines = [
+            f"train: {self.status}, {self.run} at step {self.step:,} of {self.total_steps:,} (from {self.resumed_from:,}), "
+            f"{self.images_seen:,} images seen, {self.seconds:,.1f} s"
+        ]
+        if self.last:
+            lines.append(
+                f"  loss       {self.first['loss']:.4f} at step {self.first['step']:,}, {self.last['loss']:.4f} at step "
+                f"{self.last['step']:,}"
+            )
+            speed = f"{self.last['samples_per_second']:,.1f} samples/s, data wait {self.last['data_wait']:.1%}"
+            lines.append(f"  speed      {speed}")
+        if self.validation:
+            ema = f", EMA {self.validation['ema_loss']:.4f}" if "ema_loss" in self.validation else ""
+            lines.append(f"  held out   {self.validation['loss']:.4f}{ema} at step {self.validation['step']:,}")
+        if self.skipped_steps:
+            lines.append(f"  skipped    {self.skipped_steps:,} steps had a loss or gradient that was not finite")
+        lines += [f"  warning    {warning}" for warning in self.warnings]
+        return "\n".join([*lines, f"  folder     {self.folder}", f"  next       {self.next}"])
+
+
+def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
+    """Runs the job.
+
+    Args:
+        config: the run.
+        observe: called in every worker with the name of what begins: `data`, `forward`, `backward`, `check`, `step`,
+            `validate`, `save:shards` and so on. For profilers and fault tests.
+
+    Raises:
+        ValueError: the table lacks something, or the run's checkpoint was made otherwise.
+        RuntimeError: a checkpoint could not be saved, losses are not finite, or workers failed more than `max_failures` times.
+    """
+    start = time.monotonic()
+    config = dataclasses.replace(
+        config,
+        store=absolute(config.store),
+        storage=absolute(config.storage),
+        phases=tuple(
+            dataclasses.replace(phase, store=phase.store and absolute(phase.store)) for phase in config.phases
+        ),
+    )
+    storage = Storage(f"{config.storage}/{config.name}")
+    summary = TrainSummary(config.name, storage.uri, total_steps=config.total_steps)
+    if config.dry_run:
+        return dataclasses.replace(summary, ok=True, dry_run=True, plan=_plan(config))
+    _check_resume_mode(config, storage)
+    with Lease(storage):
+        tables = Tables(config, pinned_versions(storage, config))
+        tables.pin()
+        write_versions(storage, tables)
+        storage.remove(STOP)
+        _start_ray(config)
+        config = _resolve_hardware(config)
+        storage.write("config.json", json.dumps(config.to_dict(), indent=1).encode())
+        outcome = _fit(config, storage, tables.versions, observe)
+        if outcome["status"] == "failed":
+            raise (ValueError if outcome["input"] else RuntimeError)(outcome["error"])
+        if outcome["step"] == config.total_steps:
+            tables.unpin()
+    known = {f.name for f in dataclasses.fields(summary)}
+    for name, value in outcome.items():
+        if name in known:
+            setattr(summary, name, value)
+    summary.ok, summary.seconds = outcome["status"] == "done", time.monotonic() - start
+    export = f"lidit export --run {summary.folder} --out weights"
+    summary.next = export if summary.step == summary.total_steps else "the same command goes on from here"
+    return summary
+
+
+# -- Ray --------------------------------------------------------------------------------------------------------------
+
+
+def _start_ray(config: TrainConfig) -> None:
+    """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts a local one for this process."""
+    import logging
+
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in the config are the user's
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if not ray.is_initialized():
+        local: dict[str, Any] = {}
+        if not os.environ.get("RAY_ADDRESS"):
+            cpus = max(os.cpu_count() or 1, int(config.num_workers * config.cpus_per_worker + 0.999))
+            local = {"include_dashboard": False, "object_store_memory": 256 << 20, "num_cpus": cpus}
+        ray.init(logging_level=logging.ERROR, **local)
+
+
+def _resolve_hardware(config: TrainConfig) -> TrainConfig:
+    """GPUs if the cluster has some and nothing else is asked for. Refuses what a local machine will never have."""
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus = resources.get("GPU", 0.0)
+    use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
+    if use_gpu and gpus < config.num_workers and not os.environ.get("RAY_ADDRESS"):
+        raise ValueError(
+            f"num_workers {config.num_workers}: each needs a GPU, this machine has {gpus:g}; lower num_workers, set use_gpu to "
+            f"false, or submit the job to a cluster"
+        )
+    return dataclasses.replace(config, use_gpu=use_gpu)
+
+
+def _fit(config: TrainConfig, storage: Storage, versions: dict[str, int], observe: Observe | None) -> dict[str, Any]:
+    """Runs the workers under Ray Train; what rank 0 returned."""
+    import pyarrow.fs
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+    from trainer.worker import train_worker
+
+    assert config.use_gpu is not None
+    settings = {"config": config.to_dict(), "versions": versions, "observe": observe}
+    trainer = TorchTrainer(
+        train_worker,  # type: ignore[arg-type]  # what it returns comes back in the result
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
+        ),
+        run_config=RunConfig(  # type: ignore[arg-type]  # the stub knows the older one
+            name=f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
+            storage_path=storage.path("ray"),
+            storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.fs)),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            callbacks=[_sigterm_callback()],
+            worker_runtime_env={"env_vars": _worker_environment(config)},
+            logging_config=LoggingConfig("ERROR"),
+        ),
+    )
+    with _stopped_by_signals(storage):
+        return _in_thread(trainer.fit).return_value
+
+
+def _worker_environment(config: TrainConfig) -> dict[str, str]:
+    threads = str(max(1, int(config.cpus_per_worker)))
+    return {"OMP_NUM_THREADS": threads, **({} if config.use_gpu else {"DS_ACCELERATOR": "cpu"})}
+
+
+def _sigterm_callback() -> Any:
+    """Makes workers save before they go: Ray Train runs their training in a thread, and only the main one takes signals."""
+    from ray.train.v2._internal.execution.callback import WorkerCallback
+
+    class SaveOnSigterm(WorkerCallback):
+        """Called in the main thread of every worker."""
+
+        def after_init_train_context(self) -> None:
+            from trainer.signals import install_sigterm
+
+            install_sigterm()
+
+    return SaveOnSigterm()
+
+
+# -- the driver's own process -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _stopped_by_signals(storage: Storage) -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C ask the workers to save and stop; a second Ctrl-C gives up waiting for them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        if storage.exists(STOP) and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        print("lidit train: stopping after this step; it is saved first", file=sys.stderr, flush=True)
+        storage.write(STOP, b"")
+
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        storage.remove(STOP)
+
+
+def _in_thread(act: Any) -> Any:
+    """Runs it in another thread, so that this one takes signals meanwhile; raises what it raises."""
+    made: list[Any] = [None, None]
+
+    def run() -> None:
+        try:
+            made[0] = act()
+        except BaseException as error:
+            made[1] = error
+
+    thread = threading.Thread(target=run, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if made[1] is not None:
+        raise made[1]
+    return made[0]
+
+
+def _check_resume_mode(config: TrainConfig, storage: Storage) -> None:
+    steps = steps_in(storage)
+    if config.resume == "must" and not steps:
+        raise ValueError(f"resume: must, but {storage.uri} has no checkpoint; is it the right `storage` and `name`?")
+    if config.resume == "never" and steps:
+        raise ValueError(
+            f"resume: never, but {storage.uri} has a checkpoint at step {steps[-1]:,}; give the run another `name`, or set "
+            f"resume to auto"
+        )
+
+
+def _plan(config: TrainConfig) -> list[str]:
+    """What a run would need, in lines."""
+    from trainer.estimate import estimate
+    from trainer.survey import survey
+
+    tables, unknown = {}, []
+    for number, phase in enumerate(config.phases):
+        try:
+            alone = dataclasses.replace(config, phases=(phase,))
+            features = Tables(alone, {}).features(0)
+            tables[number] = (features, survey(features, config.data.holdout))
+        except ValueError as error:
+            unknown.append(f"note       phase {number}: {error}")
+    return [*estimate(config, config.num_workers, tables).lines(), *unknown]
+
+
+if __name__ == "__main__":
+    from lidit.cli import main as command_line
+
+    sys.exit(command_line(["train", *sys.argv[1:]]))

@@ -1,0 +1,122 @@
+"""One rank of a run: what Ray Train calls in every worker process, from the checkpoint to the last step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+from trainer.checkpoint import Checkpoints, Observe, SaveFailed
+from trainer.config import TrainConfig
+from trainer.engine import build_engine, prepare_process
+from trainer.loop import Loop, NotFinite, Progress
+from trainer.metrics import MetricsWriter
+from trainer.ranks import Ranks
+from trainer.report import Report
+from trainer.resume import Found, Layout, Resume, load_engine
+from trainer.rng import load_rng
+from trainer.signals import StopFile
+from trainer.storage import Storage
+from trainer.tables import Tables, check_resumable
+
+
+class CannotResume(ValueError):
+    """The run's checkpoint and its config, or its tables, do not go together; raised on all ranks."""
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Trains; returns what the driver tells the user: `status` done, stopped or failed, and figures.
+
+    What the ranks have found out together, and what trying again would not mend, is returned; anything else is raised, and
+    Ray Train starts the ranks again.
+
+    Args:
+        settings: `config` (of `TrainConfig.to_dict`), `versions` of the tables, `observe` (may be None).
+    """
+    config = TrainConfig.from_dict(settings["config"])
+    prepare_process(config)
+    try:
+        return train(config, settings["versions"], settings.get("observe") or _nothing)
+    except (SaveFailed, NotFinite, CannotResume) as error:
+        return {"status": "failed", "error": str(error), "input": isinstance(error, CannotResume)}
+
+
+def train(config: TrainConfig, versions: dict[str, int], observe: Observe = lambda part: None) -> dict[str, Any]:
+    """A rank's whole run, in a process group that is there already. Returns the same on all ranks but for figures."""
+    ranks, storage = Ranks.here(), Storage(f"{config.storage}/{config.name}")
+    tables = Tables(config, versions)
+    model_config = tables.model_config()
+    checkpoints = Checkpoints(storage, ranks, config.checkpoint, observe)
+    ranks.from_first(checkpoints.clean_up)
+    resume = Resume(storage, ranks, Layout(ranks.world_size, config.zero.stage))
+    with resume.newest() as found:
+        progress, changes = _progress(found), list[str]()
+        if found is not None:
+            changes = ranks.from_first(lambda: _check(config, found, tables))
+        engine = build_engine(config, model_config, ranks, universal=found is not None and found.universal)
+        ema = _restore(config, found, engine)
+    with contextlib.ExitStack() as stack:
+        report = stop = None
+        if ranks.first:
+            writer = MetricsWriter(storage, config.metrics, config.name, progress.step, config.to_dict())
+            stack.callback(writer.close)
+            report = Report(writer, config.total_steps)
+            stop = stack.enter_context(StopFile(storage))
+            _say_begin(report, config, model_config, progress, changes)
+        loop = Loop(
+            config, model_config, ranks, tables, engine, ema, checkpoints, report, stop, progress, observe
+        )  # fmt: skip
+        started = progress.step
+        done = loop.run()
+    engine.destroy()
+    return {
+        "status": "done" if done else "stopped",
+        "resumed_from": started,
+        **dataclasses.asdict(progress),
+        "images_seen": config.phase_at(progress.step)[2],
+        "first": report.first if report else {},
+        "last": report.last if report else {},
+        "validation": report.validation if report else {},
+        "warnings": resume.warnings,
+    }
+
+
+def _check(config: TrainConfig, found: Found, tables: Tables) -> list[str]:
+    """Whether the run may go on from there; the settings that changed since."""
+    try:
+        number = config.phase_at(found.step)[0]
+        return check_resumable(config, found.state, tables, tables.phase(number))
+    except (ValueError, KeyError) as error:
+        raise CannotResume(str(error)) from error
+
+
+def _progress(found: Found | None) -> Progress:
+    if found is None:
+        return Progress()
+    return Progress(**{field.name: found.state[field.name] for field in dataclasses.fields(Progress)})
+
+
+def _restore(config: TrainConfig, found: Found | None, engine: Any) -> Any:
+    """Puts a checkpoint into the engine; returns the average, restored or new, if the run keeps one."""
+    from trainer.ema import EMA
+
+    if found is not None:
+        load_engine(found, engine)
+    ema = EMA(engine) if config.ema.decay else None
+    if found is not None:
+        if ema is not None and found.ema:
+            ema.load(list(found.ema))
+        if found.rng is not None:
+            load_rng(found.rng)
+    return ema
+
+
+def _say_begin(report: Report, config: TrainConfig, model_config: Any, progress: Progress, changes: list[str]) -> None:
+    where = f"from step {progress.step:,}" if progress.step else "from the start"
+    report.say(f"{config.name} {where}, {config.num_workers} ranks, ZeRO stage {config.zero.stage}, {config.precision}")
+    for change in changes:
+        report.say(f"changed since the checkpoint: {change}")
+
+
+def _nothing(part: str) -> None:
+    """Of `observe`, where nobody asks."""
