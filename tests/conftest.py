@@ -330,3 +330,54 @@ def ray_here() -> Any:
     start_ray()
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def vlm_server(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`transformers serve` with the demo's VLM on this machine's loopback: a real server of the OpenAI protocol.
+
+    `url` is its base URL, `model` the name to ask for.
+    """
+    import socket
+    import urllib.error
+    import urllib.request
+
+    pytest.importorskip("fastapi", reason="needs transformers[serving]")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    model = str(ROOT / "demo" / "vlm")
+    flags = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as out:
+        command = [str(Path(sys.executable).with_name("transformers")), "serve", model, *flags]
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+
+    def answers() -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+        except (urllib.error.URLError, OSError):
+            assert process.poll() is None, log.read_text()
+            return False
+
+    try:
+        wait_until(answers)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}/v1", model=model, port=port)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def training() -> Any:
+    """`tests/train_world.py`: small stores and configs to train with, a plain loop to compare with, ranks to kill."""
+    import importlib.util
+
+    path = ROOT / "tests" / "train_world.py"
+    spec = importlib.util.spec_from_file_location("train_world", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_world"] = module  # so that what it defines can be pickled
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,315 @@
+"""A small world to train in: a feature store with random values, tiny configs, a plain torch loop to compare with, and
+observers that kill or spoil a rank at a given point. Tests get this module through the fixture `training`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lidit.config import LIDiTConfig
+from lidit.diffusion import loss_per_sample
+from lidit.model import LIDiT
+from trainer.batches import Batches
+from trainer.config import (
+    CheckpointConfig,
+    DataConfig,
+    EMAConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+from trainer.engine import adamw
+from trainer.metrics import read_lines
+from trainer.tables import Tables
+
+TESTS = Path(__file__).resolve().parent
+SHAPE = {"depth": 2, "width": 32, "heads": 2}
+ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_raylet_start_wait_time_s": "180"}
+
+
+def load_module(path: Path, name: str) -> ModuleType:
+    """A file of the tests as a module; the same one for everybody who asks."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def make_store(folder: Path, rows: Sequence[int] = (20, 10, 30, 1, 29), **options: Any) -> str:
+    """A store of random latents and embeddings for encoders `one` and `two`: a fragment for each number of rows."""
+    writer = load_module(TESTS / "unit" / "trainer" / "conftest.py", "feature_store").Writer(str(folder), **options)
+    for count in rows:
+        writer.fragment(["64x64" if row % 3 else "48x80" for row in range(count)])
+    return str(folder)
+
+
+def make_config(store: str, storage: Path | str, name: str = "run", **changes: Any) -> TrainConfig:
+    """Two CPU workers, ZeRO-3, fp32, 8 samples a step, everything written down at every step."""
+    values: dict[str, Any] = {
+        "name": name,
+        "store": store,
+        "storage": str(storage),
+        "model": ModelConfig("tiny", changes=SHAPE),
+        "phases": (PhaseConfig(steps=10, global_batch_size=8, resolution=64),),
+        "data": DataConfig(encoders=("one", "two"), holdout=0.1, pad_multiple=4, read_threads=1),
+        "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=3),
+        "ema": EMAConfig(decay=0.9),
+        "zero": ZeroConfig(stage=3),
+        "precision": "fp32",
+        "microbatch_size": 4,
+        "num_workers": 2,
+        "use_gpu": False,
+        "max_failures": 1,
+        "checkpoint": CheckpointConfig(every_steps=4),
+        "metrics": MetricsConfig(every_steps=1, tensorboard=False),
+        **changes,
+    }
+    return TrainConfig(**values)
+
+
+def steps(config: TrainConfig, number: int) -> TrainConfig:
+    """The same run with that many steps."""
+    return dataclasses.replace(config, phases=(dataclasses.replace(config.phases[0], steps=number),))
+
+
+def lines(config: TrainConfig, kind: str = "train") -> dict[int, dict[str, Any]]:
+    """step -> line of the run's metrics; fails where a step is written twice."""
+    found = read_lines(Path(config.storage, config.name, "metrics.jsonl"), kind)
+    by_step = {line["step"]: line for line in found}
+    assert len(by_step) == len(found), [line["step"] for line in found]
+    return by_step
+
+
+def losses(config: TrainConfig) -> list[float]:
+    """Of steps 1, 2, 3 ...; fails where one is missing."""
+    by_step = lines(config)
+    assert sorted(by_step) == list(range(1, len(by_step) + 1))
+    return [by_step[step]["loss"] for step in sorted(by_step)]
+
+
+def checkpoints(config: TrainConfig) -> list[int]:
+    """Steps that have a checkpoint with a manifest."""
+    return sorted(int(path.parent.name[5:]) for path in Path(config.storage, config.name).rglob("manifest.json"))
+
+
+# -- a plain loop -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Reference:
+    """What a training without DeepSpeed, Ray and ranks gives."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor]
+
+
+def reference(
+    config: TrainConfig, spoil: Callable[[int, LIDiT], bool] = lambda step, model: False, dtype: Any = torch.float32
+) -> Reference:
+    """Trains on the whole batch at once. `spoil(step, model)`: true where the step's gradient is to be forgotten."""
+    torch.set_num_threads(1)
+    tables = Tables(config, {})
+    table = tables.phase(0)
+    torch.manual_seed(config.seed)
+    model = LIDiT(tables.model_config()).to(dtype)
+    optimizer = adamw(model, config.optimizer)
+    average = {name: value.detach().clone() for name, value in model.named_parameters()}
+    made = Reference([], [], {}, average)
+    phase = config.phases[0]
+    batches = Batches(
+        table.features,
+        table.survey,
+        table.plan,
+        config.data,
+        seed=config.seed,
+        microbatch_size=phase.global_batch_size,
+        last_step=phase.steps,
+        objective=table.objective,
+    )
+    with batches:
+        for step, batch in enumerate(batches):
+            noisy = table.objective.add_noise(batch.latents, batch.noise, batch.timestep)
+            prediction = model(noisy, batch.timestep, batch.prompt_embeds, batch.prompt_mask, batch.instruction_embeds)
+            loss = loss_per_sample(table.objective, prediction, batch.latents, batch.noise, batch.timestep).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip or 1e9)
+            made.losses.append(float(loss.detach()))
+            made.norms.append(float(norm))
+            if spoil(step, model):
+                continue
+            for group in optimizer.param_groups:
+                group["lr"] = config.optimizer.learning_rate_at(step, config.total_steps)
+            optimizer.step()
+            decay = config.ema.decay_at(step)
+            for name, value in model.named_parameters():
+                average[name].mul_(decay).add_(value.detach(), alpha=1 - decay)
+    made.weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    return made
+
+
+def model_of(config: TrainConfig) -> LIDiTConfig:
+    """The model's shape."""
+    return Tables(config, {}).model_config()
+
+
+# -- ranks without Ray ------------------------------------------------------------------------------------------------
+
+
+def run_ranks(world_size: int, act: str, *arguments: Any) -> list[Any]:
+    """Runs a function of this module, by name, in so many processes that form a process group; what each returned."""
+    import pickle
+    import socket
+    import subprocess
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, __file__, act]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, cwd=TESTS.parent)
+        assert process.stdin is not None
+        process.stdin.write(pickle.dumps(arguments))
+        process.stdin.close()
+        process.stdin = None
+        processes.append(process)
+    made = []
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=900)
+        assert process.returncode == 0, stderr.decode()[-6000:]
+        made.append(pickle.loads(stdout[stdout.index(MARK) + len(MARK) :]))
+    return made
+
+
+MARK = b"-- returned --"
+
+
+def _rank_main() -> None:
+    """One process of `run_ranks`."""
+    import pickle
+
+    arguments = pickle.loads(sys.stdin.buffer.read())
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    returned = globals()[sys.argv[1]](*arguments)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(MARK + pickle.dumps(returned))
+    torch.distributed.destroy_process_group()
+
+
+# -- what a rank of `run_ranks` may do --------------------------------------------------------------------------------
+
+
+def train_all(configs: Sequence[TrainConfig], observe: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """Trains one run after the other in the same processes; what each of them returned."""
+    from trainer.worker import train_worker
+
+    settings = ({"config": config.to_dict(), "versions": {}, "observe": observe} for config in configs)
+    return [train_worker(setting) for setting in settings]
+
+
+def train_spoilt(config: TrainConfig, how: str, rank: int, spoilt_steps: Sequence[int]) -> dict[str, Any]:
+    """Trains with a loss (`nan`) or gradient (`inf`) that is not finite, on one rank at some steps."""
+    from trainer import loop
+    from trainer.worker import train_worker
+
+    honest, counted = loop.loss_per_sample, {"calls": 0}
+
+    def spoil(objective: Any, prediction: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        accumulate = config.phases[0].split(torch.distributed.get_world_size(), config.microbatch_size)[1]
+        step = counted["calls"] // accumulate
+        counted["calls"] += 1
+        if step not in spoilt_steps or torch.distributed.get_rank() != rank:
+            return honest(objective, prediction, *rest)
+        if how == "nan":
+            return honest(objective, prediction, *rest) * torch.nan
+        return honest(objective, _InfiniteGradient.apply(prediction), *rest)
+
+    loop.loss_per_sample = spoil
+    try:
+        return train_worker({"config": config.to_dict(), "versions": {}, "observe": None})
+    finally:
+        loop.loss_per_sample = honest
+
+
+class _InfiniteGradient(torch.autograd.Function):
+    """Itself forward; backward one element of the gradient is infinite."""
+
+    @staticmethod
+    def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = torch.inf
+        return gradient
+
+
+# -- observers: what happens to a rank, and when ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class At:
+    """Calls `act` in one rank when a part begins for the n-th time; once, however often the ranks are started again."""
+
+    part: str
+    times: int
+    rank: int
+    marker: str
+    """A file that says it has happened."""
+    seen: int = 0
+
+    def __call__(self, part: str) -> None:
+        if part != self.part or int(os.environ["RANK"]) != self.rank:
+            return
+        self.seen += 1
+        if self.seen == self.times and not os.path.exists(self.marker):
+            Path(self.marker).touch()
+            self.act()
+
+    def act(self) -> None:
+        """Kill -9."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Terminate(At):
+    """SIGTERM instead, as a node sends it before it goes."""
+
+    def act(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(TESTS.parent))
+    _rank_main()
