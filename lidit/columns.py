@@ -75,6 +75,11 @@ def variant(column: str, name: str) -> str:
     return f"{column}_{name}" if name else column
 
 
+def bucket_of(latents: str) -> str:
+    """`latents_512` or `latent_moments_512` -> `bucket_512`: the column that says which size a row's latents have."""
+    return f"{BUCKET}{latents.removeprefix(LATENT_MOMENTS).removeprefix(LATENTS)}"
+
+
 def error(stage: str) -> str:
     """Column of the reason why a row has nulls instead of the stage's columns (string; null = no error)."""
     return f"{stage}_error"

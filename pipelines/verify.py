@@ -4,6 +4,7 @@
 - **complete**: every fragment that has a stage's input has its output.
 - **content**: every column of every fragment has the digest that its writer noted: one flipped byte is found.
 - **embeddings**: byte lengths fit the token counts, nulls have a reason, no NaN or Inf.
+- **latents**: byte lengths fit the buckets, nulls have a reason, no NaN or Inf.
 - **again**: random rows encoded once more by an independent path (plain transformers, one prompt at a time, full depth, no
   shared prefix) agree within the codec's tolerance.
 """
@@ -31,6 +32,7 @@ from lidit.model_files import resolve_model, tokenizer_digest, weights_digest
 from lidit.text import DTYPES, ENCODER_ONLY, EncoderConfig
 from pipelines.checksum import ColumnDigest
 from pipelines.table import Table, data_file_uri, field_ids, file_digests
+from pipelines.verify_latents import latents_fields, latents_problems
 from pipelines.worker import READS
 
 READ_ROWS = 256
@@ -101,6 +103,8 @@ def main(config: VerifyConfig) -> Report:
     fragments = len(dataset.get_fragments())
     check("content", f"digests of every column, {fragments:,} fragments", lambda: _content(table, dataset))
     check("embeddings", f"{len(embeds)} columns", lambda: _embeddings(dataset, embeds))
+    if latents := latents_fields(dataset.schema):
+        check("latents", f"{len(latents)} columns", lambda: latents_problems(dataset, latents))
     if config.sample:
         check("again", f"{config.sample} rows of {len(embeds)} columns", lambda: _again(config, dataset, embeds))
     return report

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from lidit import codec, columns
-from lidit.codec import CODECS, TOLERANCE, bytes_per_token, decode, decode_bytes, encode, finite_values
+from lidit.codec import (
+    CODECS,
+    TOLERANCE,
+    bytes_per_token,
+    decode,
+    decode_bytes,
+    decode_latents,
+    encode,
+    encode_latents,
+    finite_values,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -177,3 +187,64 @@ def test_largest_values_of_each_codec_are_finite():
     assert finite_values(pack(values, "fp32"), "fp32", 4)
     assert finite_values(pack(values, "fp8_e4m3"), "fp8_e4m3", 4)
     assert not finite_values(pack(values, "bf16"), "bf16", 4)  # rounds up to Inf, and is told
+
+
+# -- latents -------------------------------------------------------------------------------------------------------------
+
+
+def latents_field(codec, channels=3, **metadata):
+    metadata = {"lidit:codec": codec, "lidit:channels": str(channels), "lidit:downscale": "8", **metadata}
+    return pa.field("latents", pa.large_binary(), metadata=metadata)
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("fp32", 0.0), ("bf16", 2**-8), ("fp16", 2**-11)])
+def test_latents_come_back(codec, tolerance):
+    torch.manual_seed(0)
+    wide, tall = torch.randn(2, 3, 2, 4), torch.randn(1, 3, 5, 1)
+    packed = [*encode_latents(wide, codec), *encode_latents(tall, codec)]
+    column = pa.array([row.numpy().tobytes() for row in packed] + [None], pa.large_binary())
+    values = decode_latents(column, latents_field(codec), ["16x32", "16x32", "40x8", None])
+    assert values[3] is None
+    for value, wanted in zip(values, [*wide, *tall]):
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(value, wanted.numpy(), rtol=tolerance, atol=1e-6 if tolerance else 0)
+
+
+def test_latents_of_arrow_columns_and_moments():
+    moments = torch.arange(12.0).reshape(1, 6, 1, 2)
+    column = pa.chunked_array(
+        [pa.array([row.numpy().tobytes() for row in encode_latents(moments, "fp32")], pa.large_binary())]
+    )
+    stored = latents_field("fp32", **{"lidit:moments": "mean,deviation"})
+    (value,) = decode_latents(column, stored, pa.chunked_array([["8x16"]]))
+    assert np.array_equal(value, moments[0].numpy())
+    assert encode_latents(torch.zeros(0, 4, 2, 2), "bf16").shape == (0, 0)
+
+
+@pytest.mark.parametrize("codec", ["int8", "fp8_e4m3", ""])
+def test_unknown_codec_of_latents(codec):
+    with pytest.raises(ValueError, match="codec of latents: expected one of bf16, fp16, fp32"):
+        encode_latents(torch.zeros(1, 1, 1, 1), codec)
+
+
+def test_latents_of_another_size_than_their_bucket():
+    column = pa.array([bytes(3 * 2 * 4 * 4)], pa.large_binary())
+    for bucket, message in (
+        ("16x40", r"expected 120 bytes, received 96"),
+        (None, "no bucket"),
+        ("wide", "HEIGHTxWIDTH"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_latents(column, latents_field("fp32"), [bucket])
+    with pytest.raises(ValueError, match="lidit:downscale, received"):
+        decode_latents(column, pa.field("latents", pa.large_binary(), metadata={"lidit:codec": "fp32"}), ["16x32"])
+    with pytest.raises(ValueError):
+        decode_latents(column, latents_field("fp32"), [])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codec", ["bf16", "fp16", "fp32"])
+def test_latents_are_packed_alike_on_a_gpu(codec):
+    torch.manual_seed(0)
+    latents = torch.randn(2, 3, 4, 4)
+    assert torch.equal(encode_latents(latents.cuda(), codec).cpu(), encode_latents(latents, codec))
