@@ -35,10 +35,11 @@ Ask it "{instruction}" (`AutoProcessor`, `AutoModelForImageTextToText`; chat tem
 
 ## Training
 Rendered scenes of seeds {train_first:,} to {train_last:,}, drawn anew at every step, in their own sizes (64 x 64, 48 x 80,
-80 x 48 pixels). First the tower learns to tell what each patch shows ({aspects}, and where its object's centre is) through a
-linear head that is thrown away; then the whole model learns to write the scene's canonical caption, with the loss of seeing
-at weight {patch_weight}. {clutter:.0%} of the images are pictures that are no scenes; in {hints:.0%} of the steps the prompt
-carries the text that came with the image.
+80 x 48 pixels). First the tower learns to tell what each patch shows through a linear head that is thrown away:
+{aspects}, and where its object's centre is.
+Then the whole model learns to write the scene's canonical caption, with the loss of seeing at weight {patch_weight}.
+{clutter:.0%} of the images are pictures that are no scenes; in {hints:.0%} of the steps the prompt carries the text that came
+with the image.
 
 | | |
 |---|---|
@@ -65,7 +66,9 @@ on; captions read by `demo/caption_check.py` and checked against the scenes' tru
 | nothing wrong at all | {right:.1%} |
 | other pictures ({clutters}) declined | {declined:.1%} |
 
-Captions with a mistake: {mistaken}
+Captions with a mistake, the first of them:
+
+{mistaken}
 """
 
 
@@ -77,7 +80,7 @@ def vlm_card(record: dict[str, Any]) -> str:
         **{key: value for key, value in record.items() if key not in ("figures", "recipe")},
         **recipe,
         **figures,
-        mistaken="; ".join(f'scene {case["seed"]}: "{case["caption"]}"' for case in mistaken) or "none",
+        mistaken="\n".join(f'- scene {case["seed"]}: "{case["caption"]}"' for case in mistaken) or "none",
         refusal=REFUSAL,
         side=IMAGE_SIDE,
         patch=PATCH,

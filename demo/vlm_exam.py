@@ -48,7 +48,7 @@ def examine(folder: Path, scenes: int) -> dict[str, Any]:
     ]
     return {
         **shares,
-        "relations_of_several": float(np.mean(several)),
+        "relations_of_several": float(np.mean(several or [True])),
         "several": len(several),
         "right": 1 - len(wrong) / scenes,
         "declined": float(np.mean([caption == REFUSAL for caption in others])),
