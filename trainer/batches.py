@@ -35,6 +35,7 @@ class _Wanted:
 
     source: Future[dict[str, Values]]
     index: int  # in the source
+    row: int
     text: int
 
 
@@ -76,12 +77,12 @@ class Batches:
     ):
         self.plan, self.device = plan, torch.device(device)
         self._assembler = Assembler(features, survey.rows, data, seed, objective, pin=self.device.type == "cuda")
-        self._first_place, self._last_place = plan.share(rank, world_size)
+        self._places = np.arange(*plan.share(rank, world_size))  # ours, in every batch
         self._microbatch_size = microbatch_size
         self._steps = range(first_step, last_step)
         self._first_image = first_image
         self._sample_bytes = survey.sample_bytes
-        share = self._last_place - self._first_place
+        share = len(self._places)
         assert share % microbatch_size == 0, "the microbatch must divide the rank's share"
         self.read_steps = read_steps(data, survey, share)
         self._ahead_steps = self.read_steps + data.ahead_steps
@@ -172,8 +173,8 @@ class Batches:
                 while asked < min(step + self._ahead_steps, self._steps.stop):
                     self._ask(asked)
                     asked += 1
-                for number, first in enumerate(range(self._first_place, self._last_place, self._microbatch_size)):
-                    self._put(self._submit(step, number, first))
+                for microbatch in range(len(self._places) // self._microbatch_size):
+                    self._put(self._submit(step, microbatch))
                     if self._closed.is_set():
                         return
             self._put(None)
@@ -192,42 +193,49 @@ class Batches:
 
     def _ask(self, step: int) -> None:
         """Asks for the rows of a step, and for the rows of the same windows that the bucket's next batches need."""
-        now = self.plan.batch(step, self._first_place, self._last_place)
-        missing = np.array([(now.bucket, visit) not in self._held for visit in now.visits.tolist()])
+        bucket, number = self.plan.bucket_at(step)
+        visits, missing = self._missing(bucket, number)
         if not missing.any():
             return
-        windows = now.windows[missing]
-        bucket, rows, visits, images = now.bucket, [now.rows[missing]], [now.visits[missing]], []
-        images.append(self._image_numbers(step, now.places[missing]))
-        for number in range(now.number + 1, now.number + self.read_steps):
-            later_visits = number * self.plan.global_batch_size + now.places
-            same = np.isin(self.plan.windows_of(bucket, later_visits), windows)
-            same &= np.array([(bucket, visit) not in self._held for visit in later_visits.tolist()])
-            later = self.plan.step_of(bucket, number) if same.any() else self._steps.stop
-            if later >= self._steps.stop:
+        visits = visits[missing]
+        windows, images = self.plan.windows_of(bucket, visits), [self._image_numbers(step, self._places[missing])]
+        asked = [visits]
+        for later in range(number + 1, number + self.read_steps):
+            visits, missing = self._missing(bucket, later)
+            missing &= np.isin(self.plan.windows_of(bucket, visits), windows)
+            later_step = self.plan.step_of(bucket, later) if missing.any() else self._steps.stop
+            if later_step >= self._steps.stop:
                 break
-            visits.append(later_visits[same])
-            rows.append(self.plan.rows_of(bucket, later_visits[same]))
-            images.append(self._image_numbers(later, now.places[same]))
-        self._read(bucket, np.concatenate(rows), np.concatenate(visits), np.concatenate(images))
+            asked.append(visits[missing])
+            images.append(self._image_numbers(later_step, self._places[missing]))
+        self._read(bucket, np.concatenate(asked), np.concatenate(images))
 
-    def _read(self, bucket: int, rows: np.ndarray, visits: np.ndarray, image_numbers: np.ndarray) -> None:
+    def _missing(self, bucket: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(this rank's visits in a batch of the bucket, which of them were not asked for yet)."""
+        visits = number * self.plan.global_batch_size + self._places
+        return visits, np.array([(bucket, visit) not in self._held for visit in visits.tolist()])
+
+    def _read(self, bucket: int, visits: np.ndarray, image_numbers: np.ndarray) -> None:
+        rows = self.plan.rows_of(bucket, visits)
         texts = self._assembler.choose_texts(rows, image_numbers)
         for read in self._assembler.reads(rows, texts, self._sample_bytes):
             source = self._readers.submit(self._assembler.fetch, read)
             for index, member in enumerate(read.members.tolist()):
-                self._held[bucket, int(visits[member])] = _Wanted(source, index, read.text)
+                self._held[bucket, int(visits[member])] = _Wanted(source, index, int(rows[member]), read.text)
 
-    def _submit(self, step: int, microbatch: int, first: int) -> Future[Batch]:
-        planned = self.plan.batch(step, first, first + self._microbatch_size)
-        wanted = [self._held.pop((planned.bucket, visit)) for visit in planned.visits.tolist()]
+    def _submit(self, step: int, microbatch: int) -> Future[Batch]:
+        bucket, number = self.plan.bucket_at(step)
+        first = microbatch * self._microbatch_size
+        places = self._places[first : first + self._microbatch_size]
+        visits = number * self.plan.global_batch_size + places
+        wanted = [self._held.pop((bucket, visit)) for visit in visits.tolist()]
+        rows = np.array([sample.row for sample in wanted])
         texts = np.array([sample.text for sample in wanted], np.int8)
-        images = self._image_numbers(step, planned.places)
-        bucket = self.plan.rows.buckets[planned.bucket]
+        images, name = self._image_numbers(step, places), self.plan.rows.buckets[bucket]
 
         def work() -> Batch:
             sources = [(sample.source.result(), sample.index) for sample in wanted]
-            return self._assembler.assemble(step, microbatch, bucket, planned.rows, images, texts, sources)
+            return self._assembler.assemble(step, microbatch, name, rows, images, texts, sources)
 
         return self._assemblers.submit(work)
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.permutation import key_of, mix, permute
+from trainer.permutation import key_of, keys_of, mix, permute
 
 CHUNK = 4096  # rows of the table between two entries of the directory
 HOLDOUT_KEY = 0x6C69646974  # not the run's seed: runs with other seeds validate on the same rows
@@ -78,17 +78,16 @@ class Rows:
         return self._before[-1]
 
     def select(self, bucket: int, ranks: np.ndarray) -> np.ndarray:
-        """The rows (...) int64 of the table that are the ranks-th of their bucket, counted from 0."""
-        flat = ranks.reshape(-1)
-        chunks = np.searchsorted(self._before[:, bucket], flat, side="right") - 1
+        """The rows (n,) int64 of the table that are the ranks-th (n,) of their bucket, counted from 0."""
+        chunks = np.searchsorted(self._before[:, bucket], ranks, side="right") - 1
         order = np.argsort(chunks, kind="stable")
-        rows = np.empty(len(flat), np.int64)
-        starts = np.flatnonzero(np.diff(chunks[order], prepend=-1))
-        for start, end in zip(starts, [*starts[1:], len(flat)]):
-            members, chunk = order[start:end], chunks[order[start]]
+        rows = np.empty(len(ranks), np.int64)
+        starts = np.flatnonzero(np.diff(chunks[order], prepend=-1)).tolist()
+        for start, end in zip(starts, [*starts[1:], len(ranks)]):
+            members, chunk = order[start:end], int(chunks[order[start]])
             here = np.flatnonzero(self.codes[chunk * CHUNK : (chunk + 1) * CHUNK] == bucket)
-            rows[members] = chunk * CHUNK + here[flat[members] - self._before[chunk, bucket]]
-        return rows.reshape(ranks.shape)
+            rows[members] = chunk * CHUNK + here[ranks[members] - self._before[chunk, bucket]]
+        return rows
 
     def digest(self) -> str:
         """sha256 of which row is in which bucket."""
@@ -222,44 +221,52 @@ class Plan:
         return visits // count * (count // self.window + 1) + visits % count // self.window
 
     def rows_of(self, bucket: int, visits: np.ndarray) -> np.ndarray:
-        """Visits (...) int64 of a bucket's stream -> rows of the table; every pass is a permutation of the bucket's rows."""
-        count, size = self._counts[bucket], self.block_rows
-        epochs, places = visits // count, visits % count
-        lane, turn = self._lane(count, places)
-        blocks = count // size  # whole ones; what is left is one shorter block, always the last lane's
-        whole = lane < blocks
-        order = np.full(visits.shape, blocks)
-        within = np.empty(visits.shape, np.int64)
-        offset = np.empty(visits.shape, np.int64)
-        for epoch in np.unique(epochs):
+        """Visits (n,) int64 of a bucket's stream -> rows of the table; every pass is a permutation of the bucket's rows."""
+        count = self._counts[bucket]
+        epochs = visits // count
+        ranks = np.empty(visits.shape, np.int64)
+        for epoch in np.unique(epochs).tolist():
             now = epochs == epoch
-            key = key_of(self.seed, _BLOCKS, bucket, epoch)
-            order[now & whole] = permute(lane[now & whole], max(1, blocks), key)
-            offset[now] = int(key_of(self.seed, _OFFSET, bucket, epoch) % np.uint64(count))
-        keys = key_of(self.seed, _WITHIN, bucket, epochs, lane)
-        within[whole] = permute(turn[whole], size, keys[whole])
-        within[~whole] = permute(turn[~whole], max(1, count % size), keys[~whole])
-        return self.rows.select(bucket, (order * size + within + offset) % count)
+            ranks[now] = self._ranks(bucket, epoch, visits[now] - epoch * count)
+        return self.rows.select(bucket, ranks)
+
+    def _ranks(self, bucket: int, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Places (n,) of a pass -> which of the bucket's rows."""
+        count, size = self._counts[bucket], self.block_rows
+        lane, turn = self._lane(count, places)
+        blocks, short = divmod(count, size)  # whole ones, and one shorter block, if any, that is always the last lane's
+        keys = keys_of(key_of(self.seed, _WITHIN, bucket, epoch), lane)
+        whole = lane < blocks
+        if whole.all():
+            block = permute(lane, blocks, key_of(self.seed, _BLOCKS, bucket, epoch))
+            within = permute(turn, size, keys)
+        else:
+            block, within = np.full(len(places), blocks), np.empty(len(places), np.int64)
+            block[whole] = permute(lane[whole], max(1, blocks), key_of(self.seed, _BLOCKS, bucket, epoch))
+            within[whole] = permute(turn[whole], size, keys[whole])
+            within[~whole] = permute(turn[~whole], short, keys[~whole])
+        offset = key_of(self.seed, _OFFSET, bucket, epoch) % count
+        return (block * size + within + offset) % count
 
     def _lane(self, count: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places of a pass -> (block, before the blocks are shuffled; which of its rows, before those are)."""
         size, batch, share = self.block_rows, self.global_batch_size, self.rows_per_batch
+        lanes = batch // share  # blocks of a window
         windows = count // self.window
-        window, inside = places // self.window, places % self.window
-        turn, place = inside // batch, inside % batch
-        lane = window * (batch // share) + place // share
+        window, inside = np.divmod(places, self.window)
+        turn, place = np.divmod(inside, batch)
+        lane = window * lanes + place // share
         turn = turn * share + place % share
-        # The rest of a pass, less than a window: one row of every block that is left, then the next of every one.
         rest = window == windows
-        first = windows * (batch // share)
-        blocks, short = count // size - first, count % size
-        index = inside[rest]
-        both = short * (blocks + 1)  # rows up to which the shorter block takes part
-        late = index >= both
-        width = np.where(late, max(1, blocks), blocks + 1)
-        index = np.where(late, index - both, index)
-        lane[rest] = first + index % width
-        turn[rest] = index // width + np.where(late, short, 0)
+        if rest.any():  # less than a window: one row of every block that is left, then the next of every one
+            blocks, short = count // size - windows * lanes, count % size
+            index = inside[rest]
+            both = short * (blocks + 1)  # rows up to which the shorter block takes part
+            late = index >= both
+            width = np.where(late, max(1, blocks), blocks + 1)
+            index = np.where(late, index - both, index)
+            lane[rest] = windows * lanes + index % width
+            turn[rest] = index // width + np.where(late, short, 0)
         return lane, turn
 
     # -- what it amounts to -------------------------------------------------------------------------------------------
