@@ -77,10 +77,16 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 1 where there is none, no such one, or (TIFF) Pillow itself turns."""
+    """The EXIF orientation, 1 (upright) to 8; 1 where there is none, no such one, or (TIFF) Pillow itself turns.
+
+    Reads the header only: a PNG's own `getexif` decodes the whole image to look for what may stand behind it.
+    """
     if image.format == "TIFF":
         return 1
-    found = image.getexif().get(Base.Orientation, 1)
+    try:
+        found = Image.Image.getexif(image).get(Base.Orientation, 1)
+    except Exception as error:  # whatever a damaged header makes the reader of EXIF raise
+        raise ImageError(f"the header cannot be read: {type(error).__name__}: {error}") from error
     return found if found in UPRIGHT else 1
 
 

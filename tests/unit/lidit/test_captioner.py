@@ -154,7 +154,7 @@ def test_settings_of_the_model_are_kept_but_not_its_way_of_sampling(engine: Capt
 def broken(folder: Path, what: str) -> None:
     weights = load_file(folder / "model.safetensors")
     if what == "a tensor is missing":
-        del weights["model.multi_modal_projector.linear_1.weight"]
+        del weights[next(name for name in weights if name.endswith("projector.linear_1.weight"))]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     elif what == "no weights":
         (folder / "model.safetensors").unlink()
@@ -168,7 +168,7 @@ def broken(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("a tensor is missing", "1 tensors are missing or of another shape, such as model.multi_modal_projector"),
+        ("a tensor is missing", "1 tensors are missing or of another shape, such as model.multi_modal_projector.linear_1"),
         ("no weights", "only safetensors weights are read"),
         ("no image processor", "expected an image processor"),
         ("no chat template", "expected a chat template"),
