@@ -191,9 +191,10 @@ def _appears_whole(folder: Path) -> Iterator[Path]:
         beside.rename(folder)
         _flush(folder.parent)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        if folder.exists():  # else the old one is the only one left: keep it
-            shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not folder.exists():  # the second rename failed
+            old.rename(folder)
+        for rest in (beside, old):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def _write_shards(

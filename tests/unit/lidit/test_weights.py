@@ -187,6 +187,22 @@ def test_a_failed_overwrite_leaves_the_old_weights(folder, model):
     assert read_config(folder)["training"]["step"] == 7
 
 
+def test_an_overwrite_whose_rename_fails(folder, model, make_model, monkeypatch):
+    """The old weights are aside already: they come back."""
+    rename = Path.rename
+
+    def fail(path, target):
+        if ".new-" in path.name and Path(target) == folder:
+            raise OSError("quota")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="quota"):
+        save_weights(folder, make_model(seed=1), overwrite=True)
+    assert [path.name for path in folder.parent.iterdir()] == ["weights"]
+    assert_same_weights(load_weights(folder), model)
+
+
 def test_there_already(folder, model, make_model):
     with pytest.raises(ValueError, match="it is there already; give another one, or pass overwrite=True"):
         save_weights(folder, model)
