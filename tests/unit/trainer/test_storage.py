@@ -1,0 +1,69 @@
+"""Files of a run: whole or not there, on a disk and in a bucket (memory stands for one: the same fsspec calls)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from trainer.storage import Storage, absolute
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    if request.param == "disk":
+        yield Storage(f"{tmp_path}/run/")
+        return
+    yield Storage("memory://bucket/run")
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_files_and_folders(storage: Storage, tmp_path: Path) -> None:
+    assert storage.folders("checkpoints") == [] and not storage.exists("a.json")
+    storage.write("checkpoints/step_2/a.json", b"12")
+    storage.write("checkpoints/step_1/b/c.json", b"123")
+    storage.write("checkpoints/step_1/b/c.json", b"1234")
+    assert storage.read("checkpoints/step_1/b/c.json") == b"1234"
+    assert storage.folders("checkpoints") == ["step_1", "step_2"]
+    assert storage.sizes("checkpoints") == {"step_1/b/c.json": 4, "step_2/a.json": 2}
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 5)
+    storage.upload(source, "checkpoints/step_2/shard")
+    storage.download("checkpoints/step_2/shard", tmp_path / "deep" / "er" / "copy")
+    assert (tmp_path / "deep" / "er" / "copy").read_bytes() == b"x" * 5
+    storage.remove("checkpoints/step_2/a.json")
+    storage.remove("checkpoints/step_2/a.json")
+    storage.remove_folder("checkpoints/step_1")
+    storage.remove_folder("checkpoints/step_1")
+    assert storage.sizes("checkpoints") == {"step_2/shard": 5}
+    with pytest.raises(FileNotFoundError):
+        storage.read("nothing")
+
+
+def test_local_is_told_from_remote(tmp_path: Path) -> None:
+    assert Storage(str(tmp_path)).local and Storage(f"file://{tmp_path}").local
+    assert not Storage("memory://bucket").local
+    assert Storage(f"file://{tmp_path}").path("a/b") == f"{tmp_path}/a/b"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write("a", b"old")
+
+    def fail(path: Path) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("trainer.storage.flush", fail)
+    with pytest.raises(OSError, match="no space"):
+        storage.write("a", b"new")
+    assert storage.read("a") == b"old" and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute("./store") == str(tmp_path / "store")
+    assert absolute("s3://bucket/store") == "s3://bucket/store"
