@@ -22,7 +22,7 @@ JOBS = {
     "embed": ("pipelines.embed", "text columns -> prompt embeddings of several LLMs"),
     "latents": ("pipelines.latents", "images -> latents of an autoencoder, in buckets of one size"),
     "verify": ("pipelines.verify", "checks a store: counts, checksums, embeddings against an independent path"),
-    "inspect": ("pipelines.inspection", "shows a store: columns, stages, errors, bytes; as text, or as a page with samples"),
+    "inspect": ("pipelines.inspection", "shows a store: columns, stages, errors, bytes; or a page with samples"),
     "sample": ("lidit.sample", "trained weights and a prompt -> images"),
     "info": ("lidit.info", "a model's parameters and FLOPs, part by part"),
 }
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(JOBS[argv[0]][0])
     try:
         config = parse_config(argv[0], module, argv[1:])
-        with _stdout_to_stderr() as stdout:
+        with _stdout_to_stderr() as stdout, _ray_of_its_own():
             summary = module.main(config)
             print(summary.to_text(), file=sys.stderr)
             print(summary.to_json(), file=stdout, flush=True)
@@ -123,6 +123,24 @@ def _stdout_to_stderr() -> Iterator[TextIO]:
         sys.stdout.flush()
         os.dup2(stdout.fileno(), 1)
         stdout.close()
+
+
+@contextlib.contextmanager
+def _ray_of_its_own() -> Iterator[None]:
+    """Ends the Ray that the job has started before stdout is given back: its threads print of killed workers, seconds later.
+
+    This file imports no Ray: whether a job did is asked of the loaded modules.
+    """
+
+    def is_up() -> bool:
+        return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+    was_up = is_up()
+    try:
+        yield
+    finally:
+        if is_up() and not was_up:
+            sys.modules["ray"].shutdown()
 
 
 def _take_names(argv: list[str], flag: str) -> tuple[list[str], list[str]]:

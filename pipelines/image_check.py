@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 LOOK_PIXELS = 64  # a JPEG is decoded at an eighth, a quarter or a half of its size, as long as both sides keep this
 REDUCED = 512  # pixels: a larger image is averaged down before its hash is made
 PHASH_PIXELS = 32
-PNG_TURNED = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")  # without one of these a PNG is upright
 
 
 @dataclass
@@ -60,10 +59,7 @@ def check_image(
     except ValueError as error:
         raise ValueError(what_it_is(data) or str(error)) from error
     try:
-        if image.format == "PNG" and not any(mark in data for mark in PNG_TURNED):
-            width, height = image.size  # Pillow would decode it all to look for an orientation
-        else:
-            height, width = upright_size(image)
+        height, width = upright_size(image)
         if keep is not None and not keep(height, width):
             return ImageCheck(height, width, None)
         if decode or with_phash:

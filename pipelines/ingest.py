@@ -117,8 +117,8 @@ class _Pass:
         self.parts = {unit["name"]: unit["parts"] for unit in work.units}
         self.pending: list[dict[str, Any]] = []  # results whose files wait for the commit
         self.leaning: list[str] = []  # units that may be noted as done only when all are
-        self.last_commit = time.monotonic()
-        self.errors: list[str] = []
+        self.oldest = time.monotonic()  # when the first of them came
+        self.errors: list[str] = []  # a few
 
     def run(self) -> None:
         """Sends the units, commits what comes back; on any end but a crash, what is finished is committed."""
@@ -144,8 +144,9 @@ class _Pass:
                     if verdict != REFUSED:  # else Ray gave the result of an attempt that was repeated elsewhere
                         begun, ended = min(begun, result["begun"]), max(ended, result["ended"])
                         self.leaning += [result["name"]] * (verdict == LEANING)
+                        self.oldest = self.oldest if self.pending else time.monotonic()
                         self.pending.append(result)
-                        self.errors += [example["error"] for example in result["examples"]]
+                        self.errors = [*self.errors, *(example["error"] for example in result["examples"])][:EXAMPLES]
                 self._check_errors(progress.totals)
                 if self._due():
                     self._commit()
@@ -164,9 +165,8 @@ class _Pass:
 
     def _due(self) -> bool:
         waiting = sum(len(result["files"]) for result in self.pending)
-        return bool(self.pending) and (
-            waiting >= COMMIT_FRAGMENTS or time.monotonic() - self.last_commit >= COMMIT_SECONDS
-        )
+        waited = time.monotonic() - self.oldest
+        return bool(self.pending) and (waiting >= COMMIT_FRAGMENTS or waited >= COMMIT_SECONDS)
 
     def _commit(self) -> None:
         """Appends the finished units' files, then notes their pieces as done."""
@@ -187,8 +187,9 @@ class _Pass:
         summary.fragments += len(files)
         summary.rows += sum(file.rows for file in files)
         summary.bytes_written += sum(file.size for file in files)
-        self.pending, self.last_commit = [], time.monotonic()
-        summary.commits, summary.commit_seconds = summary.commits + 1, summary.commit_seconds + self.last_commit - start
+        self.pending = []
+        summary.commits += 1
+        summary.commit_seconds += time.monotonic() - start
 
     def _note(self, units: list[str]) -> None:
         if self.work.done is not None and units:

@@ -38,13 +38,14 @@ def histogram(values: np.ndarray, unit: str) -> str:
         )
     median = float(np.median(values))
     place = LEFT + (WIDTH - 2 * LEFT) * min(1.0, (median - edges[0]) / (edges[-1] - edges[0]))
-    anchor = "end" if place > WIDTH * 0.7 else "start"
+    anchor = "end" if place > WIDTH * 0.5 else "start"
     parts.append(f'<line class="median" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP - 4}" y2="{TOP + plot}"/>')
     words = f"median {_short(median)}, mean {_short(float(values.mean()))}, max {_short(float(values.max()))} {unit}"
     parts.append(f'<text class="note" x="{place:.1f}" y="{TOP - 7}" text-anchor="{anchor}">{escape(words)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - LEFT}" y1="{TOP + plot}" y2="{TOP + plot}"/>')
     for share, side in ((0.0, "start"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1.0, "end")):
         at = edges[0] + (edges[-1] - edges[0]) * share
+        at = round(at) if whole else at
         where = LEFT + (WIDTH - 2 * LEFT) * share
         parts.append(
             f'<text class="tick" x="{where:.1f}" y="{HEIGHT - 6}" text-anchor="{side}">{escape(_short(at))}</text>'

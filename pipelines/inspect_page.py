@@ -77,7 +77,7 @@ def _header(facts: Facts, name: str) -> str:
         (f"{facts.rows:,}", "rows"),
         (f"{facts.fragments:,}", "fragments"),
         (human(facts.bytes), "in columns"),
-        (f"{len(facts.stages):,}", "stages"),
+        (f"{len({stage.name for stage in facts.stages}):,}", "stages"),
         (f"{errors:,}", "errors"),
     ]
     boxes = "".join(f'<div class="tile"><b>{escape(value)}</b><span>{what}</span></div>' for value, what in tiles)
@@ -116,7 +116,7 @@ def _sample(sample: Sample) -> str:
     empty = '<div class="none">no image</div>' if not shown else ""
     return (
         f'<article><div class="pictures">{shown}{empty}</div><h3>{escape(sample.image_id)}</h3>{where}'
-        f'<p class="where">{escape(" · ".join(about))}</p>{texts}<ul class="notes">{notes}</ul></article>'
+        f'<p class="where" title="height x width, bytes">{escape(" · ".join(about))}</p>{texts}<ul class="notes">{notes}</ul></article>'
     )
 
 

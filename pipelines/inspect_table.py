@@ -92,10 +92,12 @@ def gather(store: str, version: int | None = None) -> Facts:
         ValueError: there is no table, or not that version.
     """
     table = Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}")
-    try:
-        dataset = table.open(version)
-    except OSError as error:
-        raise ValueError(f"{table.uri}: expected version {version}: {error}") from error
+    dataset = table.open()
+    if version is not None and version != dataset.version:
+        try:
+            dataset = table.open(version)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{table.uri}: there is no version {version}, the newest is {dataset.version}") from error
     known = _columns(dataset)
     about = next(entry for entry in dataset.versions() if entry["version"] == dataset.version)
     return Facts(
