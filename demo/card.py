@@ -34,7 +34,7 @@ knows about scenes and nothing else.
 | data | texts about scenes of seeds {train_first:,} to {train_last:,}, drawn anew at every step |
 | steps | {steps:,}, each of {rows} rows of {row_length} tokens ({tokens:,} token slots in all) |
 | optimiser | Muon (matrices), AdamW (the rest), bfloat16 autocast |
-| learning rate | peak {learning_rate}, warm-up {warmup_steps} steps, linear fall over the last third |
+| learning rate | peak {learning_rate}, warm-up {warmup_steps} steps, {falls} |
 | seed | {seed} |
 | wall time | {seconds:.0f} s on {threads} CPU thread(s) |
 | training loss, mean of the last steps | {loss:.4f} nats per weighted token |
@@ -67,6 +67,10 @@ ASKED = {
     "base": "as lines of plain text; this variant never saw a question",
     "tuned": "in the chat template",
 }
+SCHEDULES = {
+    "cosine": "then cosine",  # an earlier recipe
+    "trapezoid": "linear fall over the last third",
+}
 STANDS_FOR = {"llama": "a LLaMA-3-class encoder", "qwen": "a Qwen-class encoder"}
 
 
@@ -86,6 +90,7 @@ def model_card(record: dict[str, Any], base: dict[str, Any] | None) -> str:
         captions=record["exam"]["captions"],
         per_kind=record["exam"]["tasks_per_kind"],
         setting=SETTING[variant],
+        falls=SCHEDULES[record["config"]["schedule"]],
         asked=ASKED[variant],
         perplexity=figures["perplexity"],
         accuracy=accuracy_table(figures, base["figures"] if base else None),

@@ -88,6 +88,7 @@ class TrainEncodersConfig:
             "row_length": self.row_length,
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
+            "schedule": "trapezoid",
             "tokenizer_texts": self.tokenizer_texts,
             "seed": self.seed,
             "threads": self.threads,

