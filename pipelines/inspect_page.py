@@ -116,7 +116,8 @@ def _sample(sample: Sample) -> str:
     empty = '<div class="none">no image</div>' if not shown else ""
     return (
         f'<article><div class="pictures">{shown}{empty}</div><h3>{escape(sample.image_id)}</h3>{where}'
-        f'<p class="where" title="height x width, bytes">{escape(" · ".join(about))}</p>{texts}<ul class="notes">{notes}</ul></article>'
+        f'<p class="where" title="height x width, bytes">{escape(" · ".join(about))}</p>'
+        f'{texts}<ul class="notes">{notes}</ul></article>'
     )
 
 

@@ -5,6 +5,7 @@ import html.parser
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -72,7 +73,7 @@ def test_facts_of_a_fresh_store(store):
     assert by_name["image"].nulls is None and by_name["image"].rows == 10
     assert [by_name[name].nulls for name in ("image_id", "height", "caption_original", "ingest_error")] == [0, 3, 4, 7]
     assert facts.bytes == sum(column.bytes for column in facts.columns)
-    files = sum(file.stat().st_size for file in __import__("pathlib").Path(store).rglob("data/*.lance"))
+    files = sum(file.stat().st_size for file in Path(store).rglob("data/*.lance"))
     assert 0.7 * files < facts.bytes < files and by_name["image"].bytes > 0.5 * facts.bytes
 
 
@@ -112,7 +113,7 @@ def test_version_and_deleted_rows(store):
     table.open().delete("caption_original IS NULL")
     assert (gather(store).rows, gather(store).deleted) == (6, 4)
     assert gather(store, version).rows == 10
-    with pytest.raises(ValueError, match="expected version 99"):
+    with pytest.raises(ValueError, match="no version 99, the newest is"):
         gather(store, 99)
     with pytest.raises(ValueError, match="no table at"):
         gather(f"{store}/none")
@@ -121,16 +122,14 @@ def test_version_and_deleted_rows(store):
 def test_runs_are_listed_newest_first(store):
     with Run(store, "ingest") as done:
         done.write("summary.json", json.dumps({"rows": 3, "errors": 1, "seconds": 2.5}))
-        done.id = done.id  # over at the end of the block
     with Run(store, "embed") as works:
         facts = gather(store)
         states = {run["run"]: run["state"] for run in facts.runs}
         assert states == {done.id: "done", works.id: "works"}
     assert {run["state"] for run in gather(store).runs} == {"done", "stopped"}
     (first,) = [run for run in facts.runs if run["job"] == "ingest"]
-    assert (first["rows"], first["errors"], first["seconds"]) == (3, 1, 2.5) and re.fullmatch(
-        r"[\d-]{10} \d\d:\d\d", first["when"]
-    )
+    assert (first["rows"], first["errors"], first["seconds"]) == (3, 1, 2.5)
+    assert re.fullmatch(r"[\d-]{10} \d\d:\d\d", first["when"])
 
 
 def test_values_for_histograms(store):
@@ -195,10 +194,7 @@ def test_samples_are_good_rows_and_the_same_every_time(store):
     dataset = Table(f"{store}/{columns.SAMPLES_TABLE}").open()
     one, two = (draw_samples(dataset, 20, seed=3) for _ in range(2))
     assert [sample.image_id for sample in one] == [sample.image_id for sample in two] and len(one) == 7
-    assert all(
-        sample.image is not None and sample.texts == {"caption_original": sample.texts["caption_original"]}
-        for sample in one
-    )
+    assert all(sample.image is not None and list(sample.texts) == ["caption_original"] for sample in one)
     assert len({tuple(s.image_id for s in draw_samples(dataset, 3, seed=seed)) for seed in range(8)}) > 1
     assert draw_samples(dataset, 0, 0) == []
 
@@ -274,10 +270,8 @@ def test_another_autoencoder_is_not_used(store, encoded, tmp_path):
     dataset = Table(f"{store}/{columns.SAMPLES_TABLE}").open()
     config = json.loads((encoded / "config.json").read_text())
     (encoded / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
-    assert (
-        "is not the one that made the latents: config, scaling_factor differ"
-        in open_decoder(store, dataset, str(encoded), None).problem
-    )
+    problem = open_decoder(store, dataset, str(encoded), None).problem
+    assert "is not the one that made the latents: config, scaling_factor differ" in problem
     assert "cannot be loaded here" in open_decoder(store, dataset, str(tmp_path / "none"), None).problem
 
 
