@@ -12,9 +12,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)  ## 1,000 rendered scenes, embedded by two tiny LLMs into ./store, then verified
+demo: $(STAMP)  ## 1,000 rendered scenes: captioned, embedded by two tiny LLMs, encoded, verified; a page to look at
 	$(BIN)/python pipelines/embed.py --store ./store
+	$(BIN)/python pipelines/latents.py --store ./store
 	$(BIN)/python pipelines/verify.py --store ./store --sample 32
+	$(BIN)/python pipelines/inspection.py --store ./store --html ./store/inspect.html
 
 test: $(STAMP)  ## all but the slowest fault and soak tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
