@@ -52,6 +52,9 @@ class CaptionEngine(Protocol):
     counts: Counter[str]
     """`tokens` written, and `slots` computed for them where the engine knows; added up since the engine was made."""
 
+    def load(self) -> None:
+        """Makes it ready. Raises ValueError where it can never be: that is no fault of an image."""
+
     def __call__(self, requests: list[CaptionRequest]) -> list[CaptionAnswer]:
         """The answers, in the order of the requests. A request's answer does not depend on the others."""
 

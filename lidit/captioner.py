@@ -97,7 +97,10 @@ class Captioner:
     @cached_property
     def processor(self) -> Any:
         """Image processor, tokenizer and chat template; pads on the left."""
-        processor = transformers.AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
+        try:
+            processor = transformers.AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise ValueError(f"model {self.folder}: expected a processor for images and text: {error}") from error
         if not hasattr(processor, "image_processor"):
             raise ValueError(f"model {self.folder}: expected an image processor with it (preprocessor_config.json)")
         if not getattr(processor, "chat_template", None):
@@ -145,6 +148,10 @@ class Captioner:
         if settings.eos_token_id is None:
             settings.eos_token_id = self.processor.tokenizer.eos_token_id
         return settings
+
+    def load(self) -> None:
+        """Model and processor, if they are not there yet. Raises ValueError where they cannot be used."""
+        assert self.processor and self.model
 
     # -- requests to answers ------------------------------------------------------------------------------------------
 

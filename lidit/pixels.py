@@ -79,15 +79,29 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) to 8; 1 where there is none, no such one, or (TIFF) Pillow itself turns.
 
-    Reads the header only: a PNG's own `getexif` decodes the whole image to look for what may stand behind it.
+    Decodes nothing: a PNG's own `getexif` would decode the whole image to look for what may stand behind its pixels.
     """
     if image.format == "TIFF":
         return 1
+    file = getattr(image, "fp", None)
+    if image.format == "PNG" and "exif" not in image.info and isinstance(file, io.BytesIO):
+        _find_exif(image, file.getbuffer())
     try:
         found = Image.Image.getexif(image).get(Base.Orientation, 1)
     except Exception as error:  # whatever a damaged header makes the reader of EXIF raise
         raise ImageError(f"the header cannot be read: {type(error).__name__}: {error}") from error
     return found if found in UPRIGHT else 1
+
+
+def _find_exif(image: Image.Image, data: memoryview) -> None:
+    """Gives a PNG's EXIF chunk to the image, wherever it stands in the file."""
+    position = 8  # behind the signature; a chunk is its length, its kind, its content and a checksum
+    while position + 8 <= len(data):
+        length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
+        if kind == b"eXIf":
+            image.info["exif"] = b"Exif\0\0" + bytes(data[position + 8 : position + 8 + length])
+            return
+        position += 12 + length
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

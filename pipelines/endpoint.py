@@ -107,6 +107,9 @@ class EndpointCaptioner:
     def __reduce__(self) -> Any:
         raise TypeError("an EndpointCaptioner holds a key and is not to be pickled: make one where it is needed")
 
+    def load(self) -> None:
+        """Nothing to do here: the server has loaded its model."""
+
     def __call__(self, requests: list[CaptionRequest]) -> list[CaptionAnswer]:
         """The answers, in the order of the requests.
 

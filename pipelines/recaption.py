@@ -117,6 +117,7 @@ class Recaption:
 
     def __init__(self, config: RecaptionConfig):
         self.config, self.engine = config, config.make_engine()
+        self.engine.load()
 
     @classmethod
     def writes(cls, config: RecaptionConfig) -> list[pa.Field]:

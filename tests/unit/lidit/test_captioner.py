@@ -168,9 +168,12 @@ def broken(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("a tensor is missing", "1 tensors are missing or of another shape, such as model.multi_modal_projector.linear_1"),
+        (
+            "a tensor is missing",
+            "1 tensors are missing or of another shape, such as model.multi_modal_projector.linear_1",
+        ),
         ("no weights", "only safetensors weights are read"),
-        ("no image processor", "expected an image processor"),
+        ("no image processor", "expected (a processor for images|an image processor)"),
         ("no chat template", "expected a chat template"),
     ],
 )
@@ -178,11 +181,11 @@ def test_broken_model_folders(tmp_path: Path, engine: Captioner, what: str, mess
     folder = shutil.copytree(engine.folder, tmp_path / "vlm")
     broken(folder, what)
     with pytest.raises(ValueError, match=message):
-        Captioner(dataclasses.replace(VLM, model=str(folder)), 9, 1024, 4096, "cpu")(
-            [CaptionRequest(image(0), INSTRUCTION)]
-        )
+        Captioner(dataclasses.replace(VLM, model=str(folder)), 9, 1024, 4096, "cpu").load()
 
 
 def test_a_language_model_is_no_vlm(llms: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"expected (an image processor|a vision-language model)"):
-        Captioner(VlmConfig(str(llms["one"])), 9, 1024, 4096, "cpu")([CaptionRequest(image(0), INSTRUCTION)])
+    with pytest.raises(
+        ValueError, match=r"expected (a processor for images|an image processor|a vision-language model)"
+    ):
+        Captioner(VlmConfig(str(llms["one"])), 9, 1024, 4096, "cpu").load()

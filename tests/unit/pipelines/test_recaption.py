@@ -37,6 +37,9 @@ class Says:
         self.speak, self.heard, self.counts = speak, [], Counter()
         self.calls: list[int] = []
 
+    def load(self) -> None:
+        """Nothing to do."""
+
     def __call__(self, requests: list[CaptionRequest]) -> list[CaptionAnswer]:
         answers = []
         self.calls.append(len(requests))
