@@ -115,8 +115,9 @@ class _Pass:
     def __init__(self, config: IngestConfig, table: Table, run: Run, work: Work, summary: Summary):
         self.config, self.table, self.run_, self.work, self.summary = config, table, run, work, summary
         self.parts = {unit["name"]: unit["parts"] for unit in work.units}
+        self.unsettled = set(self.parts)
         self.pending: list[dict[str, Any]] = []  # results whose files wait for the commit
-        self.leaning: list[str] = []  # units that may be noted as done only when all are
+        self.leaning: set[str] = set()  # units that may be noted as done only when all are
         self.oldest = time.monotonic()  # when the first of them came
         self.errors: list[str] = []  # a few
 
@@ -139,14 +140,8 @@ class _Pass:
         try:
             for result in run_units(IngestWorker, worker_kwargs, self.work.units, config.actors):
                 progress.show(tracker)
-                if result is not None:
-                    verdict = ray.get(known.settle.remote(result["name"], result["attempt"]))
-                    if verdict != REFUSED:  # else Ray gave the result of an attempt that was repeated elsewhere
-                        begun, ended = min(begun, result["begun"]), max(ended, result["ended"])
-                        self.leaning += [result["name"]] * (verdict == LEANING)
-                        self.oldest = self.oldest if self.pending else time.monotonic()
-                        self.pending.append(result)
-                        self.errors = [*self.errors, *(example["error"] for example in result["examples"])][:EXAMPLES]
+                if result is not None and self._settled(result, known):
+                    begun, ended = min(begun, result["begun"]), max(ended, result["ended"])
                 self._check_errors(progress.totals)
                 if self._due():
                     self._commit()
@@ -161,7 +156,28 @@ class _Pass:
                 ray.kill(actor)
             self._commit()
             self.summary.work_seconds = max(0.0, ended - begun)
-        self._note(self.leaning)
+        if self.unsettled:
+            raise RuntimeError(
+                f"{len(self.unsettled):,} units gave no result that counts. Run the same command again: what is committed is "
+                f"kept"
+            )
+        self._note(sorted(self.leaning))
+
+    def _settled(self, result: dict[str, Any], known: Any) -> bool:
+        """Takes a unit's result to be committed; False for one that Ray gives twice, or of an attempt that was repeated."""
+        name = result["name"]
+        if name not in self.unsettled:
+            return False
+        verdict = ray.get(known.settle.remote(name, result["attempt"]))
+        if verdict == REFUSED:
+            return False
+        self.unsettled.remove(name)
+        if verdict == LEANING:
+            self.leaning.add(name)
+        self.oldest = self.oldest if self.pending else time.monotonic()
+        self.pending.append(result)
+        self.errors = [*self.errors, *(example["error"] for example in result["examples"])][:EXAMPLES]
+        return True
 
     def _due(self) -> bool:
         waiting = sum(len(result["files"]) for result in self.pending)

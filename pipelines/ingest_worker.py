@@ -179,6 +179,8 @@ class _Task:
         """Those of the rows that are new and no duplicates."""
         counts.update(f"filtered_{one.filtered}" for one in looked if one.filtered)
         found = [(one.row, one.nulled) for one in looked if one.row is not None]
+        if not found:
+            return []
         names = (columns.IMAGE_ID, columns.IMAGE_DIGEST, columns.IMAGE_PHASH)
         asked = [[row.get(name) for row, _ in found] for name in names]
         kept = []

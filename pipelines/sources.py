@@ -80,7 +80,7 @@ class Record:
 
     def identify(self) -> str:
         """The `image_id` of its row: the source's own, or digests of image (of the place, without one) and caption."""
-        if self.image is not None:
+        if self.image is not None and self.digest is None:
             self.digest = digest(self.image)
         if self.image_id is None:
             image = self.digest or digest(f"place:{self.place}".encode())

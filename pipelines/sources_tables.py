@@ -120,6 +120,7 @@ class HuggingFace(Sharded):
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
         self.argument, self.names = absolute(argument), names
+        self._dataset: Any = None  # opened at first use
 
     def pieces(self) -> list[Piece]:
         dataset = self._open()
@@ -153,6 +154,8 @@ class HuggingFace(Sharded):
                 first += batch.num_rows
 
     def _open(self) -> Any:
+        if self._dataset is not None:
+            return self._dataset
         try:
             import datasets
         except ImportError as error:
@@ -167,6 +170,7 @@ class HuggingFace(Sharded):
         if isinstance(dataset, datasets.DatasetDict):
             splits = ", ".join(f"hf:{self.argument.rstrip('/')}/{split}" for split in dataset)
             raise ValueError(f"source hf:{self.argument}: holds several splits; name one: {splits}")
+        self._dataset = dataset
         return dataset
 
 

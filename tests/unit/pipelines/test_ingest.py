@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lidit import columns
-from pipelines import ingest_worker
+from pipelines import ingest, ingest_worker
 from pipelines.done_pieces import DonePieces
 from pipelines.filters import FiltersConfig
 from pipelines.ingest import IngestConfig
@@ -18,6 +18,7 @@ from pipelines.ingest_worker import IngestWorker
 from pipelines.known import Known
 from pipelines.pool import Tracker
 from pipelines.sources import ColumnsConfig, open_source
+from pipelines.summary import Summary
 from pipelines.table import ColumnFile, Table
 
 pytestmark = pytest.mark.unit
@@ -100,7 +101,6 @@ def test_config_is_checked(options, match):
 
 def test_flags():
     from lidit.cli import parse_config
-    from pipelines import ingest
 
     flags = "--source parquet:x --columns.image jpg --columns.score s --filters.min_score 5 --filters.captions [url,tag_list]"
     config = parse_config("ingest", ingest, [*flags.split(), "--filters.near_duplicates", "4", "--check", "header"])
@@ -293,6 +293,22 @@ def test_a_worker_that_dies_and_its_successor(job, photo, tmp_path, monkeypatch)
     assert (result["errors"], result["counts"]["read"], len(rows)) == (1, 12, 12)
     assert [row["caption_original"] for row in rows] == [f"caption {n}" if n != 5 else None for n in range(12)]
     assert rows[5][ERROR] == ingest_worker.DIED
+
+
+def test_only_the_newest_attempt_is_committed_and_only_once(job, photo, tmp_path, monkeypatch):
+    """Ray may give a result twice, or the one of an attempt that was begun again elsewhere."""
+    monkeypatch.setattr(ingest.ray, "get", lambda value: value)
+    write(tmp_path / "a.parquet", [(photo(seed), "x") for seed in range(3)])
+    made = job(f"parquet:{tmp_path}/a.parquet")
+    driver = ingest._Pass(made.config, made.table, None, made.work, Summary("ingest", "s"))
+    (unit,) = made.work.units
+    first, second = made.worker(unit), made.worker(unit)
+    assert [file["rows"] for file in second["files"]] == [3], "the claims of the first attempt are void"
+    assert not driver._settled(first, made.known)
+    assert driver._settled(second, made.known) and not driver._settled(second, made.known)
+    assert driver.pending == [second] and not driver.unsettled
+    third = made.worker(unit)
+    assert third["files"] == [] and not driver._settled(third, made.known)
 
 
 def test_unit_that_fails_leaves_no_unfinished_file(job, photo, tmp_path, monkeypatch):
