@@ -35,7 +35,6 @@ OTHERS_SHARE = 0.2  # of the learning rate, for biases and norms
 FIRST_LOG_VARIANCE = (
     -4.0
 )  # of the latents: noise of deviation 1, as it would be else, drowns them for hundreds of steps
-MEASURED_SCENES = 512  # training scenes that the latents' mean and deviation are taken from
 
 Pair = tuple[torch.nn.Parameter, torch.nn.Parameter]  # a convolution's kernel, and a matrix on the same memory
 
@@ -72,6 +71,8 @@ class TrainVAEConfig:
     """Seconds between checkpoints."""
     stop_after_steps: int | None = None
     """End this run after so many steps, with a checkpoint: for slots of limited time."""
+    measured_images: int = 512
+    """Training scenes that the latents' mean and deviation, hence shift and scaling factor, are measured on."""
     exam_images: int = 500
     """Held-out scenes that the figures are measured on."""
     seed: int = 0
@@ -225,10 +226,10 @@ def train(config: TrainVAEConfig, model: AutoencoderKL) -> dict[str, float] | No
 
 
 @torch.inference_mode()
-def measure_latents(model: AutoencoderKL) -> tuple[float, float]:
+def measure_latents(model: AutoencoderKL, images: int) -> tuple[float, float]:
     """(mean, standard deviation) of all latents' values over training scenes, in float32."""
     total = squares = count = 0.0
-    for seed in TRAIN_SEEDS[:MEASURED_SCENES]:
+    for seed in TRAIN_SEEDS[:images]:
         latents = model.encode(scene_pixels(seed, *image_size(seed))[None]).latent_dist.mode().double()
         total, squares, count = (
             total + latents.sum().item(),
@@ -271,7 +272,7 @@ def examine(folder: Path, images: int) -> dict[str, Any]:
 def publish(config: TrainVAEConfig, model: AutoencoderKL, result: dict[str, float]) -> None:
     """Note the latents' moments, save in float16, examine what was saved, write record and card, move into place."""
     model.eval()
-    mean, deviation = measure_latents(model)
+    mean, deviation = measure_latents(model, config.measured_images)
     model.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
     partial = config.out.with_name(f"{config.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
