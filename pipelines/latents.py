@@ -121,7 +121,8 @@ class EncodeLatents:
         self.window_rows = int(np.clip(WINDOW_PIXELS // config.resolution**2, *WINDOW_ROWS))
         self.batch_pixels = config.batch_pixels or BATCH_PIXELS[device]
         beside = min(DECODE_THREADS, len(os.sched_getaffinity(0))) if device == "cuda" else int(config.actors.num_cpus)
-        self.threads = ThreadPoolExecutor(config.decode_threads or max(1, beside))
+        self.num_threads = config.decode_threads or max(1, beside)
+        self.threads = ThreadPoolExecutor(self.num_threads)
 
     @classmethod
     def writes(cls, config: LatentsConfig) -> list[pa.Field]:

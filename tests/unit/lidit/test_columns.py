@@ -75,3 +75,10 @@ def test_lidit_imports_no_other_package_of_the_project():
         if imports_of(path) & set(HEAVY)
     }
     assert offenders == {}
+
+
+def test_names_of_variants():
+    assert columns.variant("latents", "") == "latents" and columns.variant("latents", "512") == "latents_512"
+    for name in ("", "512", "sdxl"):
+        for kind in (columns.LATENTS, columns.LATENT_MOMENTS):
+            assert columns.bucket_of(columns.variant(kind, name)) == columns.variant(columns.BUCKET, name)

@@ -80,3 +80,13 @@ def test_statuses_with_examples_the_commonest_first():
     ]
     assert "3 images were also shown blank: 1 captions stayed the same" in lines[4]
     assert json.loads(summary.to_json())["examples"]["ok"] == ["A red circle."]
+
+
+def test_images_are_counted_and_their_time_is_split():
+    counts = {"images": 200, "decode_seconds": 1.0, "device_seconds": 3.0, "wait_seconds": 0.4, "call_seconds": 4.0}
+    summary = Summary("latents", "s", rows=1000, work_seconds=4.0, counts=counts)
+    assert summary.rates["images_per_second"] == 50.0
+    text = summary.to_text()
+    assert "250 rows/s, 50.0 images/s (equal ones counted once)" in text
+    assert "5.0 ms to decode and resize (in threads beside), 15.0 ms on the device; 10% of the time" in text
+    assert "images/s" not in Summary("latents", "s", rows=3, work_seconds=1.0, counts=counts | {"images": 0}).to_text()
