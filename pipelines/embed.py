@@ -230,7 +230,11 @@ def make_demo_world(config: EmbedConfig) -> None:
         done = ingest.main(ingest.IngestConfig(store=config.store, source=f"scenes:{DEMO_SCENES}"))
         print(done.to_text(), file=sys.stderr)
     schema = samples.open().schema
-    if columns.CAPTION not in config.text or columns.TRUTH not in schema.names or not samples.missing([columns.CAPTION]):
+    if (
+        columns.CAPTION not in config.text
+        or columns.TRUTH not in schema.names
+        or not samples.missing([columns.CAPTION])
+    ):
         return
     job = recaption.RecaptionConfig(store=config.store, actors=config.actors, commit=config.commit)
     ours = recaption.Recaption.writes(job)[0]
