@@ -7,6 +7,7 @@ An engine is called with requests and returns their answers, in order:
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 INSTRUCTION = "Describe the image in detail."
 HINT = "It came with this text, which may be wrong: {hint}"
 MOST_HINT_CHARACTERS = 400  # of a hint; what is longer is mostly a tag list, and costs as many tokens as the image
+MARKUP = re.compile(r"<[^<>]{0,80}>|\[/?[A-Z_]{2,20}\]")  # HTML, and what chat templates mean by `<image>` or `[INST]`
 GREY = (127, 127, 127)  # of the blank image
 
 
@@ -61,7 +63,7 @@ class CaptionEngine(Protocol):
 
 def prompt_text(instruction: str, hint: str | None = None) -> str:
     """The words of the user's turn: the instruction, and the hint on a line of its own if there is one."""
-    hint = " ".join((hint or "").split())[:MOST_HINT_CHARACTERS]
+    hint = " ".join(MARKUP.sub(" ", hint or "").split())[:MOST_HINT_CHARACTERS]
     return f"{instruction}\n{HINT.format(hint=hint)}" if hint else instruction
 
 

@@ -79,7 +79,8 @@ class Captioner:
         self.folder = resolve_model(config.model, config.revision)
         self.counts: Counter[str] = Counter()
         self._image_tokens = functools.lru_cache(KNOWN_SIZES)(self._count_image_tokens)
-        self._text = functools.lru_cache(1)(self._render)  # mostly the same prompt for all
+        self._text = functools.lru_cache(4)(self._render)  # mostly the same prompt for all
+        self._prompt_tokens = functools.lru_cache(4)(self._count_prompt_tokens)
 
     def fingerprint(self) -> dict[str, Any]:
         """What captions depend on, as JSON-able values. Reads the weight files once to digest them; loads no weights."""
@@ -215,10 +216,7 @@ class Captioner:
     def generate(self, inputs: Any, requests: list[CaptionRequest]) -> list[CaptionAnswer]:
         """The model's inputs -> an answer per row."""
         model, length = self.model, inputs["input_ids"].shape[1]
-        inputs = {
-            name: value.to(self.device, DTYPES[self.config.dtype] if value.is_floating_point() else value.dtype)
-            for name, value in inputs.items()
-        }
+        inputs = inputs.to(device=self.device, dtype=DTYPES[self.config.dtype])  # integers stay integers
         sampler = RowSampler([r.seed for r in requests], [r.temperature for r in requests], length)
         output = model.generate(
             **inputs, generation_config=self._generation, logits_processor=LogitsProcessorList([sampler])
@@ -240,14 +238,16 @@ class Captioner:
     def _length(self, request: CaptionRequest) -> int:
         """Tokens that a row takes at most: the prompt with its image, and the longest answer. Reads the header only."""
         height, width = shown_size(request.image, self.image_side)
-        words = len(self.processor.tokenizer(self._text(request.prompt), add_special_tokens=False)["input_ids"])
-        return self._image_tokens(height, width) + words + self.max_new_tokens
+        return self._image_tokens(height, width) + self._prompt_tokens(request.prompt) + self.max_new_tokens
 
     def _count_image_tokens(self, height: int, width: int) -> int:
-        """Tokens of an image of that size: the processor is asked with a blank one."""
+        """Tokens that an image of that size adds to a prompt: the processor is asked with a blank one."""
         inputs = self.inputs([Image.new("RGB", (width, height), GREY)], [""])
-        text = len(self.processor.tokenizer(self._text(""), add_special_tokens=False)["input_ids"])
-        return int(inputs["input_ids"].shape[1]) - text
+        return int(inputs["input_ids"].shape[1]) - self._prompt_tokens("")
+
+    def _count_prompt_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt in its template, the one that stands for the image included."""
+        return len(self.processor.tokenizer(self._text(prompt), add_special_tokens=False)["input_ids"])
 
     def _decoded(self, request: CaptionRequest) -> Image.Image | ImageError:
         """The request's image, upright RGB; a grey one of its size if it asks for that."""
@@ -257,5 +257,12 @@ class Captioner:
             return error
 
     def _render(self, prompt: str) -> str:
-        """The prompt in the model's chat template, up to where the answer begins."""
+        """The prompt in the model's chat template, up to where the answer begins.
+
+        The template's own words are taken out of the prompt: a hint from the web may hold an `<image>` or an end of turn.
+        """
+        tokenizer = self.processor.tokenizer
+        own = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        for word in sorted({*own, *tokenizer.all_special_tokens}, key=len, reverse=True):
+            prompt = prompt.replace(word, " ")
         return str(self.processor.apply_chat_template(conversation(prompt), tokenize=False, add_generation_prompt=True))

@@ -27,7 +27,16 @@ from torch import Tensor
 from lidit.buckets import Bucket, bucket_name, centre_box, nearest_bucket, upscale_needed
 
 # Formats that are pictures of pixels; none of their decoders starts another program, as that of EPS does.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")  # a JPEG with several pictures (MPO) is a JPEG
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "AVIF",
+    "JPEG2000",
+)  # a JPEG with several pictures (MPO) is a JPEG
 MAX_PIXELS = 100_000_000  # of an image's header
 LARGE_PIXELS = 16_000_000  # decoded images above it are held in memory by one thread at a time
 DRAFT_MARGIN = 2  # a JPEG is decoded at no less than so many times the size needed

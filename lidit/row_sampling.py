@@ -25,23 +25,25 @@ class RowSampler(LogitsProcessor):
     """
 
     def __init__(self, seeds: list[int], temperatures: list[float], prompt_length: int):
-        self.seeds = torch.tensor([_int64(seed) for seed in seeds])  # (B,)
-        self.temperatures = torch.tensor(temperatures)  # (B,)
+        drawn = [row for row, temperature in enumerate(temperatures) if temperature > 0]
+        self.rows = torch.tensor(drawn, dtype=torch.long)  # the R rows that are drawn
+        self.seeds = torch.tensor([_int64(seeds[row]) for row in drawn], dtype=torch.long)
+        self.temperatures = torch.tensor([temperatures[row] for row in drawn])
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (B, L), scores (B, V) -> scores (B, V) whose largest entry is the row's draw."""
-        sampled = self.temperatures > 0
-        if not sampled.any():
+        if not len(self.rows):
             return scores
-        seeds = self.seeds[sampled].to(scores.device)
-        temperatures = self.temperatures[sampled].to(scores.device)[:, None]
+        if self.rows.device != scores.device:  # once: a copy at every step would wait for the device
+            self.rows, self.seeds = self.rows.to(scores.device), self.seeds.to(scores.device)
+            self.temperatures = self.temperatures.to(scores.device)
         step = input_ids.shape[1] - self.prompt_length
-        noise = gumbel_noise(seeds, step, scores.shape[1])
-        scores = scores.float().clone()
-        rows = sampled.to(scores.device)
-        scores[rows] = scores[rows] / temperatures + noise
-        return scores
+        scores = scores.float()
+        drawn = scores[self.rows] / self.temperatures[:, None] + gumbel_noise(
+            self.seeds, step, scores.shape[1]
+        )  # (R, V)
+        return scores.index_copy(0, self.rows, drawn)
 
 
 def gumbel_noise(seeds: Tensor, step: int, size: int) -> Tensor:

@@ -33,8 +33,9 @@ class File:
 
     @property
     def place(self) -> str:
-        """Folder and name: enough for a person, the same from any machine, and no path of anybody's."""
-        return "/".join(self.uri.rstrip("/").split("/")[-2:])
+        """Folder and name: enough for a person, the same from any machine; no path of anybody's, no token of a URL."""
+        uri = self.uri.partition("?")[0] if self.uri.startswith("http") else self.uri
+        return "/".join(uri.rstrip("/").split("/")[-2:])
 
 
 def absolute(uri: str) -> str:

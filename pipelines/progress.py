@@ -53,6 +53,9 @@ class JobProgress:
             parts.append(f"{totals['tokens'] / seconds:,.0f} tokens/s")
         if totals.get("slots"):
             parts.append(f"padding {1 - totals.get('tokens', 0) / totals['slots']:.1%}")
+        rejected = sum(count for name, count in totals.items() if name.startswith("status_") and name != "status_ok")
+        if rejected:
+            parts.append(f"{rejected:,.0f} without a caption")
         if totals.get("errors"):
             parts.append(f"{totals['errors']:,.0f} errors")
         return ", ".join(parts)

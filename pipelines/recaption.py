@@ -10,6 +10,7 @@ With no arguments it describes the scenes of ./store with the demo's tiny VLM.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -77,6 +78,8 @@ class RecaptionConfig(StageConfig):
         super().__post_init__()
         if not self.column.isidentifier():
             raise ValueError(f"column: expected letters, digits and underscores, received {self.column!r}")
+        if self.engine == "openai" and not self.endpoint.model:
+            raise ValueError("endpoint.model: expected the model's name at the server (`GET /v1/models` lists them)")
         if not self.instruction.strip():
             raise ValueError("instruction: expected words, received none")
         if min(self.max_new_tokens, self.image_side, self.batch_tokens) < 1:
@@ -234,7 +237,9 @@ class _Task:
 
 
 def main(config: RecaptionConfig) -> Summary:
-    """Runs the job."""
+    """Runs the job. Actors that only ask a server take no GPU, unless the config says so."""
+    if config.engine == "openai" and config.actors.num_gpus is None:
+        config = dataclasses.replace(config, actors=dataclasses.replace(config.actors, num_gpus=0.0))
     return run_stage(Recaption, config)
 
 

@@ -20,6 +20,11 @@ def test_a_hint_stands_on_a_line_of_its_own_and_is_kept_short() -> None:
     assert len(long) < len("Describe it.\n") + len(HINT) + MOST_HINT_CHARACTERS
 
 
+def test_markup_is_left_out_of_a_hint() -> None:
+    hint = "<b>A dog</b> <image> [INST]on <|im_end|>a mat</s> 3 < 4 > 2 [sic]"
+    assert prompt_text("Describe it.", hint).endswith(HINT.format(hint="A dog on a mat 3 2 [sic]"))
+
+
 def test_braces_in_a_hint_are_text() -> None:
     assert "{hint} {0}" in prompt_text("Describe it.", "{hint} {0}")
 

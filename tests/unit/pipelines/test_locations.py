@@ -5,7 +5,7 @@ import os
 import fsspec
 import pytest
 
-from pipelines.locations import absolute, expand_braces, find_files, is_local, list_folder, stamp_of, walk_files
+from pipelines.locations import File, absolute, expand_braces, find_files, is_local, list_folder, stamp_of, walk_files
 
 pytestmark = pytest.mark.unit
 
@@ -92,6 +92,11 @@ def test_stamp_tells_a_change(tmp_path):
     assert stamp_of(fs.info(str(path))) != first
     assert stamp_of({"ETag": "x", "size": 3}) != stamp_of({"ETag": "y", "size": 3})
     assert stamp_of({"name": "x", "size": 3}) is None
+
+
+def test_place_holds_no_token():
+    assert File("https://host/set/0.tar?X-Amz-Signature=secret", 1, None).place == "set/0.tar"
+    assert File("/a/b/c?.tar", 1, None).place == "b/c?.tar"
 
 
 def test_absolute(tmp_path, monkeypatch):

@@ -234,6 +234,7 @@ def test_the_fingerprint_changes_with_what_captions_depend_on_and_with_nothing_e
         ({"column": "my caption"}, "column: expected letters"),
         ({"instruction": " "}, "instruction: expected words"),
         ({"max_new_tokens": 0}, "max_new_tokens, image_side, batch_tokens"),
+        ({"engine": "openai"}, "endpoint.model: expected the model's name"),
         ({"retries": -1}, "expected 0 or more"),
         ({"temperature": -0.1}, "expected 0 or more"),
         ({"blank_share": 2.0}, "blank_share: expected a share"),
