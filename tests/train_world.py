@@ -51,9 +51,20 @@ def load_module(path: Path, name: str) -> ModuleType:
     return sys.modules[name]
 
 
-def make_store(folder: Path, rows: Sequence[int] = (20, 10, 30, 1, 29), **options: Any) -> str:
-    """A store of random latents and embeddings for encoders `one` and `two`: a fragment for each number of rows."""
-    writer = load_module(TESTS / "unit" / "trainer" / "conftest.py", "feature_store").Writer(str(folder), **options)
+def make_store(
+    folder: Path, rows: Sequence[int] = (20, 10, 30, 1, 29), model: str | None = None, **options: Any
+) -> str:
+    """A store of random latents and embeddings for encoders `one` and `two`: a fragment for each number of rows.
+
+    `model`: what the encoders' fingerprints say, instead of their names.
+    """
+    base = load_module(TESTS / "unit" / "trainer" / "conftest.py", "feature_store").Writer
+
+    class Writer(base):  # type: ignore[misc, valid-type]
+        def fingerprint(self, name: str) -> str:
+            return super().fingerprint(name if model is None else model)
+
+    writer = Writer(str(folder), **options)
     for count in rows:
         writer.fragment(["64x64" if row % 3 else "48x80" for row in range(count)])
     return str(folder)
@@ -238,6 +249,30 @@ def train_all(configs: Sequence[TrainConfig], observe: Callable[[str], None] | N
     return [train_worker(setting) for setting in settings]
 
 
+def train_while_others_write(config: TrainConfig) -> dict[str, Any]:
+    """Trains; after the third step somebody appends rows, compacts the table and removes all versions that no tag keeps."""
+    import datetime
+
+    import lance
+
+    from trainer.worker import train_worker
+
+    tables = Tables(config, {})
+    tables.pin()
+    seen = {"step": 0}
+
+    def observe(part: str) -> None:
+        seen["step"] += part == "step"
+        if part == "step" and seen["step"] == 3:
+            uri = f"{config.store}/samples.lance"
+            rows = lance.dataset(uri).to_table(limit=7)
+            lance.write_dataset(rows, uri, mode="append")
+            lance.dataset(uri).optimize.compact_files()
+            lance.dataset(uri).cleanup_old_versions(datetime.timedelta(0), delete_unverified=True)
+
+    return train_worker({"config": config.to_dict(), "versions": tables.versions, "observe": observe})
+
+
 def train_spoilt(config: TrainConfig, how: str, rank: int, spoilt_steps: Sequence[int]) -> dict[str, Any]:
     """Trains with a loss (`nan`) or gradient (`inf`) that is not finite, on one rank at some steps."""
     from trainer import loop
@@ -301,6 +336,19 @@ class At:
     def act(self) -> None:
         """Kill -9."""
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclasses.dataclass
+class InOrder:
+    """Several of them, one after the other: the next one counts once the one before has happened."""
+
+    all: list[At]
+
+    def __call__(self, part: str) -> None:
+        for at in self.all:
+            if not os.path.exists(at.marker):
+                at(part)
+                return
 
 
 class Terminate(At):

@@ -17,6 +17,8 @@ from trainer.config import OptimizerConfig, TrainConfig
 from trainer.ranks import Ranks
 from trainer.zero import deepspeed_config
 
+NO_DYNAMO = "TORCHDYNAMO_DISABLE"  # read by torch.compile when it is called
+
 
 def prepare_process(config: TrainConfig) -> None:
     """Settings of a worker process that must be made before DeepSpeed is imported. Call it first, and again is harmless."""
@@ -85,6 +87,21 @@ def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         # Its shared-memory collectives would be compiled at the first run, 44 s; gloo does as well for a few processes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return deepspeed
+
+
+def _import_muon() -> None:
+    """DeepSpeed asks whether AdamW is its Muon, whose import hands functions to torch.compile: seconds for every process,
+    spent on importing a compiler that nobody will use. Imported here first, without it."""
+    before = os.environ.get(NO_DYNAMO)
+    os.environ[NO_DYNAMO] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        if before is None:
+            del os.environ[NO_DYNAMO]
+        else:
+            os.environ[NO_DYNAMO] = before

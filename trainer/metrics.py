@@ -1,7 +1,8 @@
 """What is written down while training: JSON lines, TensorBoard, and Weights & Biases where the extra is installed.
 
-    metrics.jsonl       one object per line: `kind` (train, validation), `step`, figures; the first that other tools should read
-    tensorboard/        the same, and sample grids
+    metrics.jsonl       one object per line: `kind` (train, validation), `step`, figures; what other tools should read
+    starts.jsonl        one object for every time that the ranks were started: from which step, when, how many
+    tensorboard/        the figures of metrics.jsonl, and sample grids
 
 Rank 0 writes. A run that resumes at step n first drops the lines of later steps: they are of a future that did not happen.
 """
@@ -13,6 +14,7 @@ import math
 import os
 import resource
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from trainer.config import MetricsConfig
 from trainer.storage import Storage
 
 LINES = "metrics.jsonl"
+STARTS = "starts.jsonl"
 TENSORBOARD = "tensorboard"
 
 
@@ -49,6 +52,12 @@ class MetricsWriter:
 
             self._tensorboard = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=step + 1, flush_secs=30)
         self._wandb = _open_wandb(config.wandb, run, settings) if config.wandb else None
+
+    def started(self, step: int, world_size: int) -> None:
+        """Keeps a line of this start; earlier ones stay, whatever step they were at."""
+        before = self.storage.read(STARTS).decode() if self.storage.exists(STARTS) else ""
+        line = {"step": step, "time": time.time(), "world_size": world_size}
+        self.storage.write(STARTS, f"{before}{json.dumps(line)}\n".encode())
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Figures of a step: numbers, and lists of numbers (one per timestep bin, nan where it is empty)."""

@@ -60,6 +60,7 @@ def train(config: TrainConfig, versions: dict[str, int], observe: Observe = lamb
         if ranks.first:
             writer = MetricsWriter(storage, config.metrics, config.name, progress.step, config.to_dict())
             stack.callback(writer.close)
+            writer.started(progress.step, ranks.world_size)
             report = Report(writer, config.total_steps)
             stop = stack.enter_context(StopFile(storage))
             _say_begin(report, config, model_config, progress, changes)
