@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 SHARDS, ROWS, SIDE = 18, 30, 320  # images of some 30 kB: a shard takes its worker a good part of a second
 FRAGMENT = 5  # rows; the driver commits every 32 fragments

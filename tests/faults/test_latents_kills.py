@@ -20,7 +20,7 @@ from pipelines.pool import ActorsConfig
 from pipelines.stage import CommitConfig, run_stage
 from pipelines.table import ColumnFileWriter, Table
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 ROWS, FRAGMENTS = 480, 12
 FLAGS = ("--actors.min", 1, "--actors.max", 1, "--batch-pixels", 4096)  # an image at a time: time enough to be killed

@@ -27,7 +27,7 @@ from pipelines.recaption import RecaptionConfig
 from pipelines.stage import CommitConfig
 from pipelines.worker import Unavailable
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 ONE = ActorsConfig(min=1, max=1, num_gpus=0)
 SECRET = "sk-planted-fedcba9876543210"
 GARBAGE = {

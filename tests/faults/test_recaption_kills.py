@@ -20,7 +20,7 @@ from pipelines.recaption import RecaptionConfig
 from pipelines.sources import IMAGE_FIELDS
 from pipelines.table import ColumnFileWriter, Table, field_ids, missing_in
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 ROWS, FRAGMENTS = 96, 12
 FLAGS = ("--actors.max", 1, "--max-new-tokens", 96, "--temperature", 0.5, "--commit.seconds", 0, "--commit.fragments")
