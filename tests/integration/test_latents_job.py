@@ -29,7 +29,7 @@ from pipelines.stage import CommitConfig
 from pipelines.table import ColumnFileWriter, Table
 from pipelines.verify import VerifyConfig
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_here")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
 ONE = ActorsConfig(min=1, max=1, num_gpus=0)
 
 
