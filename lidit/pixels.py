@@ -17,14 +17,17 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
-from torch import Tensor
 
 from lidit.buckets import Bucket, bucket_name, centre_box, nearest_bucket, upscale_needed
+
+if TYPE_CHECKING:  # an ingest's actors look at images too, and need no torch: 200 MB and seconds each
+    import torch
+    from torch import Tensor
 
 # Formats that are pictures of pixels; none of their decoders starts another program, as that of EPS does.
 FORMATS = (
@@ -183,12 +186,13 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
-def to_unit_range(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 (B, height, width, 3) -> (B, 3, height, width) in [-1, 1], on the same device."""
-    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(dtype)
+def to_unit_range(pixels: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """uint8 (B, height, width, 3) -> (B, 3, height, width) in [-1, 1], on the same device; float32 unless `dtype` is given."""
+    unit = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return unit if dtype is None else unit.to(dtype)
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
     """pixels (B, 3, height, width), [-1, 1] where nothing overshoots -> uint8 (B, height, width, 3) to look at."""
     scaled = (pixels.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()

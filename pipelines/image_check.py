@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lidit.pixels import UPRIGHT, eight_bits, open_image, orientation, upright_size
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -52,8 +54,6 @@ def check_image(
     Raises:
         ValueError: no image, a format that is not read here, too many pixels, or damaged; says which.
     """
-    from lidit.pixels import open_image, upright_size
-
     try:
         image = open_image(data)
     except ValueError as error:
@@ -80,8 +80,6 @@ def perceptual_hash(image: Image.Image) -> int:
     Colour plays no part in it, and all plain surfaces are alike.
     """
     import imagehash
-
-    from lidit.pixels import UPRIGHT, eight_bits, orientation
 
     turn = orientation(image)
     if image.mode in ("L", "RGB", "RGBA", "CMYK"):

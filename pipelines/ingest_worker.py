@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 import warnings
 from collections import Counter
@@ -54,6 +55,8 @@ class IngestWorker:
         self.config, self.table_uri, self.run_id = config, table_uri, run_id
         self.tracker, self.known = tracker, known
         self.source = open_source(config.source, config.columns)
+        if config.filters.near_duplicates is not None:
+            importlib.import_module("imagehash")  # now, and not in the first unit's time
         self.threads = ThreadPoolExecutor(max(1, int(config.actors.num_cpus)))
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:

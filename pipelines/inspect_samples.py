@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ import yaml
 from PIL import Image
 
 from lidit import columns
+from lidit.buckets import parse_bucket
+from lidit.pixels import UPRIGHT, bucket_pixels, eight_bits, open_image, orientation, to_bytes
 from pipelines.inspect_table import metadata_of
 
 THUMBNAIL = 224  # pixels of the longer side at most
@@ -96,38 +99,40 @@ def latents_bucket(latents: str) -> str:
 
 
 def open_decoder(store: str, dataset: lance.LanceDataset, model: str | None, revision: str | None) -> Decoder | None:
-    """The autoencoder of the table's latents: the one named, or the one that the newest run of the job names.
+    """The autoencoder of the table's latents: the one named, or one that a latents run names, the newest first.
 
     None: the table has no latents. The autoencoder must be the one that made them, by its fingerprint.
     """
     latents = latents_field(dataset)
     if latents is None:
         return None
-    if model is None:
-        model, revision = _model_of_runs(store)
-    if model is None:
-        return Decoder(problem="no run says which autoencoder made the latents; name it with --vae")
-    import json
+    wanted = json.loads(metadata_of(dataset.schema.field(latents))[columns.META_FINGERPRINT])
+    candidates = _models_of_runs(store) if model is None else [(model, revision)]
+    decoder = Decoder(problem="no run says which autoencoder made the latents; name it with --vae")
+    for candidate in candidates:
+        decoder = _decoder_of(*candidate, wanted)
+        if decoder.vae is not None:
+            break
+    return decoder
 
+
+def _decoder_of(model: str, revision: str | None, wanted: dict[str, Any]) -> Decoder:
+    """The autoencoder, if it is the one of a fingerprint."""
     from lidit.vae import load_vae
 
-    wanted = json.loads(metadata_of(dataset.schema.field(latents))[columns.META_FINGERPRINT])
     try:
         vae = load_vae(model, revision, wanted.get("dtype", "fp32"))
         differing = [name for name, value in vae.fingerprint().items() if wanted.get(name) != value]
     except (ValueError, OSError) as error:
         return Decoder(problem=f"the autoencoder {model} cannot be loaded here: {error}")
     if differing:
-        return Decoder(
-            problem=f"the autoencoder {model} is not the one that made the latents: {', '.join(differing)} differ"
-        )
+        names = ", ".join(differing)
+        return Decoder(problem=f"the autoencoder {model} is not the one that made the latents: {names} differ")
     return Decoder(vae)
 
 
 def thumbnail(data: bytes, side: int = THUMBNAIL) -> Picture | None:
     """An encoded image, upright and small; None where it cannot be shown."""
-    from lidit.pixels import UPRIGHT, eight_bits, open_image, orientation
-
     try:
         image = open_image(data)
         turn = orientation(image)
@@ -177,9 +182,7 @@ def _decode_back(
     """Fills `cropped`, `decoded`, `psnr` of the samples that have latents, one image at a time."""
     import torch
 
-    from lidit.buckets import parse_bucket
     from lidit.codec import decode_latents
-    from lidit.pixels import bucket_pixels, to_bytes
 
     for sample, data, values, bucket in zip(samples, images, decode_latents(latents, stored, buckets), buckets):
         if values is None or data is None:
@@ -202,11 +205,11 @@ def _picture(image: Image.Image) -> Picture:
     return Picture(f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", image.height, image.width)
 
 
-def _model_of_runs(store: str) -> tuple[str | None, str | None]:
-    """(model, revision) of the newest latents run's config."""
+def _models_of_runs(store: str) -> list[tuple[str, str | None]]:
+    """(model, revision) of the latents runs, each once, the newest first."""
     fs, root = fsspec.core.url_to_fs(f"{store.rstrip('/')}/{columns.RUNS_FOLDER}")
-    for path in sorted(fs.glob(f"{root}/latents-*/config.yaml"), reverse=True):
-        config = yaml.safe_load(fs.cat_file(path))
-        if config.get("model"):
-            return config["model"], config.get("revision")
-    return None, None
+    configs = [
+        yaml.safe_load(fs.cat_file(path)) for path in sorted(fs.glob(f"{root}/latents-*/config.yaml"), reverse=True)
+    ]
+    named = [(config["model"], config.get("revision")) for config in configs if config.get("model")]
+    return list(dict.fromkeys(named))
