@@ -6,7 +6,7 @@ import importlib
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,18 @@ class IngestWorker:
         self.source = open_source(config.source, config.columns)
         if config.filters.near_duplicates is not None:
             importlib.import_module("imagehash")  # now, and not in the first unit's time
-        self.threads = ThreadPoolExecutor(max(1, int(config.actors.num_cpus)))
+        self.workers = max(1, int(config.actors.num_cpus))
+        self.threads = ThreadPoolExecutor(self.workers)
+
+    def each(self, function: Callable[[Any], Any], things: Sequence[Any]) -> list[Any]:
+        """The function of each thing, in order; a slice per thread, so that threads seldom wake each other."""
+        if self.workers == 1:
+            return [function(thing) for thing in things]
+        slices = [things[first :: self.workers] for first in range(self.workers)]
+        made: list[Any] = [None] * len(things)
+        for first, results in enumerate(self.threads.map(lambda slice_: [function(thing) for thing in slice_], slices)):
+            made[first :: self.workers] = results
+        return made
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         begun = time.time()
@@ -84,7 +95,7 @@ class _Task:
     """One unit on its way through a worker."""
 
     def __init__(self, worker: IngestWorker, unit: dict[str, Any]):
-        self.unit, self.source, self.threads = unit, worker.source, worker.threads
+        self.unit, self.source, self.each = unit, worker.source, worker.each
         self.config, self.filters = worker.config, worker.config.filters
         self.tracker, self.known = worker.tracker, worker.known
         self.files = _Files(worker.table_uri, worker.source, worker.run_id, worker.config.rows_per_fragment)
@@ -124,7 +135,7 @@ class _Task:
     def _rows(self, window: _Window) -> list[dict[str, Any]]:
         """The window's new and wanted rows, claimed for this unit."""
         counts: Counter[str] = Counter(read=len(window.records))
-        ids = list(self.threads.map(Record.identify, window.records))
+        ids = self.each(Record.identify, window.records)
         fresh = []
         for number, (record, state) in enumerate(zip(window.records, ray.get(self.known.seen.remote(ids)))):
             if state == UNKNOWN:
@@ -137,7 +148,7 @@ class _Task:
         self.errors += len(failed)
         self.counts.update(counts)
         progress = {"rows": len(window.records), "errors": len(failed)}
-        ray.get(self.tracker.leave.remote(self.unit["name"], progress))
+        self.tracker.leave.remote(self.unit["name"], progress)  # in order with what follows: no need to wait
         return rows
 
     def _looked_at(self, fresh: Sequence[tuple[int, Record]]) -> list[_Looked]:
@@ -147,7 +158,7 @@ class _Task:
         name, first, stop = self.unit["name"], fresh[0][0], fresh[-1][0] + 1
         if not any(first < to and since < stop for since, to in self.attempt.careful):
             ray.get(self.tracker.enter.remote(name, first, stop))
-            return list(self.threads.map(self._look, (record for _, record in fresh)))
+            return self.each(self._look, [record for _, record in fresh])
         looked = []
         for number, record in fresh:
             if number in self.attempt.quarantined:

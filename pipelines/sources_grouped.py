@@ -26,7 +26,6 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 CAPTION_CHOICES = ("txt", "caption", "text", "json.caption", "json.text")
 PEEK_SAMPLES = 16  # of the first shard, read beforehand: wrong names stop the job before it begins
-BUFFER = 1 << 20  # bytes of a tar read at a time
 
 
 @dataclass
@@ -232,7 +231,7 @@ def tar_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
     try:
         with open_stream(uri) as raw:
             stream = gzip.GzipFile(fileobj=raw) if uri.endswith("gz") else raw
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=BUFFER, tarinfo=_StrictTarInfo) as tar:
+            with tarfile.open(fileobj=stream, mode="r:", tarinfo=_StrictTarInfo) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined] # it would keep every header
                     base = posixpath.basename(member.name)
