@@ -23,6 +23,8 @@ JOBS = {
     "latents": ("pipelines.latents", "images -> latents of an autoencoder, in buckets of one size"),
     "verify": ("pipelines.verify", "checks a store: counts, checksums, embeddings against an independent path"),
     "inspect": ("pipelines.inspection", "shows a store: columns, stages, errors, bytes; or a page with samples"),
+    "train": ("trainer.train", "the feature table -> checkpoints of a LI-DiT, through Ray Train and DeepSpeed"),
+    "export": ("trainer.export", "a checkpoint -> weights for inference, on a CPU"),
     "sample": ("lidit.sample", "trained weights and a prompt -> images"),
     "info": ("lidit.info", "a model's parameters and FLOPs, part by part"),
 }
