@@ -164,7 +164,7 @@ class _Pass:
         self._note(sorted(self.leaning))
 
     def _settled(self, result: dict[str, Any], known: Any) -> bool:
-        """Takes a unit's result to be committed; False for one that Ray gives twice, or of an attempt that was repeated."""
+        """Takes the first result of a unit to be committed; False for any other, which Ray may give too."""
         name = result["name"]
         if name not in self.unsettled:
             return False

@@ -1,9 +1,11 @@
 """What a table holds already, and what the workers of an ingest have in hand: the one place that says "this is new".
 
 `Known` is a small actor beside the driver. A worker shows it the identities (and digests, and perceptual hashes) of a window
-of rows and is told which to keep; what it keeps is claimed for its unit. A unit that is begun again, because its worker
-died, loses its earlier claims, and only the files of its newest attempt may be committed (`settle`). So no row gets in
-twice, whoever is killed and whatever Ray repeats, and none is lost.
+of rows and is told which to keep; what it keeps is claimed for its unit. A unit that is begun again, because its worker died,
+may claim the same rows again, and nobody else may have them meanwhile. So of whichever attempt the driver gets the result
+first, its files may be committed (`settle`), and no other's: no row gets in twice, whoever is killed and whatever Ray
+repeats, and none is lost. (Ray does give the result of a worker that died after it had handed it over, and repeats the unit all
+the same, without giving the second result.)
 
 Memory a row of the table: 16 bytes for its identity, 16 for its digest (with `duplicates`), 32 for its perceptual hash (with
 `near_duplicates`). The rows themselves are never here.
@@ -31,18 +33,17 @@ Key = tuple[int, int]
 UNKNOWN, IN_TABLE, IN_RUN = "unknown", "in_table", "in_run"
 # What `claim` says of a row: keep it, or why not. The last two are names of filters.
 NEW, REPEATED, DUPLICATE, NEAR_DUPLICATE = "new", "repeated", "duplicates", "near_duplicates"
-# What `settle` says of an attempt: not the newest; good; good, but rows were left to units that are not settled yet.
+# What `settle` says of a result: the unit has one already; good; good, but rows were left to units that are not settled yet.
 REFUSED, ALONE, LEANING = "refused", "alone", "leaning"
 
 
 @dataclass
 class _Claims:
-    """What one unit in hand has been given."""
+    """What one attempt at a unit has been given."""
 
-    attempt: int
     hashes: HashIndex
-    keys: list[Key] = field(default_factory=list)
-    digests: list[Key] = field(default_factory=list)
+    keys: set[Key] = field(default_factory=set)
+    digests: set[Key] = field(default_factory=set)
     leaning: bool = False
 
 
@@ -53,17 +54,16 @@ class Known:
         self._duplicates, self._distance = duplicates, near_duplicates
         self._table, self._run, self._digests = KeySet(), KeySet(), KeySet()
         self._hashes = HashIndex(near_duplicates or 0)
-        self._claims: dict[str, _Claims] = {}
+        self._claims: dict[str, dict[int, _Claims]] = {}  # unit in hand -> its attempts
         self._owner: dict[Key, str] = {}  # identity in hand -> its unit
         self._digest_owner: dict[Key, str] = {}
         self._attempts = 0
         self._load(table_uri)
 
     def begin(self, unit: str) -> int:
-        """A worker takes up a unit; what an earlier attempt had claimed is free again. Returns the attempt's number."""
-        self._forget(unit)
+        """A worker takes up a unit, perhaps not the first one. Returns the attempt's number."""
         self._attempts += 1
-        self._claims[unit] = _Claims(self._attempts, HashIndex(self._distance or 0))
+        self._claims.setdefault(unit, {})[self._attempts] = _Claims(HashIndex(self._distance or 0))
         return self._attempts
 
     def seen(self, ids: Sequence[str]) -> list[str]:
@@ -79,9 +79,9 @@ class Known:
 
         Digest or hash None: the row has no image, or nobody asks.
         """
-        claims = self._claims.get(unit)
-        if claims is None or claims.attempt != attempt:
-            return [REPEATED] * len(ids)  # taken for dead, and begun anew elsewhere: its files will be refused
+        claims = self._claims.get(unit, {}).get(attempt)
+        if claims is None:
+            return [REPEATED] * len(ids)  # another attempt's result is settled: this one's will be refused
         keys = keys_of(ids)
         known = self._table.contains(keys) | self._run.contains(keys)
         image_keys = keys_of([text or "" for text in digests])
@@ -92,38 +92,45 @@ class Known:
         for row, (key, image_key) in enumerate(zip(_tuples(keys), _tuples(image_keys))):
             has_digest = self._duplicates and digests[row] is not None
             has_hash = self._distance is not None and hashes[row] is not None
-            if known[row] or self._in_hand(self._owner, key, claims, unit):
+            if known[row] or self._taken(key, claims.keys, self._owner, claims, unit):
                 verdicts.append(REPEATED)
-            elif has_digest and (double[row] or self._in_hand(self._digest_owner, image_key, claims, unit)):
+            elif has_digest and (
+                double[row] or self._taken(image_key, claims.digests, self._digest_owner, claims, unit)
+            ):
                 verdicts.append(DUPLICATE)
             elif has_hash and (near[row] or self._near_one(hashes[row], given, claims, unit)):
                 verdicts.append(NEAR_DUPLICATE)
             else:
                 verdicts.append(NEW)
                 self._owner[key] = unit
-                claims.keys.append(key)
+                claims.keys.add(key)
                 if has_digest:
                     self._digest_owner[image_key] = unit
-                    claims.digests.append(image_key)
+                    claims.digests.add(image_key)
                 if has_hash:
                     given.append(hashes[row])  # type: ignore[arg-type]
         claims.hashes.add(np.array(given, np.uint64))
         return verdicts
 
     def settle(self, unit: str, attempt: int) -> str:
-        """The driver has the unit's files: `refused` unless they are of the newest attempt, and then only once.
+        """The driver has a result of the unit: `refused` if it has had one before.
 
         `leaning`: some of its rows were left out for the sake of units that are still in hand. Should those never be
         committed, this unit must be read again; so it must not be noted as done before them.
         """
-        claims = self._claims.get(unit)
-        if claims is None or claims.attempt != attempt:
+        attempts = self._claims.pop(unit, {})
+        if attempt not in attempts:
             return REFUSED
-        self._run.add(_array(claims.keys))
-        self._digests.add(_array(claims.digests))
-        self._hashes.add(claims.hashes.values())
-        self._forget(unit)
-        return LEANING if claims.leaning else ALONE
+        for claims in attempts.values():
+            for key in claims.keys:
+                self._owner.pop(key, None)
+            for key in claims.digests:
+                self._digest_owner.pop(key, None)
+        settled = attempts[attempt]
+        self._run.add(_array(settled.keys))
+        self._digests.add(_array(settled.digests))
+        self._hashes.add(settled.hashes.values())
+        return LEANING if settled.leaning else ALONE
 
     def _near(self, hashes: Sequence[int]) -> np.ndarray:
         """Against all that is settled."""
@@ -138,25 +145,21 @@ class Known:
         wanted = np.array([value], np.uint64)
         if claims.hashes.near(wanted)[0]:
             return True
-        if any(other.hashes.near(wanted)[0] for name, other in self._claims.items() if name != unit):
+        others = (claim for name, attempts in self._claims.items() if name != unit for claim in attempts.values())
+        if any(other.hashes.near(wanted)[0] for other in others):
             claims.leaning = True
             return True
         return False
 
     @staticmethod
-    def _in_hand(owner: dict[Key, str], key: Key, claims: _Claims, unit: str) -> bool:
-        if key not in owner:
+    def _taken(key: Key, mine: set[Key], owner: dict[Key, str], claims: _Claims, unit: str) -> bool:
+        """Whether this attempt has the key already, or another unit; an earlier attempt at the same unit does not count."""
+        if key in mine:
+            return True
+        if owner.get(key, unit) == unit:
             return False
-        claims.leaning |= owner[key] != unit
+        claims.leaning = True
         return True
-
-    def _forget(self, unit: str) -> None:
-        claims = self._claims.pop(unit, None)
-        if claims is not None:
-            for key in claims.keys:
-                del self._owner[key]
-            for key in claims.digests:
-                del self._digest_owner[key]
 
     def _load(self, table_uri: str) -> None:
         names = [columns.IMAGE_ID]
@@ -185,5 +188,5 @@ def _tuples(keys: np.ndarray) -> list[Key]:
     return [(first, second) for first, second in keys.tolist()]
 
 
-def _array(keys: list[Key]) -> np.ndarray:
-    return np.array(keys, np.uint64).reshape(-1, 2)
+def _array(keys: set[Key]) -> np.ndarray:
+    return np.array(list(keys), np.uint64).reshape(-1, 2)

@@ -50,30 +50,47 @@ def test_a_unit_that_is_begun_again_gets_its_rows_again(known):
     first = known.begin("u")
     claim(known, "u", first, ["a", "b"])
     second = known.begin("u")
-    assert claim(known, "u", second, ["a", "b"]) == ["new", "new"]
-    assert known.settle("u", first) == REFUSED
+    assert claim(known, "u", second, ["a", "b", "a"]) == ["new", "new", "repeated"]
     assert known.settle("u", second) == ALONE
     assert known.settle("u", second) == REFUSED, "Ray may give a result twice"
+    assert known.settle("u", first) == REFUSED
 
 
-def test_a_worker_taken_for_dead_gets_nothing_more(known):
+def test_the_first_result_counts_whichever_attempt_made_it(known):
+    """Ray hands over the result of a worker that dies right then, repeats the unit, and keeps the second result to itself."""
+    known = known(duplicates=True, near_duplicates=2)
+    first = known.begin("u")
+    claim(known, "u", first, ["a", "b"], ["d1", "d2"], [0, 1 << 40 | 0xFFFF])
+    second = known.begin("u")
+    assert claim(known, "u", second, ["a"], ["d1"], [0]) == ["new"]
+    assert known.settle("u", first) == ALONE
+    assert claim(known, "u", second, ["b"], ["d2"], [0xFFFF]) == ["repeated"], "it need not go on"
+    assert known.settle("u", second) == REFUSED
+    assert known.seen(["a", "b"]) == [IN_RUN, IN_RUN]
+    other = known.begin("v")
+    assert claim(known, "v", other, ["x", "y"], ["d2", "d9"], [None, 1]) == ["duplicates", "near_duplicates"]
+
+
+def test_rows_of_a_dead_attempt_are_kept_for_the_next_one(known):
+    """Another unit must not have them: whichever attempt's files are committed, the row is in them."""
+    known = known(duplicates=True, near_duplicates=2)
+    dead = known.begin("u")
+    claim(known, "u", dead, ["a", "b"], ["d1", "d2"], [0, 0xFFFF])
+    other = known.begin("v")
+    verdicts = claim(known, "v", other, ["b", "c", "d"], ["d3", "d2", "d4"], [None, None, 0xFFFE])
+    assert verdicts == ["repeated", "duplicates", "near_duplicates"]
+    again = known.begin("u")
+    assert claim(known, "u", again, ["a", "b"], ["d1", "d2"], [0, 0xFFFF]) == ["new", "new"]
+    assert [known.settle("v", other), known.settle("u", again), known.settle("u", dead)] == [LEANING, ALONE, REFUSED]
+
+
+def test_a_unit_that_is_settled_gets_nothing_more(known):
     known = known()
     first = known.begin("u")
-    second = known.begin("u")
-    assert claim(known, "u", first, ["a"]) == ["repeated"]
-    assert claim(known, "u", second, ["a"]) == ["new"]
-
-
-def test_rows_freed_by_a_death_may_go_to_another_unit(known):
-    """Then the one that is begun again must not have them, and the dead one's files are refused: none twice, none lost."""
-    known = known()
-    dead = known.begin("u")
-    claim(known, "u", dead, ["a", "b"])
-    again = known.begin("u")
-    other = known.begin("v")
-    assert claim(known, "v", other, ["b"]) == ["new"]
-    assert claim(known, "u", again, ["a", "b"]) == ["new", "repeated"]
-    assert [known.settle("u", dead), known.settle("u", again), known.settle("v", other)] == [REFUSED, LEANING, ALONE]
+    claim(known, "u", first, ["a"])
+    known.settle("u", first)
+    late = known.begin("u")
+    assert claim(known, "u", late, ["a"]) == ["repeated"] and known.seen(["a"]) == [IN_RUN]
 
 
 def test_leaning_on_a_unit_in_hand_is_told(known):
