@@ -79,7 +79,8 @@ def make_config(store: str, storage: Path | str, name: str = "run", **changes: A
         "model": ModelConfig("tiny", changes=SHAPE),
         "phases": (PhaseConfig(steps=10, global_batch_size=8, resolution=64),),
         "data": DataConfig(encoders=("one", "two"), holdout=0.1, pad_multiple=4, read_threads=1),
-        "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=3),
+        # eps: a bias before a GroupNorm has no gradient but rounding, which a small eps would make steps of.
+        "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=3, eps=1e-5),
         "ema": EMAConfig(decay=0.9),
         "zero": ZeroConfig(stage=3),
         "precision": "fp32",

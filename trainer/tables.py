@@ -54,6 +54,7 @@ class Tables:
         if config.data.version is not None:
             self.versions.setdefault(config.store, config.data.version)
         self._features: dict[int, Features] = {}
+        self._surveyed: tuple[int, PhaseTable] | None = None
         for number, phase in enumerate(config.phases):
             self._features[number] = features = self._open(phase)
             self.versions.setdefault(phase.store or config.store, features.version)
@@ -64,11 +65,15 @@ class Tables:
         return self._features[number]
 
     def phase(self, number: int) -> PhaseTable:
-        """Surveys it, which reads the small columns of every row, and plans the phase."""
+        """Surveys it, which reads the small columns of every row, and plans the phase; the last one asked for is kept."""
+        if self._surveyed is not None and self._surveyed[0] == number:
+            return self._surveyed[1]
         phase, features = self.config.phases[number], self._features[number]
         found = survey(features, self.config.data.holdout)
         features.check_resolution(found.rows.buckets, phase.resolution)
-        return PhaseTable(features, found, plan_phase(self.config, number, found), self.config.phase_objective(phase))
+        plan, objective = plan_phase(self.config, number, found), self.config.phase_objective(phase)
+        self._surveyed = number, PhaseTable(features, found, plan, objective)
+        return self._surveyed[1]
 
     def model_config(self) -> LIDiTConfig:
         """The model that fits the tables."""

@@ -18,10 +18,11 @@ from trainer.rng import load_rng
 from trainer.signals import StopFile
 from trainer.storage import Storage
 from trainer.tables import Tables, check_resumable
+from trainer.validation import Validation
 
 
-class CannotResume(ValueError):
-    """The run's checkpoint and its config, or its tables, do not go together; raised on all ranks."""
+class WrongInput(ValueError):
+    """Tables, checkpoint and config do not go together; raised on all ranks."""
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -37,8 +38,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     prepare_process(config)
     try:
         return train(config, settings["versions"], settings.get("observe") or _nothing)
-    except (SaveFailed, NotFinite, CannotResume) as error:
-        return {"status": "failed", "error": str(error), "input": isinstance(error, CannotResume)}
+    except (SaveFailed, NotFinite, WrongInput) as error:
+        return {"status": "failed", "error": str(error), "input": isinstance(error, WrongInput)}
 
 
 def train(config: TrainConfig, versions: dict[str, int], observe: Observe = lambda part: None) -> dict[str, Any]:
@@ -50,9 +51,8 @@ def train(config: TrainConfig, versions: dict[str, int], observe: Observe = lamb
     ranks.from_first(checkpoints.clean_up)
     resume = Resume(storage, ranks, Layout(ranks.world_size, config.zero.stage))
     with resume.newest() as found:
-        progress, changes = _progress(found), list[str]()
-        if found is not None:
-            changes = ranks.from_first(lambda: _check(config, found, tables))
+        progress = _progress(found)
+        changes = ranks.from_first(lambda: _check(config, found, tables, ranks))
         engine = build_engine(config, model_config, ranks, universal=found is not None and found.universal)
         ema = _restore(config, found, engine)
     with contextlib.ExitStack() as stack:
@@ -82,13 +82,16 @@ def train(config: TrainConfig, versions: dict[str, int], observe: Observe = lamb
     }
 
 
-def _check(config: TrainConfig, found: Found, tables: Tables) -> list[str]:
-    """Whether the run may go on from there; the settings that changed since."""
+def _check(config: TrainConfig, found: Found | None, tables: Tables, ranks: Ranks) -> list[str]:
+    """Rank 0: whether the run may begin, or go on from there; the settings that changed since."""
+    number = config.phase_at(found.step if found else 0)[0]
     try:
-        number = config.phase_at(found.step)[0]
-        return check_resumable(config, found.state, tables, tables.phase(number))
-    except (ValueError, KeyError) as error:
-        raise CannotResume(str(error)) from error
+        table = tables.phase(number)
+        if config.validation.every_steps:
+            Validation(table, config, config.microbatch_size, ranks)
+        return check_resumable(config, found.state, tables, table) if found is not None else []
+    except ValueError as error:
+        raise WrongInput(str(error)) from error
 
 
 def _progress(found: Found | None) -> Progress:

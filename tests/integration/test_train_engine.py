@@ -71,7 +71,7 @@ def test_every_stage_equals_a_plain_loop(world: Any, training: Any, world_size: 
         np.testing.assert_allclose(norms, world.plain.norms, rtol=1e-3, err_msg=config.name)
         assert_close(exported(config, "raw", world.folder), world.plain.weights, atol=1e-4)
         assert_close(exported(config, "ema", world.folder), world.plain.average, atol=1e-4)
-    assert world.plain.losses[-1] < world.plain.losses[0], "it learns at all"
+    assert max(float((world.plain.weights[n] - world.plain.average[n]).abs().max()) for n in world.plain.weights) > 0.01
 
 
 def test_stages_agree_in_bf16(world: Any, training: Any) -> None:
