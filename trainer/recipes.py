@@ -31,7 +31,6 @@ def scenes() -> TrainConfig:
         phases=(PhaseConfig(steps=600, global_batch_size=32, resolution=64),),
         data=DataConfig(
             encoders=("llama", "qwen"),
-            text_mix=BOTH_CAPTIONS,
             holdout=0.05,
             pad_multiple=8,
             read_threads=1,

@@ -137,9 +137,12 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
 def _start_ray(config: TrainConfig) -> None:
     """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts a local one for this process."""
     import logging
+    import warnings
 
     import ray
 
+    # Ray starts its processes by fork and exec, which is safe; Lance warns of any fork.
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in the config are the user's
@@ -149,6 +152,8 @@ def _start_ray(config: TrainConfig) -> None:
         if not os.environ.get("RAY_ADDRESS"):
             cpus = max(os.cpu_count() or 1, int(config.num_workers * config.cpus_per_worker + 0.999))
             local = {"include_dashboard": False, "object_store_memory": 256 << 20, "num_cpus": cpus}
+            # Without a dashboard Ray Train's cleaner, which is for clusters, warns every second that it cannot ask it.
+            local["logging_config"] = ray.LoggingConfig(log_level="ERROR")
         ray.init(logging_level=logging.ERROR, **local)
 
 
