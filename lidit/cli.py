@@ -22,6 +22,10 @@ JOBS = {
     "embed": ("pipelines.embed", "text columns -> prompt embeddings of several LLMs"),
     "latents": ("pipelines.latents", "images -> latents of an autoencoder, in buckets of one size"),
     "verify": ("pipelines.verify", "checks a store: counts, checksums, embeddings against an independent path"),
+    "preprocess": (
+        "pipelines.preprocess",
+        "ingest, recaption, embed, latents and verify on what is new: for a schedule",
+    ),
     "inspect": ("pipelines.inspection", "shows a store: columns, stages, errors, bytes; or a page with samples"),
     "train": ("trainer.train", "the feature table -> checkpoints of a LI-DiT, through Ray Train and DeepSpeed"),
     "export": ("trainer.export", "a checkpoint -> weights for inference, on a CPU"),

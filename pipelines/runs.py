@@ -37,15 +37,17 @@ class Run:
         self._fs, self._root = fsspec.core.url_to_fs(f"{store.rstrip('/')}/{columns.RUNS_FOLDER}")
         self._over = threading.Event()
         self._last_beat = time.monotonic()
+        self._thread = threading.Thread(target=self._keep_alive, name="alive", daemon=True)
 
     def __enter__(self) -> Run:
         self._fs.makedirs(f"{self._root}/{self.id}", exist_ok=True)
         self._beat()
-        threading.Thread(target=self._keep_alive, daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._over.set()
+        self._thread.join()  # a last beat would leave the sign behind, of a process that goes on to other stages
         alive = f"{self._root}/{self.id}/alive"
         if self._fs.exists(alive):
             self._fs.rm_file(alive)
@@ -67,6 +69,7 @@ class Run:
 
     def alive(self) -> list[str]:
         """Ids of the other runs that are alive in the store."""
+        self._fs.invalidate_cache()  # s3fs remembers listings
         ids = [str(path).rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
         return [run_id for run_id in sorted(ids) if not self.is_dead(run_id)]
 
@@ -79,21 +82,33 @@ class Run:
             sign = json.loads(self._fs.cat_file(path))
         except FileNotFoundError:
             return True
-        if sign["host"] == _host():
-            return _process_start(sign["pid"]) != sign["started"]
-        return time.time() - sign["beat"] > DEAD_AFTER_SECONDS
+        return not shows_life(sign)
 
     def _keep_alive(self) -> None:
         while not self._over.wait(HEARTBEAT_SECONDS):
-            self._beat()
+            try:
+                self._beat()
+            except OSError:
+                continue  # the store is away for a moment; for how long at most, `check_alive` knows
 
     def _beat(self) -> None:
-        pid = os.getpid()
-        sign: dict[str, Any] = {"host": _host(), "pid": pid, "started": _process_start(pid), "beat": time.time()}
         alive = f"{self._root}/{self.id}/alive"
-        self._fs.pipe_file(f"{alive}.new", json.dumps(sign).encode())
+        self._fs.pipe_file(f"{alive}.new", json.dumps(sign_of_life()).encode())
         self._fs.mv(f"{alive}.new", alive)  # in one step: who reads must never meet half a sign
         self._last_beat = time.monotonic()
+
+
+def sign_of_life() -> dict[str, Any]:
+    """What this process leaves in the store to show that it is there: host, process, time."""
+    pid = os.getpid()
+    return {"host": _host(), "pid": pid, "started": _process_start(pid), "beat": time.time()}
+
+
+def shows_life(sign: dict[str, Any]) -> bool:
+    """Whether who left the sign lives: asked of the kernel on the same host; elsewhere, whether the sign is fresh."""
+    if sign["host"] == _host():
+        return _process_start(sign["pid"]) == sign["started"]
+    return time.time() - sign["beat"] <= DEAD_AFTER_SECONDS
 
 
 def _host() -> str:

@@ -130,6 +130,7 @@ class Table:
     def exists(self) -> bool:
         """Whether there is a table at the URI."""
         fs, path = fsspec.core.url_to_fs(self.uri)
+        fs.invalidate_cache(path)  # s3fs remembers that there was none
         return fs.exists(f"{path}/_versions")
 
     def open(self, version: int | None = None) -> lance.LanceDataset:

@@ -33,6 +33,7 @@ from lidit.text import DTYPES, ENCODER_ONLY, EncoderConfig
 from pipelines.checksum import ColumnDigest
 from pipelines.table import Table, data_file_uri, field_ids, file_digests
 from pipelines.verify_latents import latents_fields, latents_problems
+from pipelines.verify_scope import draw_rows, fragments_since, scan
 from pipelines.worker import READS
 
 READ_ROWS = 256
@@ -51,6 +52,9 @@ class VerifyConfig:
     """Random rows that are encoded again, per text column and encoder; 0 for none."""
     seed: int = 0
     """Which random rows."""
+    since: str = ""
+    """Tag or version of the table: content, embeddings and latents are looked at in fragments that have changed since, and no
+    others. Default: in all."""
 
 
 @dataclass
@@ -58,6 +62,7 @@ class Report:
     """Checks made and problems found; `ok` if there are none."""
 
     store: str
+    version: int = 0  # of the samples table, that was looked at
     checks: dict[str, str] = field(default_factory=dict)  # name -> what was looked at
     problems: dict[str, list[str]] = field(default_factory=dict)
 
@@ -83,10 +88,11 @@ class Report:
 
 
 def main(config: VerifyConfig) -> Report:
-    """Runs all checks on the newest version."""
+    """Runs all checks on the newest version. ValueError where `since` is not there."""
     table = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
     dataset = table.open()
-    report = Report(config.store)
+    report = Report(config.store, dataset.version)
+    fragments = fragments_since(dataset, config.since)
     made = [f for f in dataset.schema if columns.META_FINGERPRINT.encode() in (f.metadata or {})]
     embeds = [f for f in made if {columns.META_CODEC.encode(), columns.META_ENCODER.encode()} <= f.metadata.keys()]
 
@@ -100,13 +106,16 @@ def main(config: VerifyConfig) -> Report:
 
     check("rows", f"{dataset.count_rows():,} rows, version {dataset.version}", lambda: _rows(dataset))
     check("complete", f"{len(made)} columns of stages", lambda: _complete(table, dataset, made))
-    fragments = len(dataset.get_fragments())
-    check("content", f"digests of every column, {fragments:,} fragments", lambda: _content(table, dataset))
-    check("embeddings", f"{len(embeds)} columns", lambda: _embeddings(dataset, embeds))
+    changed = f" changed since {config.since}" if config.since else ""
+    what = f"digests of every column, {len(fragments):,} fragments{changed}"
+    check("content", what, lambda: _content(table, dataset, fragments))
+    check("embeddings", f"{len(embeds)} columns", lambda: _embeddings(dataset, fragments, embeds))
     if latents := latents_fields(dataset.schema):
-        check("latents", f"{len(latents)} columns", lambda: latents_problems(dataset, latents))
+        check("latents", f"{len(latents)} columns", lambda: latents_problems(dataset, latents, fragments))
     if config.sample:
-        check("again", f"{config.sample} rows of {len(embeds)} columns", lambda: _again(config, dataset, embeds))
+        sample = draw_rows(dataset, fragments, config.sample, config.seed)
+        what = f"{len(sample)} rows of {len(embeds)} columns"
+        check("again", what, lambda: _again(config, dataset, embeds, sample))
     return report
 
 
@@ -128,10 +137,10 @@ def _complete(table: Table, dataset: lance.LanceDataset, made: list[pa.Field]) -
             yield f"fragment {fragment} lacks {', '.join(due)}: run the embed job"
 
 
-def _content(table: Table, dataset: lance.LanceDataset) -> Iterator[str]:
+def _content(table: Table, dataset: lance.LanceDataset, fragments: list[lance.LanceFragment]) -> Iterator[str]:
     """Reads every data file, as it lies there, against the digests that its writer left in it."""
     names = {field_id: name for name, field_id in field_ids(dataset).items()}
-    for fragment in dataset.get_fragments():
+    for fragment in fragments:
         for file in fragment.metadata.files:
             where = f"fragment {fragment.fragment_id}, file {file.path}"
             try:
@@ -153,16 +162,17 @@ def _digest(uri: str, name: str) -> str:
     return digest.hexdigest()
 
 
-def _embeddings(dataset: lance.LanceDataset, embeds: list[pa.Field]) -> Iterator[str]:
+def _embeddings(
+    dataset: lance.LanceDataset, fragments: list[lance.LanceFragment], embeds: list[pa.Field]
+) -> Iterator[str]:
     for stored in embeds:
         metadata = {key.decode(): value.decode() for key, value in stored.metadata.items()}
         codec, width = metadata[columns.META_CODEC], int(metadata[columns.META_WIDTH])
         text, encoder = metadata[columns.META_TEXT], metadata[columns.META_ENCODER]
         length, error = columns.length(text, encoder), columns.error(metadata[columns.META_STAGE])
         per_token = bytes_per_token(codec, width)
-        for batch in dataset.to_batches(
-            columns=[text, stored.name, length, error, columns.IMAGE_ID], batch_size=READ_ROWS
-        ):
+        read = [text, stored.name, length, error, columns.IMAGE_ID]
+        for batch in scan(dataset, fragments, read, READ_ROWS):
             values, tokens = batch.column(stored.name), batch.column(length)
             sizes = pc.fill_null(pc.binary_length(values), 0).to_numpy()
             is_null = values.is_null().to_numpy(False)
@@ -179,12 +189,13 @@ def _embeddings(dataset: lance.LanceDataset, embeds: list[pa.Field]) -> Iterator
                 yield f"{stored.name} of {batch.column(columns.IMAGE_ID)[row].as_py()!r}: {what}"
 
 
-def _again(config: VerifyConfig, dataset: lance.LanceDataset, embeds: list[pa.Field]) -> Iterator[str]:
+def _again(
+    config: VerifyConfig, dataset: lance.LanceDataset, embeds: list[pa.Field], sample: np.ndarray
+) -> Iterator[str]:
     encoders = lance.dataset(f"{config.store.rstrip('/')}/{columns.ENCODERS_TABLE}").to_table().to_pylist()
     rows_of = {row[columns.ENCODER]: row for row in encoders}
-    sample = np.random.default_rng(config.seed).permutation(dataset.count_rows())[: config.sample]
     by_encoder: dict[str, list[pa.Field]] = {}
-    for stored in embeds:
+    for stored in embeds if len(sample) else ():
         by_encoder.setdefault(stored.metadata[columns.META_ENCODER.encode()].decode(), []).append(stored)
     for encoder, fields in by_encoder.items():
         if encoder not in rows_of:
@@ -201,7 +212,7 @@ def _again(config: VerifyConfig, dataset: lance.LanceDataset, embeds: list[pa.Fi
             continue
         yield from _compare_prefix(plain, rows_of[encoder])
         for stored in fields:
-            yield from _compare_rows(plain, dataset, stored, np.sort(sample), wanted["max_prompt_tokens"])
+            yield from _compare_rows(plain, dataset, stored, sample, wanted["max_prompt_tokens"])
 
 
 def _compare_prefix(plain: PlainEncoder, row: dict[str, Any]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import lance
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from lidit import columns
 from lidit.codec import decode_latents
+from pipelines.verify_scope import scan
 
 READ_ROWS = 64
 
@@ -19,16 +20,17 @@ def latents_fields(schema: pa.Schema) -> list[pa.Field]:
     return [field for field in schema if columns.META_CHANNELS.encode() in (field.metadata or {})]
 
 
-def latents_problems(dataset: lance.LanceDataset, fields: list[pa.Field]) -> Iterator[str]:
-    """One sentence for every row of every such column in which something is wrong."""
+def latents_problems(
+    dataset: lance.LanceDataset, fields: list[pa.Field], fragments: Sequence[lance.LanceFragment]
+) -> Iterator[str]:
+    """One sentence for every row of every such column, in these fragments, in which something is wrong."""
     for stored in fields:
         bucket = columns.bucket_of(stored.name)
         error = columns.error(stored.metadata[columns.META_STAGE.encode()].decode())
         # The images themselves are large and are not read: that there is one is told by its height.
         wanted = [columns.IMAGE_ID, columns.HEIGHT, stored.name, bucket, error]
-        for batch in dataset.to_batches(
-            columns=[name for name in wanted if name in dataset.schema.names], batch_size=READ_ROWS
-        ):
+        present = [name for name in wanted if name in dataset.schema.names]
+        for batch in scan(dataset, fragments, present, READ_ROWS):
             for row in range(batch.num_rows):
                 problem = _problem(batch.slice(row, 1), stored, bucket, error)
                 if problem:

@@ -34,7 +34,7 @@ def table(folder, rows, name="latents", **metadata):
 
 
 def problems(dataset):
-    return list(latents_problems(dataset, latents_fields(dataset.schema)))
+    return list(latents_problems(dataset, latents_fields(dataset.schema), dataset.get_fragments()))
 
 
 def test_good_rows(tmp_path):
