@@ -29,7 +29,6 @@ from pipelines.stage import CommitConfig
 from pipelines.table import ColumnFileWriter, Table
 from pipelines.verify import VerifyConfig
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
 ONE = ActorsConfig(min=1, max=1, num_gpus=0)
 
 
@@ -104,7 +103,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory, make_world: Any, data: Path
 
 
 def one_per_photo(world: Any, column: str, bucket: str) -> list[tuple[str, bytes, np.ndarray]]:
-    """(photo's id in the golden file's order, image, latents); asserts that equal images have equal latents."""
+    """(id, image, latents) of each photo, by id; asserts that equal images have equal latents."""
     rows, found = world.rows(), {}
     for image_id, value in read(world, column, bucket).items():
         image = rows[image_id]["image"]
@@ -115,20 +114,28 @@ def one_per_photo(world: Any, column: str, bucket: str) -> list[tuple[str, bytes
     return sorted((image_id, image, value) for image, (image_id, value) in found.items())
 
 
+def photo_figures(data: Path) -> dict[bytes, dict[str, Any]]:
+    """A photograph -> its PSNR in dB, mean and deviation of its latents."""
+    images = json.loads((data / "golden" / "taef2_reference.json").read_text())["images"]
+    files = {path.name: path.read_bytes() for path in (data / "coco-mini-cc").rglob("*.jpg")}
+    return {files[figures["file_name"]]: figures for figures in images}
+
+
 def test_photos_in_the_centre_square_reach_the_reference(photos: Any, data: Path) -> None:
     summary = photos.summaries[0]
     assert (summary.ok, summary.rows, summary.errors, summary.counts["images"]) == (True, 175, 0, 35)
     made = one_per_photo(photos, "latents", "bucket")
     assert len(made) == 35 and all(value.shape == (32, 32, 32) for _, _, value in made)
-    reference = json.loads((data / "golden" / "taef2_reference.json").read_text())
-    values = np.stack([value for _, _, value in made])
-    assert values.mean() == pytest.approx(reference["latent_mean"], abs=0.01)
-    assert values.std() == pytest.approx(reference["latent_std"], abs=0.01)
-    np.testing.assert_allclose(values.std((0, 2, 3)), reference["channel_std"], atol=0.06)
+    figures = photo_figures(data)  # of these photographs; the file's own means are of more
     vae = load_vae(str(data / "taef2"), device="cpu")
     found = [psnr_of(vae, value, image, ((256, 256),)) for _, image, value in made]
     assert np.mean(found) == pytest.approx(28.0, abs=1.0), "dB"
-    assert np.mean(found) == pytest.approx(reference["mean_psnr_db"], abs=0.1), "bf16 storage costs next to nothing"
+    for psnr, (_, image, value) in zip(found, made):
+        wanted = figures[image]
+        np.testing.assert_allclose(psnr, wanted["psnr_db"], atol=0.25, err_msg="bf16 costs little")
+        np.testing.assert_allclose(
+            (value.mean(), value.std()), (wanted["latent_mean"], wanted["latent_std"]), atol=1e-2
+        )
 
 
 def test_photos_in_buckets_of_their_aspect(photos: Any, data: Path) -> None:
@@ -181,7 +188,7 @@ def test_another_fingerprint_is_refused_and_overwrite_replaces(world: Any, confi
     put(world, "scenes:60")
     latents.main(config)
     first = read(world)
-    other = dataclasses.replace(config, codec="fp32", max_aspect=1.0)
+    other = dataclasses.replace(config, codec="fp32", max_aspect=1.0, max_upscale=2.0)
     with pytest.raises(ValueError, match=r"latents.*codec.*max_aspect.*--overwrite"):
         latents.main(other)
     assert all(np.array_equal(value, first[name]) for name, value in read(world).items())
@@ -212,11 +219,14 @@ def test_beside_an_embed_run(world: Any, config: LatentsConfig) -> None:
 
     put(world, "scenes:90", 30)
     encoder = EncoderConfig("one", str(world.llms["one"]), template="plain", dtype="fp32")
-    embed_config = EmbedConfig(store=str(world.store), encoders=(encoder,), actors=ONE, commit=CommitConfig(1, 0.0))
+    embed_config = EmbedConfig(
+        store=str(world.store), text=("caption_original",), encoders=(encoder,), actors=ONE, commit=CommitConfig(1, 0.0)
+    )
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(latents.main, config), pool.submit(embed.main, embed_config)]
         assert [run.result().fragments for run in runs] == [3, 3]
-    assert all(row["latents"] and row["caption_embeds_one"] for row in world.rows().values())
+    for row in world.rows().values():
+        assert row["latents"] and (row["caption_original_embeds_one"] is None) == (row["caption_original"] is None)
 
 
 # -- images as they come -------------------------------------------------------------------------------------------------
