@@ -12,8 +12,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)  ## 1,000 rendered scenes: captioned, embedded by two tiny LLMs, encoded, verified; a page to look at
-	$(BIN)/python pipelines/embed.py --store ./store
+demo: $(STAMP)  ## 1,000 rendered scenes: captioned, both captions embedded by two tiny LLMs, encoded, verified; a page to look at
+	$(BIN)/python pipelines/embed.py --store ./store --text '[caption,caption_original]'
 	$(BIN)/python pipelines/latents.py --store ./store
 	$(BIN)/python pipelines/verify.py --store ./store --sample 32
 	$(BIN)/python pipelines/inspection.py --store ./store --html ./store/inspect.html
