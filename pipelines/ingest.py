@@ -125,7 +125,7 @@ class _Pass:
         """Sends the units, commits what comes back; on any end but a crash, what is finished is committed."""
         config = self.config
         start_ray()
-        tracker = start_tracker()
+        tracker = start_tracker("ingest")
         known = start_known(self.table.uri, config.filters.duplicates, config.filters.near_duplicates)
         self._say_what_cannot_be_compared()
         worker_kwargs = {

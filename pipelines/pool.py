@@ -21,6 +21,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.job_metrics import JobMetrics
+
 DEATHS_OF_A_ROW = 2  # before it is quarantined
 DEATHS_OF_A_UNIT = 16  # before the job gives up on it
 POLL_SECONDS = 0.5
@@ -39,6 +41,8 @@ class ActorsConfig:
     """CPU cores per actor; also its torch threads."""
     num_gpus: float | None = None
     """GPUs per actor, fractions allowed. Default: 1 where the cluster has GPUs, else 0."""
+    accelerator_type: str | None = None
+    """Kind of GPU that every actor must have, as Ray names it (`L40S`, `H100`). Default: any."""
 
     def __post_init__(self) -> None:
         if self.min < 1 or (self.max is not None and self.max < self.min):
@@ -63,9 +67,13 @@ class _UnitState:
 
 
 class Tracker:
-    """Which unit's which rows are in hand, and how far all is. One small actor beside the driver."""
+    """Which unit's which rows are in hand, and how far all is. One small actor beside the driver.
 
-    def __init__(self) -> None:
+    `job`: under whose name the counts are exported as metrics; none: not at all.
+    """
+
+    def __init__(self, job: str = "") -> None:
+        self._metrics = JobMetrics(job) if job else None
         self._units: dict[str, _UnitState] = {}
         self._finished: Counter[str] = Counter()
 
@@ -101,6 +109,8 @@ class Tracker:
         state = self._units[unit]
         state.in_hand = None
         state.counts.update(counts)  # type: ignore[arg-type]
+        if self._metrics is not None:
+            self._metrics.add(counts)
 
     def end(self, unit: str) -> None:
         """The unit's file is written."""
@@ -128,10 +138,10 @@ def start_ray() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails a job is raised, and told by the command line
 
 
-def start_tracker() -> Any:
+def start_tracker(job: str) -> Any:
     """The tracker of a run, kept on the driver's own node, which must not go away either."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Tracker).options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return ray.remote(Tracker).options(num_cpus=0, scheduling_strategy=here).remote(job)  # type: ignore[attr-defined]
 
 
 def resolve_actors(config: ActorsConfig) -> tuple[int, int, float]:
@@ -167,6 +177,7 @@ def run_units(
         zero_copy_batch=True,
         num_cpus=actors.num_cpus,
         num_gpus=num_gpus,
+        **({"accelerator_type": actors.accelerator_type} if num_gpus and actors.accelerator_type else {}),
         compute=ray.data.ActorPoolStrategy(min_size=min(smallest, largest), max_size=largest),
     )
     return _poll(lambda: (json.loads(row["result"]) for row in dataset.iter_rows()))

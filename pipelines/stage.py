@@ -124,7 +124,7 @@ class _Pass:
         """Sends the units, commits what comes back; on any end but a crash, what is finished is committed."""
         total = sum(unit.pop("rows") for unit in units)
         start_ray()
-        tracker = start_tracker()
+        tracker = start_tracker(self.stage.name)
         worker_kwargs = {
             "stage": self.stage,
             "config": self.config,

@@ -370,14 +370,32 @@ def vlm_server(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
+def cloud() -> Any:
+    """`tests/cluster_world.py`: an S3 server and Ray nodes on this machine."""
+    return _module("cluster_world")
+
+
+@pytest.fixture(scope="session")
+def s3(cloud: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A server of S3's protocol; its buckets are the tests' to name."""
+    server = cloud.S3Server(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.service.stop()
+
+
+@pytest.fixture(scope="session")
 def training() -> Any:
     """`tests/train_world.py`: small stores and configs to train with, a plain loop to compare with, ranks to kill."""
+    return _module("train_world")
+
+
+def _module(name: str) -> Any:
+    """A file of the tests that several of them share."""
     import importlib.util
 
-    path = ROOT / "tests" / "train_world.py"
-    spec = importlib.util.spec_from_file_location("train_world", path)
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["train_world"] = module  # so that what it defines can be pickled
+    sys.modules[name] = module  # so that what it defines can be pickled
     spec.loader.exec_module(module)
     return module

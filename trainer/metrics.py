@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from trainer.config import MetricsConfig
+from trainer.ray_metrics import RayGauges
 from trainer.storage import Storage
 
 LINES = "metrics.jsonl"
@@ -52,6 +53,7 @@ class MetricsWriter:
 
             self._tensorboard = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=step + 1, flush_secs=30)
         self._wandb = _open_wandb(config.wandb, run, settings) if config.wandb else None
+        self._gauges = RayGauges.here(run)
 
     def started(self, step: int, world_size: int) -> None:
         """Keeps a line of this start; earlier ones stay, whatever step they were at."""
@@ -63,6 +65,8 @@ class MetricsWriter:
         """Figures of a step: numbers, and lists of numbers (one per timestep bin, nan where it is empty)."""
         self._lines.write(json.dumps({"kind": kind, "step": step, **_json_able(values)}) + "\n")
         self._lines.flush()
+        if self._gauges is not None:
+            self._gauges.write(kind, step, values)
         flat = dict(_flat(kind, values))
         if self._tensorboard is not None:
             for name, value in flat.items():

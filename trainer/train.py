@@ -190,6 +190,7 @@ def _fit(config: TrainConfig, storage: Storage, versions: dict[str, int], observ
             num_workers=config.num_workers,
             use_gpu=config.use_gpu,
             resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
+            accelerator_type=config.accelerator_type if config.use_gpu else None,
         ),
         run_config=RunConfig(  # type: ignore[arg-type]  # the stub knows the older one
             name=f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
