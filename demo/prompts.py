@@ -10,8 +10,9 @@ import dataclasses
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,27 +28,21 @@ FORMS = ("names", "colours", "where", "full")
 
 @dataclass(frozen=True)
 class Wanted:
-    """A group that a prompt asks for; colour or size is empty where the prompt leaves it open."""
+    """A group that a prompt asks for; the colour is empty where the prompt leaves it open."""
 
     count: int
     shape: str
     colour: str = ""
-    size: str = ""
 
-
-@dataclass(frozen=True)
-class ExamPrompt:
-    """A prompt and what makes a picture of it right."""
-
-    prompt: str
-    task: str
-    groups: tuple[Wanted, ...]
-    relation: str = ""
-    """What the first group is to the second: `left of`, `right of`, `above` or `below`; empty where nothing is asked."""
+    @property
+    def text(self) -> str:
+        """ "a red circle", "two circles" """
+        words = f"{self.colour} {plural(self.shape, self.count)}".strip()
+        return f"{NUMBERS[self.count] if self.count > 1 else ('an' if words[0] in 'aeiou' else 'a')} {words}"
 
 
 def plain_scene(seed: int) -> Scene:
-    """The scene of this seed with solid objects of medium or large size: the slice of the world that the demo's weights know."""
+    """The scene of this seed with solid objects of medium or large size: the slice of the world that the weights know."""
     scene = make_scene(seed)
     objects = (
         dataclasses.replace(item, texture="solid", size="medium" if item.size == "small" else item.size)
@@ -113,62 +108,81 @@ def shuffled(groups: tuple[Group, ...], rng: np.random.Generator) -> list[Group]
     return [groups[index] for index in rng.permutation(len(groups))]
 
 
-def exam_prompts(per_task: int) -> list[ExamPrompt]:
-    """`per_task` prompts of every task (fewer where there are not as many), each once, about held-out scenes.
+def exam_prompts(per_task: int) -> list[dict[str, Any]]:
+    """`per_task` different prompts of every task (fewer where there are not as many), as records of GenEval's metadata.
 
-    `single_object` has as many prompts as there are shapes, `counting` three for each and colour where more are asked for.
+    A record has `tag` (the task), `prompt`, `include` (`class`, `count`, maybe `color`, maybe `position`: [direction,
+    number of the entry that it is relative to]) and, for counting, `exclude`: counts that are too many.
     """
-    return [prompt for task in TASKS for prompt in _distinct(_task_prompts(task), per_task)]
+    return [record for task in TASKS for record in _distinct(_task_prompts(task), per_task)]
 
 
-def _task_prompts(task: str) -> Iterator[ExamPrompt]:
-    """Prompts of one task, the first ones of an endless or long row."""
-    if task == "single_object":
-        yield from (_exam(task, Wanted(1, shape)) for shape in SHAPES)
-        return
-    if task == "colors":
-        yield from (_exam(task, Wanted(1, shape, colour)) for colour in COLOURS for shape in SHAPES)
-        return
+def exam_record(task: str, groups: Sequence[Wanted], relation: str = "") -> dict[str, Any]:
+    """The record of a prompt that asks for these groups, the first in that relation to the second."""
+    record: dict[str, Any] = {"tag": task}
+    order = reversed(groups) if relation else groups  # GenEval's order: what a position refers to comes first
+    include = [{"class": group.shape, "count": group.count} for group in order]
+    for entry, group in zip(include, reversed(groups) if relation else groups):
+        if group.colour:
+            entry["color"] = group.colour
+    if relation:
+        include[1]["position"] = [relation, 0]
+    record["include"] = include
     if task == "counting":
-        yield from (_exam(task, Wanted(count, shape)) for count in (2, 3, 4) for shape in SHAPES)
-        yield from (
-            _exam(task, Wanted(count, shape, colour)) for colour in COLOURS for count in (2, 3, 4) for shape in SHAPES
-        )
-        return
-    for seed in HELD_OUT_SEEDS:
-        scene = plain_scene(seed)
-        if len(scene.groups) != 2 or any(group.count > 1 for group in scene.groups):
-            continue
-        first, second = scene.groups
-        if task == "color_attr":
-            if not is_held_out(scene):
-                continue
-            yield _exam(task, Wanted(1, first.shape, first.colour), Wanted(1, second.shape, second.colour))
-        elif first.shape != second.shape:
-            relation = relation_between(scene, 0, 1)
-            if task == "two_object":
-                yield _exam(task, Wanted(1, first.shape), Wanted(1, second.shape))
-            elif relation is not None:
-                yield _exam(task, Wanted(1, first.shape), Wanted(1, second.shape), relation=relation.directions[0])
+        record["exclude"] = [{"class": group.shape, "count": group.count + 1} for group in groups]
+    said = [group.text for group in groups]
+    return {**record, "prompt": f" {relation} ".join(said) if relation else join(said)}
 
 
-def _exam(task: str, *groups: Wanted, relation: str = "") -> ExamPrompt:
-    said = []
-    for group in groups:
-        text = " ".join(word for word in (group.size, group.colour, plural(group.shape, group.count)) if word)
-        said.append(f"{_count(group.count, text)} {text}")
-    return ExamPrompt(f" {relation} ".join(said) if relation else join(said), task, groups, relation)
+def bias_prompts(count: int) -> list[dict[str, Any]]:
+    """Prompts of four coloured objects, one in every quarter: does an attribute's place in the prompt decide its fate?
+
+    The probe of the LI-DiT paper's section 2.2; its prompts have up to eight adjective-noun pairs, a scene holds four objects.
+    """
+    scenes = (plain_scene(seed) for seed in HELD_OUT_SEEDS)
+    four = (scene for scene in scenes if len(scene.groups) == 4)
+    return [
+        exam_record("position_bias", [Wanted(1, group.shape, group.colour) for group in scene.groups])
+        for scene in itertools.islice(four, count)
+    ]
 
 
-def _count(count: int, text: str) -> str:
-    return NUMBERS[count] if count > 1 else ("an" if text[0] in "aeiou" else "a")
+def _task_prompts(task: str) -> Iterator[dict[str, Any]]:
+    """Prompts of one task, some of them more than once: an endless or long row."""
+    if task == "single_object":
+        yield from (exam_record(task, [Wanted(1, shape)]) for shape in SHAPES)
+    elif task == "colors":
+        yield from (exam_record(task, [Wanted(1, shape, colour)]) for colour in COLOURS for shape in SHAPES)
+    elif task == "counting":
+        for colour in ("", *COLOURS):
+            yield from (exam_record(task, [Wanted(count, shape, colour)]) for count in (2, 3, 4) for shape in SHAPES)
+    else:
+        for seed in HELD_OUT_SEEDS:
+            scene = plain_scene(seed)
+            if len(scene.objects) == 2 == len(scene.groups):
+                yield from _pair_prompt(task, scene)
 
 
-def _distinct(prompts: Iterable[ExamPrompt], count: int) -> list[ExamPrompt]:
-    """The first `count` different prompts."""
-    found: dict[str, ExamPrompt] = {}
-    for prompt in prompts:
-        found.setdefault(prompt.prompt, prompt)
+def _pair_prompt(task: str, scene: Scene) -> Iterator[dict[str, Any]]:
+    """The prompt that a task makes of a scene of two different objects, if it can make one."""
+    first, second = scene.groups
+    if task == "color_attr":
+        if is_held_out(scene):
+            yield exam_record(task, [Wanted(1, group.shape, group.colour) for group in scene.groups])
+    elif first.shape != second.shape:
+        wanted = [Wanted(1, first.shape), Wanted(1, second.shape)]
+        relation = relation_between(scene, 0, 1)
+        if task == "two_object":
+            yield exam_record(task, wanted)
+        elif relation is not None:
+            yield exam_record(task, wanted, relation.directions[0])
+
+
+def _distinct(records: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The first `count` records of different prompts."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        found.setdefault(record["prompt"], record)
         if len(found) == count:
             break
     return list(found.values())
