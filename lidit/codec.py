@@ -57,9 +57,10 @@ def encode(prompt_embeds: torch.Tensor, codec: str) -> torch.Tensor:
     """
     tokens, width = prompt_embeds.shape
     if check_codec(codec) == "fp32":
-        packed = prompt_embeds.float().contiguous().view(torch.uint8)
+        # Flat first: `contiguous` leaves an empty tensor its strides, which `view` then refuses.
+        packed = prompt_embeds.float().reshape(-1).view(torch.uint8)
     elif codec == "bf16":
-        packed = prompt_embeds.bfloat16().contiguous().view(torch.uint8)
+        packed = prompt_embeds.bfloat16().reshape(-1).view(torch.uint8)
     else:
         states = prompt_embeds.float()
         scale = states.abs().amax(dim=1, keepdim=True) / FP8_MAX  # (T, 1)

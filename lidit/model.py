@@ -231,10 +231,16 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, ZeroLinear):
         nn.init.zeros_(module.weight)
     elif isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
+        _xavier(module.weight)
     elif isinstance(module, nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.flatten(1))
+        _xavier(module.weight.flatten(1))
     elif isinstance(module, nn.RMSNorm | nn.GroupNorm):
         nn.init.ones_(module.weight)
     if isinstance(bias := getattr(module, "bias", None), Tensor):
         nn.init.zeros_(bias)
+
+
+@torch.no_grad()
+def _xavier(weight: Tensor) -> None:
+    """Drawn in float32 whatever the weight's type: bfloat16 has a random stream, and an edge, of its own."""
+    weight.copy_(nn.init.xavier_uniform_(torch.empty(weight.shape, dtype=torch.float32, device=weight.device)))

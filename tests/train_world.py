@@ -274,6 +274,13 @@ def train_while_others_write(config: TrainConfig) -> dict[str, Any]:
     return train_worker({"config": config.to_dict(), "versions": tables.versions, "observe": observe})
 
 
+def train_all_spoilt(
+    configs: Sequence[TrainConfig], how: str, rank: int, spoilt_steps: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Trains one run after the other, each with a loss or gradient that is not finite on one rank at some steps."""
+    return [train_spoilt(config, how, rank, spoilt_steps) for config in configs]
+
+
 def train_spoilt(config: TrainConfig, how: str, rank: int, spoilt_steps: Sequence[int]) -> dict[str, Any]:
     """Trains with a loss (`nan`) or gradient (`inf`) that is not finite, on one rank at some steps."""
     from trainer import loop

@@ -80,6 +80,14 @@ def test_round_trip_of_bf16_input_and_of_a_view(name):
     assert within_tolerance(made, view.float().numpy(), name)
 
 
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens_of_a_strided_view(name, dtype):
+    """An empty tensor counts as contiguous whatever its strides."""
+    for view in (states(5, 8).to(dtype).T[:0], states(5, 10).to(dtype)[:0, ::2]):
+        assert encode(view, name).shape == (0, bytes_per_token(name, 5))
+
+
 def test_tolerance_is_tight():
     """A tolerance ten times too wide would let a wrong decoder through."""
     values = states(500, 64)

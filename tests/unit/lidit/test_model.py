@@ -114,6 +114,20 @@ def test_xavier_for_linear_maps_and_zero_for_gates():
     assert len(gated) == 2 * 2 + 2 + 4 + 1 and zero - set(gated) == {"final.project"}
 
 
+def test_initial_weights_in_bfloat16_are_those_of_float32_rounded():
+    """ZeRO-3 builds the model in bfloat16, the other stages round it afterwards: all begin alike."""
+    models = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype)
+        try:
+            models.append(LIDiT(lidit_tiny()))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for (name, exact), rounded in zip(models[0].named_parameters(), models[1].parameters()):
+        assert torch.equal(exact.bfloat16(), rounded), name
+
+
 # -- influence --------------------------------------------------------------------------------------------------------
 
 
