@@ -384,6 +384,12 @@ def s3(cloud: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
+def s3_proxy() -> Any:
+    """`tests/s3_proxy.py`: what object stores do on a bad day."""
+    return _module("s3_proxy")
+
+
+@pytest.fixture(scope="session")
 def training() -> Any:
     """`tests/train_world.py`: small stores and configs to train with, a plain loop to compare with, ranks to kill."""
     return _module("train_world")

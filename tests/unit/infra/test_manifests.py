@@ -222,10 +222,10 @@ def test_a_job(path):
 
 
 def check_command(job: str, argv: list[str]) -> None:
-    """The job's own parser takes the flags; files of a cluster are not here."""
+    """The job's own parser takes the flags; a config file is one of those that the base puts on the head."""
     import importlib
 
-    argv = [word for number, word in enumerate(argv) if "--config" not in (word, argv[number - 1])]
+    argv = [word.replace("/etc/lidit/", f"{KUBERNETES}/base/").replace(".yaml", "-config.yaml") for word in argv]
     parse_config(job, importlib.import_module(cli.JOBS[job][0]), argv)
 
 

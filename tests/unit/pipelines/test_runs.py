@@ -171,3 +171,30 @@ def test_it_beats_by_itself(store, monkeypatch):
     monkeypatch.setattr(Run, "_beat", beat)
     with Run(store, "embed"):
         assert beaten.wait(30)
+
+
+def test_a_store_that_is_away_for_a_moment_ends_no_heartbeat(store, monkeypatch):
+    monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0.01)
+    with Run(store, "embed") as run:
+        honest, calls = run._beat, []
+
+        def fails_twice():
+            calls.append(None)
+            if len(calls) <= 2:
+                raise OSError("no route to the store")
+            honest()
+
+        monkeypatch.setattr(run, "_beat", fails_twice)
+        deadline = time.monotonic() + 30
+        while len(calls) < 4:
+            assert time.monotonic() < deadline
+    assert run.is_dead(run.id) and not os.path.exists(os.path.join(store, "runs", run.id, "alive"))
+
+
+def test_the_sign_is_gone_when_a_run_is_over(store, monkeypatch):
+    """Also where a beat was in hand at that moment: the process may go on to other work."""
+    monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0.0005)
+    for _ in range(20):
+        with Run(store, "embed") as run:
+            time.sleep(0.005)
+        assert not os.path.exists(os.path.join(store, "runs", run.id, "alive"))
