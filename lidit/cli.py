@@ -29,6 +29,7 @@ JOBS = {
     "inspect": ("pipelines.inspection", "shows a store: columns, stages, errors, bytes; or a page with samples"),
     "train": ("trainer.train", "the feature table -> checkpoints of a LI-DiT, through Ray Train and DeepSpeed"),
     "export": ("trainer.export", "a checkpoint -> weights for inference, on a CPU"),
+    "generate": ("pipelines.generate", "prompts and weights -> a table of images, and a benchmark's files"),
     "sample": ("lidit.sample", "trained weights and a prompt -> images"),
     "info": ("lidit.info", "a model's parameters and FLOPs, part by part"),
 }

@@ -20,6 +20,14 @@ IMAGE_PHASH = "image_phash"  # uint64, perceptual hash of `image`; null where no
 TRUTH = "truth"  # string, JSON: what a rendered scene really holds
 LATENTS = "latents"  # large_binary, (C, H, W): the VAE's mean, scaled as training wants it
 LATENT_MOMENTS = "latent_moments"  # large_binary, (2C, H, W): mean, then deviation, both scaled
+PROMPT = "prompt"  # string, text that an image is made of
+PROMPT_INDEX = "prompt_index"  # int32, its place in the prompt set
+PROMPT_RECORD = "prompt_record"  # string, JSON: all that the set says of it
+SAMPLE_INDEX = "sample_index"  # int32, which of the prompt's images
+SEED = "seed"  # int64, of the noise that an image is made of
+GUIDANCE_SCALE = "guidance_scale"  # float32
+NUM_INFERENCE_STEPS = "num_inference_steps"  # int32
+WEIGHTS_DIGEST = "weights_digest"  # string, of the weights that made an image
 BUCKET = "bucket"  # string, `HEIGHTxWIDTH` in pixels: the image size that the latents belong to
 
 # Columns of the encoders table.
