@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,3 +52,15 @@ def context_length(text_config: transformers.PretrainedConfig) -> int:
         if isinstance(getattr(text_config, key, None), int):
             return getattr(text_config, key) if text_config.model_type not in ("t5", "mt5", "umt5") else 1 << 30
     return 1 << 30
+
+
+@contextlib.contextmanager
+def no_load_report() -> Iterator[None]:
+    """Without transformers' table of tensors that a model of fewer blocks does not take."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

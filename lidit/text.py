@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from lidit import codec
 from lidit.batches import EncodedBatch, finish_batch, plan_batches, to_host
-from lidit.cut import BlockReached, SharedPrefixLayer, context_length, last_block, stop_here
+from lidit.cut import BlockReached, SharedPrefixLayer, context_length, last_block, no_load_report, stop_here
 from lidit.model_files import resolve_model, tokenizer_digest, weights_digest
 
 PAPER_INSTRUCTION = (
@@ -206,13 +206,14 @@ class PromptEncoder:
         if loader is transformers.CLIPTextModel:
             config = self.text_config
         try:
-            model, report = loader.from_pretrained(
-                self.folder,
-                config=config,
-                dtype=DTYPES[self.config.dtype],
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+            with no_load_report():  # of the blocks left out; what is missing is looked at below
+                model, report = loader.from_pretrained(
+                    self.folder,
+                    config=config,
+                    dtype=DTYPES[self.config.dtype],
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
         except (RuntimeError, OSError) as error:
             raise ValueError(f"weights in {self.folder} do not fit its config.json: {error}") from error
         missing = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
