@@ -242,5 +242,8 @@ def _initialise(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _xavier(weight: Tensor) -> None:
-    """Drawn in float32 whatever the weight's type: bfloat16 has a random stream, and an edge, of its own."""
-    weight.copy_(nn.init.xavier_uniform_(torch.empty(weight.shape, dtype=torch.float32, device=weight.device)))
+    """Drawn in float32 whatever the weight's type: bfloat16 rounds to the range's other end.
+
+    Not into a tensor of its own: inside ZeRO-3's context `torch.empty` has its own mind about types.
+    """
+    weight.copy_(nn.init.xavier_uniform_(weight.float()))

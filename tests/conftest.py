@@ -392,7 +392,9 @@ def s3_proxy() -> Any:
 @pytest.fixture(scope="session")
 def training() -> Any:
     """`tests/train_world.py`: small stores and configs to train with, a plain loop to compare with, ranks to kill."""
-    return _module("train_world")
+    module = _module("train_world")
+    yield module
+    module.close_ranks()
 
 
 def _module(name: str) -> Any:
@@ -405,3 +407,4 @@ def _module(name: str) -> Any:
     sys.modules[name] = module  # so that what it defines can be pickled
     spec.loader.exec_module(module)
     return module
+

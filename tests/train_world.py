@@ -8,8 +8,14 @@ import dataclasses
 import importlib.util
 import os
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -187,56 +193,97 @@ def model_of(config: TrainConfig) -> LIDiTConfig:
 
 
 def run_ranks(world_size: int, act: str, *arguments: Any) -> list[Any]:
-    """Runs a function of this module, by name, in so many processes that form a process group; what each returned."""
-    import pickle
-    import socket
-    import subprocess
+    """Runs a function of this module, by name, in so many processes that form a process group; what each returned.
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(world_size):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, __file__, act]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, cwd=TESTS.parent)
-        assert process.stdin is not None
-        process.stdin.write(pickle.dumps(arguments))
-        process.stdin.close()
-        process.stdin = None
-        processes.append(process)
-    made = []
-    for process in processes:
-        stdout, stderr = process.communicate(timeout=900)
-        assert process.returncode == 0, stderr.decode()[-6000:]
-        made.append(pickle.loads(stdout[stdout.index(MARK) + len(MARK) :]))
-    return made
+    The processes stay for the next call: importing torch and DeepSpeed takes longer than most of what tests do with them.
+    """
+    if world_size not in _groups:
+        _groups[world_size] = RankGroup(world_size)
+    try:
+        return _groups[world_size].run(act, arguments)
+    except BaseException:
+        _groups.pop(world_size).close()
+        raise
 
 
-MARK = b"-- returned --"
+def close_ranks() -> None:
+    """Ends all of those processes."""
+    while _groups:
+        _groups.popitem()[1].close()
 
 
-def _rank_main() -> None:
-    """One process of `run_ranks`."""
-    import pickle
+class RankGroup:
+    """Processes that form a gloo process group and wait for something to do."""
 
-    arguments = pickle.loads(sys.stdin.buffer.read())
+    def __init__(self, world_size: int):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        self.processes, self.pipes = [], []
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # until `close`
+        for rank in range(world_size):
+            own = {**common, "RANK": rank, "LOCAL_RANK": rank, "DS_ACCELERATOR": "cpu"}
+            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+            mine, its = Pipe()
+            command, inherited = [sys.executable, __file__, str(its.fileno())], (its.fileno(),)
+            process = subprocess.Popen(
+                command, pass_fds=inherited, stdout=self.errors, stderr=self.errors, env=environment, cwd=TESTS.parent
+            )
+            its.close()
+            self.processes.append(process)
+            self.pipes.append(mine)
+
+    def run(self, act: str, arguments: tuple[Any, ...], seconds: float = 600) -> list[Any]:
+        """What every rank returned; fails if one raises, dies, or takes too long."""
+        for pipe in self.pipes:
+            pipe.send((act, arguments))
+        returned: dict[int, Any] = {}
+        deadline = time.monotonic() + seconds
+        while len(returned) < len(self.pipes):
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in returned]
+            ready = wait(waiting, timeout=deadline - time.monotonic())
+            assert ready, f"{act}: not done after {seconds:.0f} s\n{self._said()}"
+            for pipe in ready:
+                rank = self.pipes.index(pipe)
+                try:
+                    fine, returned[rank] = pipe.recv()
+                except EOFError:
+                    raise AssertionError(f"{act}: rank {rank} died\n{self._said()}") from None
+                assert fine, f"{act}: rank {rank} raised\n{returned[rank]}"
+        return [returned[rank] for rank in range(len(self.pipes))]
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+        for pipe in self.pipes:
+            pipe.close()
+        self.errors.close()
+
+    def _said(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read()[-6000:]
+
+
+_groups: dict[int, RankGroup] = {}
+
+
+def _rank_main(pipe: Any) -> None:
+    """One process of a `RankGroup`: does what it is told until the other end is closed."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    returned = globals()[sys.argv[1]](*arguments)
-    sys.stdout.flush()
-    sys.stdout.buffer.write(MARK + pickle.dumps(returned))
-    torch.distributed.destroy_process_group()
+    while True:
+        try:
+            act, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, globals()[act](*arguments)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
 
 
 # -- what a rank of `run_ranks` may do --------------------------------------------------------------------------------
@@ -367,5 +414,4 @@ class Terminate(At):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(TESTS.parent))
-    _rank_main()
+    _rank_main(Connection(int(sys.argv[1])))
