@@ -265,7 +265,7 @@ def all_reduce(size: int | None = None) -> Check:
     try:
         ray.get(group.ready(), timeout=120)
         where = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(ranks)]
-        actor = ray.remote(_Rank).options(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0))  # type: ignore[attr-defined]
+        actor: Any = ray.remote(_Rank).options(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0))  # type: ignore[attr-defined]
         actors = [actor.options(scheduling_strategy=strategy).remote() for strategy in where]
         address = ray.get(actors[0].address.remote())
         size = size or (REDUCE_BYTES if gpus else 1 << 20)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import secrets
 import threading
 import time
@@ -25,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipelines.runs import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, shows_life, sign_of_life
 
 POLL_SECONDS = 2.0  # between two looks while waiting
+CREATE_TRIES = 3  # of a file that is refused and yet not there
 KEPT = 3  # files of earlier holders that stay, to be looked at
 
 
@@ -141,16 +143,17 @@ def create_exclusively(fs: Any, path: str, content: bytes) -> None:
         finally:
             beside.unlink()
         return
-    try:
-        fs.pipe_file(path, content, mode="create")
-    except FileExistsError:
-        raise
-    except (
-        OSError
-    ) as error:  # s3fs: PreconditionFailed (412), or ConditionalRequestConflict (409) of two at the same moment
-        if fs.exists(path):
-            raise FileExistsError(path) from error
-        raise
+    for attempt in range(CREATE_TRIES):
+        try:
+            fs.pipe_file(path, content, mode="create")
+            return
+        except OSError as error:  # PreconditionFailed (412), or ConditionalRequestConflict (409) of two at one moment
+            fs.invalidate_cache(path)
+            if fs.exists(path):
+                raise FileExistsError(path) from error
+            if attempt == CREATE_TRIES - 1:
+                raise
+            time.sleep(random.uniform(0, 0.2))
 
 
 def _replace(fs: Any, path: str, content: bytes) -> None:
