@@ -46,6 +46,8 @@ class MetricsWriter:
         self._temporary = None if storage.local else tempfile.TemporaryDirectory(prefix="lidit-metrics-")
         self.folder = Path(self._temporary.name if self._temporary else storage.root)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.before: list[dict[str, Any]] = []
+        """Lines of the run's earlier starts, those up to `step`."""
         self._lines = self._open_lines(step)
         self._tensorboard: Any = None
         if config.tensorboard:
@@ -113,9 +115,9 @@ class MetricsWriter:
         path = self.folder / LINES
         if not self.storage.local and self.storage.exists(LINES):
             self.storage.download(LINES, path)
-        kept = [json.dumps(line) for line in read_lines(path) if line["step"] <= step] if path.exists() else []
+        self.before = [line for line in read_lines(path) if line["step"] <= step] if path.exists() else []
         beside = path.with_suffix(".new")
-        beside.write_text("".join(f"{line}\n" for line in kept))
+        beside.write_text("".join(f"{json.dumps(line)}\n" for line in self.before))
         os.replace(beside, path)
         return open(path, "a")
 

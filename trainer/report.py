@@ -113,9 +113,11 @@ class Report:
 
     def __init__(self, writer: MetricsWriter, total_steps: int):
         self.writer, self.total_steps = writer, total_steps
-        self.first: dict[str, Any] = {}
-        self.last: dict[str, Any] = {}
-        self.validation: dict[str, Any] = {}
+        train, validation = (_with_loss(writer.before, kind) for kind in ("train", "validation"))
+        self.first: dict[str, Any] = train[0] if train else {}
+        """Figures of the run's first line, whichever start wrote it."""
+        self.last: dict[str, Any] = train[-1] if train else {}
+        self.validation: dict[str, Any] = validation[-1] if validation else {}
         self._shown = 0.0
 
     def line(self, step: int, values: dict[str, Any]) -> None:
@@ -146,6 +148,15 @@ class Report:
             f"loss {values['loss']:.4f}, gradient {values['grad_norm']:.3f}, {values['samples_per_second']:,.1f} samples/s"
             f"{mfu}, data wait {values['data_wait']:.1%}{skipped}, {_duration(left)} left"
         )
+
+
+def _with_loss(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The figures of lines of one kind, without those whose loss was not finite."""
+    return [
+        {name: value for name, value in line.items() if name != "kind"}
+        for line in lines
+        if line["kind"] == kind and line["loss"] is not None
+    ]
 
 
 def _duration(seconds: float) -> str:

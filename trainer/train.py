@@ -47,7 +47,7 @@ class TrainSummary:
     resumed_from: int = 0
     images_seen: int = 0
     skipped_steps: int = 0
-    first: dict[str, Any] = field(default_factory=dict)  # line of this start's metrics
+    first: dict[str, Any] = field(default_factory=dict)  # line of the run's metrics
     last: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)  # the newest
     warnings: list[str] = field(default_factory=list)

@@ -100,6 +100,18 @@ def test_lines_are_shown_now_and_then_and_the_last_one_always(
     assert report.first["step"] == 10 and report.last["step"] == 40
 
 
+def test_a_resumed_run_remembers_where_it_came_from(tmp_path: Path) -> None:
+    """First and last figures are the run's, not this start's; a line without a loss, and one of the future, are left out."""
+    before = MetricsWriter(Storage(str(tmp_path)), MetricsConfig(tensorboard=False), "run", 0, {})
+    for step, loss in ((10, math.nan), (20, 0.9), (30, 0.7), (40, 0.1)):
+        before.write("train", step, {"loss": loss})
+    before.write("validation", 30, {"loss": 0.8})
+    before.close()
+    after = Report(MetricsWriter(Storage(str(tmp_path)), MetricsConfig(tensorboard=False), "run", 30, {}), 50)
+    assert after.first == {"step": 20, "loss": 0.9} and after.last == {"step": 30, "loss": 0.7}
+    assert after.validation == {"step": 30, "loss": 0.8}
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"), [(5.4, "5 s"), (119, "119 s"), (200, "3 min 20 s"), (18_720, "5 h 12 min")]
 )
