@@ -1,0 +1,222 @@
+"""Scores generated images: the sample table -> score columns, and a summary with confidence intervals.
+
+    lidit score --store ./generated
+    lidit score --store ./generated --metrics '[clip_score, fid]' --clip CLIP --fid_model CLIP --fid_reference ./store
+
+Metrics, one file each: `scenes` (prompts of the demo world, from pixels alone), `clip_score`, `fid`. The first two add columns;
+all go into `<store>/scores.json`. A stage like the others: the same command goes on after a kill. docs/score.md explains each.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal, Protocol
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from lidit import columns
+from pipelines.score_clip import ClipScore
+from pipelines.score_fid import fid
+from pipelines.score_scenes import Scenes
+from pipelines.stage import StageConfig, run_stage
+from pipelines.summary import Summary
+from pipelines.table import Table
+from pipelines.worker import ALSO_READS, MAY_BE_NULL, READS, Columns
+
+MetricName = Literal["scenes", "clip_score", "fid"]
+WINDOW_ROWS = 256
+SCORES_FILE = "scores.json"
+
+
+class Metric(Protocol):
+    """A measure of single images."""
+
+    name: str
+    reads: str
+    """Column that it looks at beside the image."""
+    fields: dict[str, pa.DataType]
+    """The columns it adds."""
+
+    def __init__(self, config: Any, device: str):
+        """Loads what it needs."""
+
+    @classmethod
+    def fingerprint(cls, config: Any) -> dict[str, Any]:
+        """What the values depend on besides image and text. Raises ValueError where the config lacks something."""
+
+    def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str | None]) -> dict[str, list[Any]]:
+        """Images (height, width, 3) uint8 and the column `reads` -> the columns."""
+
+    @classmethod
+    def summarise(cls, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The columns, with `prompt` and `prompt_record`, of all rows -> figures by name."""
+
+
+METRICS: dict[str, type[Metric]] = {"scenes": Scenes, "clip_score": ClipScore}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(StageConfig):
+    """The score job."""
+
+    store: str = "./generated"
+    """Folder or URI of the sample table."""
+    metrics: Sequence[MetricName] = ("scenes",)
+    """What to measure: scenes, clip_score, fid."""
+    clip: str | None = None
+    """CLIP of `clip_score`: folder of transformers, or `owner/name@commit`."""
+    fid_model: str | None = None
+    """What makes the features of `fid`: a CLIP's folder, or a TorchScript file (.pt)."""
+    fid_reference: str | None = None
+    """Store whose images are the real ones."""
+    batch_size: int = 32
+    """Images of a model's forward pass."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "metrics", tuple(self.metrics))
+        known = (*METRICS, "fid")
+        if not self.metrics or len(set(self.metrics)) < len(self.metrics) or set(self.metrics) - set(known):
+            raise ValueError(f"metrics: expected some of {', '.join(known)}, each once, received {list(self.metrics)}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, received {self.batch_size}")
+
+    @property
+    def of_images(self) -> list[type[Metric]]:
+        """Those of the metrics that measure single images."""
+        return [METRICS[name] for name in self.metrics if name in METRICS]
+
+
+class ScoreImages:
+    """`image`, and what its prompt says -> the metrics' columns."""
+
+    name = "score"
+    window_rows = WINDOW_ROWS
+
+    def __init__(self, config: ScoreConfig):
+        device = "cuda" if config.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
+        self.metrics = [metric(config, device) for metric in config.of_images]
+
+    @classmethod
+    def writes(cls, config: ScoreConfig) -> list[pa.Field]:
+        """The metrics' columns."""
+        versions = json.dumps({name: version(name) for name in ("torch", "transformers", "pillow")})
+        fields = []
+        for metric in config.of_images:
+            metadata = {
+                READS: columns.IMAGE,
+                ALSO_READS: metric.reads,
+                MAY_BE_NULL: "true",
+                columns.META_STAGE: cls.name,
+                columns.META_FINGERPRINT: json.dumps(metric.fingerprint(config), sort_keys=True),
+                columns.META_VERSIONS: versions,
+            }
+            fields += [pa.field(name, kind, metadata=metadata) for name, kind in metric.fields.items()]
+        return fields
+
+    @classmethod
+    def bytes_per_row(cls, config: ScoreConfig, sample: pa.Table, fields: list[pa.Field]) -> float:
+        """About what the longest of them, a description in JSON, takes."""
+        return 512.0
+
+    def __call__(self, window: pa.RecordBatch, wanted: list[str]) -> Columns:
+        """Decodes every image once; rows without one, or with a damaged one, get nulls and a reason."""
+        images: dict[int, np.ndarray] = {}
+        errors: dict[int, str] = {}
+        for row, data in enumerate(window.column(columns.IMAGE).to_pylist()):
+            try:
+                if data is not None:
+                    images[row] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            except (OSError, ValueError) as error:
+                errors[row] = f"image: {error}"
+        rows = list(images)
+        values: dict[str, list[Any]] = {name: [None] * window.num_rows for name in wanted}
+        for metric in self.metrics:
+            if not rows or not set(metric.fields) & set(wanted):
+                continue
+            texts = self._texts(window, metric.reads)
+            made = metric([images[row] for row in rows], [texts[row] for row in rows])
+            for name in set(metric.fields) & set(wanted):
+                for row, value in zip(rows, made[name]):
+                    values[name][row] = value
+        types = {name: kind for metric in self.metrics for name, kind in metric.fields.items()}
+        arrays = {name: pa.array(values[name], types[name]) for name in wanted}
+        return Columns(arrays, errors, {"images": len(rows)})
+
+    def _texts(self, window: pa.RecordBatch, name: str) -> list[str | None]:
+        present = name in window.schema.names
+        return list(window.column(name).to_pylist()) if present else [None] * window.num_rows
+
+
+@dataclass
+class Scores:
+    """What was measured."""
+
+    store: str
+    scores: dict[str, Any]
+    summary: Summary | None
+    ok: bool = True
+
+    def to_json(self) -> str:
+        """One JSON object on one line."""
+        run = json.loads(self.summary.to_json()) if self.summary else None
+        return json.dumps({"job": "score", "store": self.store, "ok": self.ok, "scores": self.scores, "run": run})
+
+    def to_text(self) -> str:
+        """The run's lines, or its plan, then a line for every figure."""
+        lines = [self.summary.to_text()] if self.summary else []
+        for metric, figures in self.scores.items():
+            for name, figure in figures.items():
+                if isinstance(figure, dict):
+                    spread = f"[{figure['low']:.3f}, {figure['high']:.3f}]"
+                    count = f"{figure['prompts']:,} prompts, {figure['images']:,} images"
+                    lines.append(f"  {metric:<10} {name:<28} {figure['value']:8.3f}  {spread}  {count}")
+                else:
+                    lines.append(f"  {metric:<10} {name:<28} {figure:8,.3f}")
+        return "\n".join(lines)
+
+
+def main(config: ScoreConfig) -> Scores:
+    """Brings the columns up to date, then puts the figures of all rows together.
+
+    Raises:
+        ValueError: no table, or a metric lacks what it needs.
+    """
+    summary = run_stage(ScoreImages, config) if config.of_images else None
+    if summary is not None:
+        summary.next = ""
+    if config.dry_run:
+        return Scores(config.store, {}, summary)
+    scores = _summarise(config)
+    if "fid" in config.metrics:
+        device = "cuda" if config.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
+        scores["fid"] = fid(config.store, config, device)
+    fs, root = fsspec.core.url_to_fs(config.store.rstrip("/"))
+    before = json.loads(fs.cat_file(f"{root}/{SCORES_FILE}")) if fs.exists(f"{root}/{SCORES_FILE}") else {}
+    fs.pipe_file(f"{root}/{SCORES_FILE}", json.dumps({**before, **scores}, indent=2).encode())
+    return Scores(config.store, scores, summary)
+
+
+def _summarise(config: ScoreConfig) -> dict[str, Any]:
+    if not config.of_images:
+        return {}
+    dataset = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}").open()
+    names = [name for metric in config.of_images for name in (*metric.fields, metric.reads)]
+    wanted = [name for name in dict.fromkeys([*names, columns.PROMPT]) if name in dataset.schema.names]
+    rows = dataset.to_table(columns=wanted).to_pylist()
+    return {metric.name: metric.summarise(rows) for metric in config.of_images}
+
+
+if __name__ == "__main__":
+    from lidit.cli import main as command_line
+
+    sys.exit(command_line(["score", *sys.argv[1:]]))
