@@ -265,8 +265,9 @@ def all_reduce(size: int | None = None) -> Check:
     try:
         ray.get(group.ready(), timeout=120)
         where = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(ranks)]
-        actor: Any = ray.remote(_Rank).options(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0))  # type: ignore[attr-defined]
-        actors = [actor.options(scheduling_strategy=strategy).remote() for strategy in where]
+        remote: Any = ray.remote(_Rank)
+        wants = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)}
+        actors = [remote.options(**wants, scheduling_strategy=strategy).remote() for strategy in where]
         address = ray.get(actors[0].address.remote())
         size = size or (REDUCE_BYTES if gpus else 1 << 20)
         done = [one.add_up.remote(address, rank, ranks, backend, size) for rank, one in enumerate(actors)]
