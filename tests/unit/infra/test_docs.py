@@ -34,7 +34,7 @@ def commands() -> list[list[str]]:
 def test_there_are_commands():
     names = {words[0] for words in commands()}
     jobs = {f"pipelines/{name}.py" for name in ("ingest", "recaption", "embed", "latents", "verify", "preprocess")}
-    assert jobs | {"trainer/train.py", "trainer/export.py", "infra/preflight.py", "sample"} == names
+    assert jobs | {"trainer/train.py", "infra/preflight.py", "export", "sample"} == names
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
