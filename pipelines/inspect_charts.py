@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -72,6 +72,57 @@ def bars(counts: Sequence[tuple[str, int]], with_shape: bool = False) -> str:
             f"({count / total:.0%})</text>"
         )
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> str:
+    """Lines through (x, y) points, one per name, with a legend; classes `s0`, `s1` ... tell them apart. All start at x = 0."""
+    points = [point for line in series.values() for point in line]
+    if not points:
+        return ""
+    width, height = 2 * WIDTH, 2 * HEIGHT
+    left, plot = 46, height - BOTTOM - 2 * TOP
+    most_x = max(x for x, _ in points) or 1
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    span = high - low or 1.0
+
+    def place(x: float, y: float) -> str:
+        return f"{left + (width - left - LEFT) * x / most_x:.1f},{2 * TOP + plot * (high - y) / span:.1f}"
+
+    parts = [f'<line class="axis" x1="{left}" x2="{width - LEFT}" y1="{2 * TOP + plot}" y2="{2 * TOP + plot}"/>']
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y = 2 * TOP + plot * (1 - share)
+        parts.append(
+            f'<line class="axis" x1="{left}" x2="{width - LEFT}" y1="{y:.1f}" y2="{y:.1f}"/><text class="tick" x="{left - 6}" '
+            f'y="{y + 4:.1f}" text-anchor="end">{low + span * share:.2f}</text>'
+        )
+        x, side = left + (width - left - LEFT) * share, "end" if share == 1 else "middle"
+        words = f"{across} {most_x:,.0f}" if share == 1 else f"{most_x * share:,.0f}"
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 6}" text-anchor="{side}">{escape(words)}</text>')
+    at = left
+    for number, (name, line) in enumerate(series.items()):
+        parts.append(f'<polyline class="line s{number}" points="{" ".join(place(x, y) for x, y in line)}"/>')
+        words = f"{name} {up}: {line[-1][1]:.3f}"
+        parts.append(f'<text class="s{number}" x="{at}" y="{TOP - 2}">{escape(words)}</text>')
+        at += 8 * len(words)
+    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
+
+
+def intervals(figures: Mapping[str, Mapping[str, float]]) -> str:
+    """A bar from 0 to 1 per name, `value`, with a whisker from `low` to `high`."""
+    room, label = WIDTH + 40, 2 * LABEL
+    parts = []
+    for number, (name, figure) in enumerate(figures.items()):
+        y = number * ROW + 4
+        wide, low, high = (room * figure[key] for key in ("value", "low", "high"))
+        middle = y + (ROW - 8) / 2
+        words = f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}], {figure['images']:,.0f} images"
+        parts.append(
+            f'<text class="label" x="{label - 8}" y="{y + 12}" text-anchor="end">{escape(name)}</text>'
+            f'<rect class="bar" x="{label}" y="{y}" width="{max(1.0, wide):.1f}" height="{ROW - 8}" rx="2"/>'
+            f'<line class="whisker" x1="{label + low:.1f}" x2="{label + high:.1f}" y1="{middle}" y2="{middle}"/>'
+            f'<text class="note" x="{label + room + 8}" y="{y + 12}">{escape(words)}</text>'
+        )
+    return f'<svg viewBox="0 0 {label + room + 220} {len(figures) * ROW + 8}" role="img">{"".join(parts)}</svg>'
 
 
 def _frame(label: str, y: float) -> str:
