@@ -6,12 +6,15 @@ colour. `scene_prompt` writes such prompts of training scenes, `exam_prompts` th
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
+import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,3 +189,21 @@ def _distinct(records: Iterable[dict[str, Any]], count: int) -> list[dict[str, A
         if len(found) == count:
             break
     return list(found.values())
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="file to write, .jsonl")
+    parser.add_argument(
+        "--per_task", type=int, default=24, help="prompts of each of the six tasks (default %(default)s)"
+    )
+    parser.add_argument("--bias", type=int, default=0, help="prompts of the position-bias probe (default %(default)s)")
+    arguments = parser.parse_args()
+    records = exam_prompts(arguments.per_task) + bias_prompts(arguments.bias)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+if __name__ == "__main__":
+    main()
