@@ -436,6 +436,21 @@ def training() -> Any:
     module.close_ranks()
 
 
+@pytest.fixture(scope="module")
+def ray_for_training(training: Any) -> Any:
+    """One local Ray for all training jobs of a file; its workers get the observers of `training` by value."""
+    import ray
+
+    before = {name: os.environ.get(name) for name in training.ENVIRONMENT}
+    os.environ.update(training.ENVIRONMENT)
+    ray.cloudpickle.register_pickle_by_value(training)
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(training)
+    ray.shutdown()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def _module(name: str) -> Any:
     """A file of the tests that several of them share."""
     import importlib.util

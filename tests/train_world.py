@@ -316,7 +316,9 @@ def train_while_others_write(config: TrainConfig) -> dict[str, Any]:
             rows = lance.dataset(uri).to_table(limit=7)
             lance.write_dataset(rows, uri, mode="append")
             lance.dataset(uri).optimize.compact_files()
-            lance.dataset(uri).cleanup_old_versions(datetime.timedelta(0), delete_unverified=True)
+            lance.dataset(uri).cleanup_old_versions(
+                datetime.timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False
+            )
 
     return train_worker({"config": config.to_dict(), "versions": tables.versions, "observe": observe})
 

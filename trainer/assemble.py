@@ -26,6 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32} 
 TAKE_BYTES = 8 << 20  # of one call; beyond it Lance's copies cost more than another call
 DROPPED = -1
 SIZE_CLASS = 1 << 20  # bytes; buffers of about one size are interchangeable
+ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class HostBuffers:
         try:
             whole = free.pop()
         except IndexError:
-            whole = np.empty(room, np.uint8)
+            whole = _aligned(room)
         part = whole[:size]  # the tensor holds this view, and nobody else does
         weakref.finalize(part, free.append, whole).atexit = False
         return torch.from_numpy(part).view(dtype).view(*shape)
@@ -153,7 +154,7 @@ class Assembler:
         self._thresholds = np.cumsum(features.shares)
         self._preferred = np.argsort(-features.shares, kind="stable")  # where the drawn text is null
         self.instruction_embeds = {
-            name: torch.from_numpy(states.instruction_embeds.copy()) for name, states in features.encoders.items()
+            name: torch.tensor(states.instruction_embeds) for name, states in features.encoders.items()
         }
         self._null = {
             name: self._stored(states.null_embeds, next(iter(features.embeds.values()))[name])
@@ -306,6 +307,13 @@ class Assembler:
 
     def _float(self, values: Tensor) -> Tensor:
         return self.buffers.empty(values.shape, torch.float32).copy_(values)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """(size,) uint8 that begins where torch's own tensors do: matrix products of the same numbers differ in their last bits
+    between memory that is aligned and memory that is not, and a resumed run would not be the unbroken one."""
+    whole = np.empty(size + ALIGNMENT, np.uint8)
+    return whole[-whole.ctypes.data % ALIGNMENT :][:size]
 
 
 def _dtype(form: EmbedsFormat) -> torch.dtype:

@@ -28,7 +28,7 @@ def scenes() -> TrainConfig:
         name="scenes",
         vae="demo/vae",
         model=ModelConfig(size="tiny"),
-        phases=(PhaseConfig(steps=600, global_batch_size=32, resolution=64),),
+        phases=(PhaseConfig(steps=400, global_batch_size=16, resolution=64),),
         data=DataConfig(
             encoders=("llama", "qwen"),
             holdout=0.05,

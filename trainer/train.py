@@ -152,8 +152,6 @@ def _start_ray(config: TrainConfig) -> None:
         if not os.environ.get("RAY_ADDRESS"):
             cpus = max(os.cpu_count() or 1, int(config.num_workers * config.cpus_per_worker + 0.999))
             local = {"include_dashboard": False, "object_store_memory": 256 << 20, "num_cpus": cpus}
-            # Without a dashboard Ray Train's cleaner, which is for clusters, warns every second that it cannot ask it.
-            local["logging_config"] = ray.LoggingConfig(log_level="ERROR")
         ray.init(logging_level=logging.ERROR, **local)
 
 
@@ -175,14 +173,14 @@ def _resolve_hardware(config: TrainConfig) -> TrainConfig:
 def _fit(config: TrainConfig, storage: Storage, versions: dict[str, int], observe: Observe | None) -> dict[str, Any]:
     """Runs the workers under Ray Train; what rank 0 returned."""
     import pyarrow.fs
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     from trainer.worker import train_worker
 
     assert config.use_gpu is not None
     settings = {"config": config.to_dict(), "versions": versions, "observe": observe}
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         train_worker,  # type: ignore[arg-type]  # what it returns comes back in the result
         train_loop_config=settings,
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
@@ -204,6 +202,22 @@ def _fit(config: TrainConfig, storage: Storage, versions: dict[str, int], observ
     )
     with _stopped_by_signals(storage):
         return _in_thread(trainer.fit).return_value
+
+
+def _trainer_class() -> Any:
+    """Ray's TorchTrainer. On a Ray of our own, without its cleaner, which is for clusters whose driver dies, and which asks a
+    dashboard that is not there every second."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class LocalTrainer(TorchTrainer):
+        """On this machine alone: whatever ends the driver ends its Ray, and nothing is left to clean up."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            made = super()._create_default_callbacks()  # type: ignore[misc]  # the stub knows the older one
+            return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+    return TorchTrainer if os.environ.get("RAY_ADDRESS") else LocalTrainer
 
 
 def _worker_environment(config: TrainConfig) -> dict[str, str]:

@@ -39,8 +39,8 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for store, run and weights")
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of 16 samples (4000)")
-    parser.add_argument("--resolution", type=int, default=128, help="side of the square bucket, pixels (128)")
-    parser.add_argument("--width", type=int, default=192, help="of the model, six blocks deep (192)")
+    parser.add_argument("--resolution", type=int, default=64, help="side of the square bucket, pixels (64)")
+    parser.add_argument("--zoom", type=int, default=2, help="of the images in the picture (2)")
     parser.add_argument("--picture", type=Path, help="PNG to write: loss curve, photographs, samples")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -50,7 +50,8 @@ def main() -> None:
     lidit("export", "--run", args.work / "runs" / "photos", "--out", args.work / "weights", "--overwrite", "true")
     shown = draw_photos(args)
     if args.picture is not None:
-        picture(losses(args), shown, args.picture)
+        large = [(caption, *(zoomed(part, args.zoom) for part in pair)) for caption, *pair in shown]
+        picture(losses(args), large, args.picture)
 
 
 def lidit(*argv: object) -> None:
@@ -72,13 +73,13 @@ def make_store(args: Namespace) -> None:
 
 
 def train(args: Namespace) -> None:
-    """A small LI-DiT on one CPU worker; no prompt is dropped: what is learnt by heart needs no guidance."""
+    """The tiny LI-DiT on one CPU worker; no prompt is dropped: what is learnt by heart needs no guidance."""
     config = {
         "name": "photos",
         "store": str(args.work / "store"),
         "storage": str(args.work / "runs"),
         "vae": str(report.data_folder() / "taef2" / "taef2.safetensors"),
-        "model": {"size": "tiny", "changes": {"depth": 6, "width": args.width, "heads": args.width // 32}},
+        "model": {"size": "tiny"},
         "phases": [{"steps": args.steps, "global_batch_size": 16, "resolution": args.resolution}],
         "data": {
             "encoders": list(ENCODERS),
@@ -148,6 +149,11 @@ def draw_photos(args: Namespace) -> list[tuple[str, Image.Image, Image.Image]]:
 def image(pixels: torch.Tensor) -> Image.Image:
     """(3, height, width) from -1 to 1 -> an image."""
     return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+
+def zoomed(small: Image.Image, times: int) -> Image.Image:
+    """So many times as wide and high."""
+    return small.resize((small.width * times, small.height * times), Image.Resampling.BICUBIC)
 
 
 # -- the picture ------------------------------------------------------------------------------------------------------

@@ -25,19 +25,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def ray_for_training(training: Any) -> Any:
-    """One local Ray for all jobs of this file."""
-    import ray
-
-    before = {name: os.environ.get(name) for name in training.ENVIRONMENT}
-    os.environ.update(training.ENVIRONMENT)
-    yield
-    ray.shutdown()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, training: Any) -> Any:
     """A store, and what a run that nothing happens to gives."""
     folder = tmp_path_factory.mktemp("faults")

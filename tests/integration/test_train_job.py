@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,19 +21,6 @@ from trainer.export import main as export
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 STEPS = 30
-
-
-@pytest.fixture(scope="module")
-def ray_for_training(training: Any) -> Any:
-    """One local Ray for all jobs of this file."""
-    import ray
-
-    before = {name: os.environ.get(name) for name in training.ENVIRONMENT}
-    os.environ.update(training.ENVIRONMENT)
-    yield
-    ray.shutdown()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @pytest.fixture(scope="module")
