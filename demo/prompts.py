@@ -1,7 +1,9 @@
 """Short prompts about scenes, as people write them: some of a scene's facts, in few words.
 
 GenEval's six tasks (arXiv 2310.11513) in the demo's world: one object, two objects, how many, which colour, where, and whose
-colour. `scene_prompt` writes such prompts of training scenes, `exam_prompts` those that the demo's weights are scored with.
+colour. `scene_prompt` writes such prompts of training scenes, `exam_prompts` those that the demo's weights are scored with:
+
+    python -m demo.prompts --out exam.jsonl --per_task 24 --bias 100
 """
 
 from __future__ import annotations
