@@ -310,8 +310,8 @@ class Assembler:
 
 
 def _aligned(size: int) -> np.ndarray:
-    """(size,) uint8 that begins where torch's own tensors do: matrix products of the same numbers differ in their last bits
-    between memory that is aligned and memory that is not, and a resumed run would not be the unbroken one."""
+    """(size,) uint8 that begins where torch's own tensors do: matrix products of the same numbers may differ in their last
+    bits between memory that is aligned and memory that is not, and a resumed run is to be the unbroken one to the bit."""
     whole = np.empty(size + ALIGNMENT, np.uint8)
     return whole[-whole.ctypes.data % ALIGNMENT :][:size]
 
