@@ -3,7 +3,7 @@
     python -m demo.ablations --out build/ablations --steps 2000 --seeds 3
     python -m demo.ablations --out build/ablations --settings llm_alone refiner_full --steps 500
 
-Every cell is made by the project's own jobs (train, export, generate, score), each in a process of its own, on one table. All of
+Every cell is made by the project's own jobs (train, export, generate, score), each in its own process, on one table. All of
 them go on where they stopped, so the same command does: cells that are done are not touched. Results: `results.json`,
 `results.md`, and `position_bias.svg`. What was run and seen is in docs/ablations.md.
 """

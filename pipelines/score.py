@@ -103,6 +103,7 @@ class ScoreImages:
     window_rows = WINDOW_ROWS
 
     def __init__(self, config: ScoreConfig):
+        self.config = config
         device = "cuda" if config.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
         self.metrics = [metric(config, device) for metric in config.of_images]
 

@@ -118,16 +118,17 @@ def open_features(model: str, device: str) -> Features:
             return np.asarray(network(pixels).float().cpu().numpy())
 
         return scripted
-    from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+    from transformers import AutoImageProcessor, CLIPModel
 
     folder = resolve_model(*split_revision(model))
-    tower = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     processor = AutoImageProcessor.from_pretrained(folder)
 
     @torch.inference_mode()
     def projected(images: list[np.ndarray]) -> np.ndarray:
         pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
-        return np.asarray(tower(pixels).image_embeds.cpu().numpy())
+        pooled = clip.vision_model(pixel_values=pixels).pooler_output
+        return np.asarray(clip.visual_projection(pooled).cpu().numpy())
 
     return projected
 

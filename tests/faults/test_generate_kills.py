@@ -1,0 +1,83 @@
+"""Kill -9 of the generate job's driver and actor, and a full disk: every image once, the same as of an unbroken run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
+PROMPTS, ROWS_PER_FRAGMENT = 40, 4
+FLAGS = (
+    "--sampler.num_inference_steps", 8, "--rows-per-fragment", ROWS_PER_FRAGMENT, "--batch-size", 1, "--layout", "drawbench",
+    "--commit.fragments", 1, "--commit.seconds", 0, "--actors.max", 1,
+)  # fmt: skip
+
+
+@pytest.fixture
+def command(world: Any, scene_weights: Any) -> tuple[Any, ...]:
+    """The job's arguments, without its output folder."""
+    prompts = world.folder / "prompts.txt"
+    prompts.write_text("\n".join(f"{number} red circles and a blue star" for number in range(PROMPTS)))
+    return ("generate", "--weights", scene_weights, "--prompts", prompts, *FLAGS)
+
+
+def images(folder: Any) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def committed(world: Any) -> int:
+    return world.committed("image") if (world.store / "samples.lance").exists() and has_image(world) else 0
+
+
+def has_image(world: Any) -> bool:
+    return "image" in world.table.schema.names
+
+
+def test_driver_and_actor_are_killed(world: Any, tools: Any, command: tuple[Any, ...]) -> None:
+    clean = world.folder / "clean"
+    assert (
+        world.run(*command, "--store", world.folder / "clean_store", "--out", clean).summary["counts"]["files"]
+        == PROMPTS
+    )
+
+    out = world.folder / "out"
+    for done in (2, 5):
+        job = world.start(*command, "--store", world.store, "--out", out)
+        tools.wait_until(lambda least=done: committed(world) >= least, job)
+        below = tools.descendants(job.pid)
+        job.kill()
+        for pid in below:
+            if tools.running(pid):
+                os.kill(pid, signal.SIGKILL)
+        job.communicate()
+    assert not out.exists(), "files are written when all images are there"
+    job = world.start(*command, "--store", world.store, "--out", out)
+    tools.wait_until(lambda: committed(world) >= 6, job)
+    actors = [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
+    os.kill(actors[0], signal.SIGKILL)
+    summary = world.finish(job).summary
+    assert summary["ok"] and summary["rows"] < PROMPTS
+    assert images(out) == images(clean)
+    rows = world.rows().values()
+    assert len(rows) == PROMPTS and all(row["image"] is not None for row in rows)
+    assert world.orphans() == set()
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(world: Any, command: tuple[Any, ...]) -> None:
+    out = world.folder / "out"
+    out.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", out]).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        failed = world.run(*command, "--store", world.store, "--out", out, expect=1)
+        assert "No space left" in failed.stderr
+    finally:
+        subprocess.run(["umount", out], check=True)
+    again = world.run(*command, "--store", world.store, "--out", out).summary
+    assert again["ok"] and again["rows"] == 0 and again["counts"]["files"] == PROMPTS
+    assert len(images(out)) == PROMPTS
