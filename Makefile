@@ -23,7 +23,13 @@ demo: $(STAMP)  ## 1,000 rendered scenes: captioned, embedded by two tiny LLMs, 
 	$(TRAIN) --stop_after_steps 150
 	$(TRAIN)
 	$(BIN)/python trainer/export.py --run ./runs/scenes --out ./weights --overwrite true
-	@echo 'demo: the table is in store/ (look at store/inspect.html), the training in runs/scenes, what it learnt in weights/'
+	$(BIN)/python -m demo.prompts --out ./generated/exam.jsonl --per_task 10
+	$(BIN)/python pipelines/generate.py --weights ./weights --prompts ./generated/exam.jsonl --store ./generated \
+		--out ./generated/pictures --sampler.guidance_scale 3.5 --overwrite
+	$(BIN)/python pipelines/score.py --store ./generated
+	$(BIN)/python -m demo.report --store ./store --run ./runs/scenes --samples ./generated --html ./demo.html \
+		--makefile Makefile
+	@echo 'demo: open demo.html; the table is in store/ (store/inspect.html), the training in runs/scenes, weights in weights/'
 
 test: $(STAMP)  ## all but the slowest fault and soak tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"

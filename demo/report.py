@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -183,6 +184,20 @@ def _reason(row: dict[str, Any]) -> str:
     return "seen: " + (", ".join(f"{one['colour']} {one['shape']}" for one in objects) or "nothing")
 
 
+def commands_of(makefile: Path, target: str = "demo") -> list[str]:
+    """The commands of a target, variables of the file filled in, without those that only speak."""
+    text = makefile.read_text().replace("\\\n\t\t", "")
+    values = dict(re.findall(r"^(\w+) :?\??= *(.*)$", text, re.MULTILINE))
+    body = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", text, re.MULTILINE)
+    lines = [line.strip() for line in body.group(1).splitlines()] if body else []
+
+    def filled(line: str) -> str:
+        expanded = re.sub(r"\$\((\w+)\)", lambda found: values.get(found.group(1), found.group(0)), line)
+        return expanded if expanded == line else filled(expanded)
+
+    return [filled(line) for line in lines if not line.startswith("@")]
+
+
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +232,7 @@ def render(store: str, run: str, samples: Sequence[str], commands: Sequence[str]
             parts.append(
                 _section("How that scores", f'<div class="chart wide">{intervals(scores[place])}</div>', place)
             )
-    parts.append(_section("The commands", f"<pre>{escape(chr(10).join(commands))}</pre>"))
+    parts.append(_section("The commands", f"<pre>{escape(chr(10).join(commands))}</pre>" if commands else ""))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
         f'content="{POLICY}"><meta name="viewport" content="width=device-width, initial-scale=1"><title>lidit demo</title>'
@@ -303,9 +318,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", default="./runs/scenes", help="folder of the training (default %(default)s)")
     parser.add_argument("--samples", nargs="*", default=["./generated"], help="sample tables (default %(default)s)")
     parser.add_argument("--html", type=Path, default=Path("./demo.html"), help="file to write (default %(default)s)")
-    parser.add_argument("--command", action="append", default=[], help="a command to list; may be repeated")
+    parser.add_argument(
+        "--makefile", type=Path, help="Makefile whose target `demo` made all this: its commands are listed"
+    )
     arguments = parser.parse_args(argv)
-    page = render(arguments.store, arguments.run, arguments.samples, arguments.command)
+    commands = commands_of(arguments.makefile) if arguments.makefile else []
+    page = render(arguments.store, arguments.run, arguments.samples, commands)
     arguments.html.write_text(page, encoding="utf-8")
     print(f"{arguments.html}: {human(len(page.encode()))}", file=sys.stderr)
 
