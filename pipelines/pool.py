@@ -76,6 +76,7 @@ class Tracker:
         self._metrics = JobMetrics(job) if job else None
         self._units: dict[str, _UnitState] = {}
         self._finished: Counter[str] = Counter()
+        self._first_error = ""
 
     def begin(self, unit: str) -> Attempt:
         """An actor takes up a unit. If an earlier one left it in the middle, its process has died.
@@ -104,8 +105,13 @@ class Tracker:
         """The actor is about to work on rows first to stop - 1."""
         self._units[unit].in_hand = (first, stop)
 
-    def leave(self, unit: str, counts: dict[str, float]) -> None:
-        """These rows are done; `counts` are added up for the progress display."""
+    def first_error(self) -> str:
+        """Why the first row that failed did; empty if none has."""
+        return self._first_error
+
+    def leave(self, unit: str, counts: dict[str, float], error: str = "") -> None:
+        """These rows are done; `counts` are added up for the progress display. `error`: why one of them failed."""
+        self._first_error = self._first_error or error
         state = self._units[unit]
         state.in_hand = None
         state.counts.update(counts)  # type: ignore[arg-type]

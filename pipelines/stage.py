@@ -137,7 +137,7 @@ class _Pass:
         try:
             for result in run_units(FragmentWorker, worker_kwargs, units, self.config.actors):
                 progress.show(tracker)
-                self._check_errors(progress.totals, total)
+                self._check_errors(progress.totals, total, tracker)
                 if result is not None and result["file"] is not None:
                     begun, ended = min(begun, result["begun"]), max(ended, result["ended"])
                     self.oldest = self.oldest if self.pending else time.monotonic()
@@ -145,7 +145,7 @@ class _Pass:
                 if self._due():
                     self._commit()
             progress.show(tracker, final=True)
-            self._check_errors(progress.totals, total)
+            self._check_errors(progress.totals, total, tracker)
         except ErrorRateExceeded:
             self.pending = [item for item in self.pending if not item[1]["errors"]]
             raise
@@ -188,15 +188,14 @@ class _Pass:
         summary.commits += 1
         summary.commit_seconds += self.last_commit_took
 
-    def _check_errors(self, totals: dict[str, float], total: int) -> None:
+    def _check_errors(self, totals: dict[str, float], total: int, tracker: Any) -> None:
         errors, rows = int(totals.get("errors", 0)), int(totals.get("rows", 0))
         base = max(rows, min(total, ERROR_BASE))
         if errors > self.config.max_error_rate * base:
-            examples = [example["error"] for _, result in self.pending for example in result["examples"]]
             raise ErrorRateExceeded(
-                f"{errors:,} of {rows:,} rows failed, more than max_error_rate {self.config.max_error_rate:g} allows"
-                f"{'; such as: ' + examples[0] if examples else ''}. Finished fragments without errors are "
-                f"committed. Mend the cause, or raise max_error_rate, and run the same command again"
+                f"{errors:,} of {rows:,} rows failed, more than max_error_rate {self.config.max_error_rate:g} allows; "
+                f"such as: {ray.get(tracker.first_error.remote())}. Finished fragments without errors are committed. "
+                f"Mend the cause, or raise max_error_rate, and run the same command again"
             )
 
 

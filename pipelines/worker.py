@@ -206,12 +206,12 @@ class _Task:
         made = self.stage(window, self.wanted)
         counts = {"rows": window.num_rows, "errors": len(made.errors), **made.counts}
         made.counts = counts
-        ray.get(self.tracker.leave.remote(unit, counts))
+        ray.get(self.tracker.leave.remote(unit, counts, next(iter(made.errors.values()), "")))
         return made
 
     def _null_row(self, reason: str) -> Columns:
         counts: dict[str, float] = {"rows": 1, "errors": 1}
-        ray.get(self.tracker.leave.remote(str(self.fragment_id), counts))
+        ray.get(self.tracker.leave.remote(str(self.fragment_id), counts, reason))
         nulls = {name: pa.nulls(1, self.schema.field(name).type) for name in self.wanted}
         return Columns(nulls, {0: reason}, counts)
 

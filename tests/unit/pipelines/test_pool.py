@@ -27,6 +27,17 @@ def test_unit_without_deaths():
     assert tracker.totals() == {"rows": 150, "errors": 1, "tokens": 9}
 
 
+def test_the_first_error_is_kept_also_when_its_unit_has_ended():
+    tracker = Tracker()
+    assert tracker.first_error() == ""
+    for unit, error in (("1", ""), ("2", "damaged"), ("3", "too large")):
+        tracker.begin(unit)
+        tracker.enter(unit, 0, 1)
+        tracker.leave(unit, {"rows": 1, "errors": 1}, error)
+        tracker.end(unit)
+    assert tracker.first_error() == "damaged"
+
+
 def test_death_between_pieces_is_no_death():
     """In hand was nothing: an actor that was taken away, or the unit was begun again by another."""
     tracker = Tracker()
