@@ -32,7 +32,8 @@ demo: $(STAMP)  ## 1,000 rendered scenes: captioned, embedded by two tiny LLMs, 
 	@echo 'demo: open demo.html; the table is in store/ (store/inspect.html), the training in runs/scenes, weights in weights/'
 
 test: $(STAMP)  ## all but the slowest fault and soak tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m "not slow and not gpu" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/integration tests/faults -m "not slow and not gpu" --durations 25
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"
