@@ -1,18 +1,19 @@
 """What the demo's page adds to the style sheet of `lidit inspect`."""
 
 STYLE = """
-.flow { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 22px; }
+.flow { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 20px; }
 .step { position: relative; border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
 .step:not(:last-child)::after {
-  content: "\\2192"; position: absolute; right: -18px; top: 50%; margin-top: -12px; color: var(--soft);
+  content: "\\2192"; position: absolute; right: -17px; top: 50%; margin-top: -12px; color: var(--soft);
 }
 .step h3 { color: var(--blue); }
 .step p { color: var(--soft); font-size: 12.5px; line-height: 1.35; min-height: 34px; }
 .step ul { list-style: none; margin: 0 0 6px; padding: 0; font-size: 13px; font-variant-numeric: tabular-nums; }
 .step b { font-variant-numeric: tabular-nums; }
-.rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 16px; }
+.rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: 16px; }
 .row img, .drawn img { width: 100%; display: block; border-radius: 6px; image-rendering: pixelated; }
 .row img { height: 150px; object-fit: contain; background: var(--back); }
+.rows .caption { max-height: none; }
 .task { margin: 16px 0 8px; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 12px; }
 .drawn { position: relative; margin: 0; }
