@@ -19,7 +19,7 @@ from trainer.config import CheckpointConfig, TrainConfig, ValidationConfig
 from trainer.export import ExportConfig
 from trainer.export import main as export
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.integration
 STEPS = 30
 
 
@@ -82,6 +82,7 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed_is_the_same_to_the_bit(wo
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_two_ranks_then_one_then_two(world: Any, training: Any) -> None:
     """Through DeepSpeed's universal checkpoint, by itself: losses, order and average as on two ranks all along."""
     config = dataclasses.replace(world.config, name="resharded")
