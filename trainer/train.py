@@ -175,6 +175,7 @@ def _fit(config: TrainConfig, storage: Storage, versions: dict[str, int], observ
     import pyarrow.fs
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     from trainer.worker import train_worker
 
@@ -201,7 +202,21 @@ def _fit(config: TrainConfig, storage: Storage, versions: dict[str, int], observ
         ),
     )
     with _stopped_by_signals(storage):
-        return _in_thread(trainer.fit).return_value
+        try:
+            return _in_thread(trainer.fit).return_value
+        except TrainingFailedError as error:
+            raise RuntimeError(
+                f"run {config.name!r} failed more than max_failures {config.max_failures} times, at last with "
+                f"{_reason(error)}. What is saved is kept, the same command goes on"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what the first rank that failed has raised."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for rank, failure in sorted(failures.items()):
+        return f"rank {rank}: {(str(failure).strip() or repr(failure)).splitlines()[-1]}"
+    return (str(error).strip() or repr(error)).splitlines()[-1]
 
 
 def _trainer_class() -> Any:

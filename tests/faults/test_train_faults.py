@@ -86,7 +86,7 @@ def test_sigterm_of_a_rank_saves_and_goes_on(world: Any, training: Any, ray_for_
 def test_more_failures_than_allowed(world: Any, training: Any, ray_for_training: Any) -> None:
     config = dataclasses.replace(world.config, name="doomed", max_failures=0)
     at = training.At("forward", 6, 0, str(world.folder / "doomed-marker"))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"failed more than max_failures 0 times, at last with rank 0: .*goes on"):
         train.main(config, observe=at)
     summary = train.main(config)
     assert (summary.resumed_from, summary.ok) == (4, True)
