@@ -349,7 +349,7 @@ class TrainConfig:
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for a rank."""
     accelerator_type: str | None = None
-    """Kind of GPU that every rank must have, as Ray names it (`H100`, `A100`): keeps a run off a cluster's others; null: any
+    """Kind of GPU that every rank must have, as Ray names it (`H100`): keeps a run off a cluster's other GPUs; null: any."""
     kind."""
     max_failures: int = 3
     """Restarts of the ranks after a failure, each from the newest valid checkpoint; -1: no end."""
