@@ -350,7 +350,6 @@ class TrainConfig:
     """CPUs that Ray reserves for a rank."""
     accelerator_type: str | None = None
     """Kind of GPU that every rank must have, as Ray names it (`H100`): keeps a run off a cluster's other GPUs; null: any."""
-    kind."""
     max_failures: int = 3
     """Restarts of the ranks after a failure, each from the newest valid checkpoint; -1: no end."""
     checkpoint: CheckpointConfig = CheckpointConfig()
