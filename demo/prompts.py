@@ -75,10 +75,10 @@ def scene_prompt(scene: Scene, rng: np.random.Generator) -> str:
         text = f"{phrase(first, rng, coloured)} {say(rng, direction)} {phrase(second, rng, coloured)}"
     elif form == "where" and relations:
         relation = relations[rng.integers(len(relations))]
-        groups = join([phrase(group, rng, True) for group in shuffled(scene.groups, rng)])
+        everything = join([phrase(group, rng, True) for group in shuffled(scene.groups, rng)])
         first, second = scene.groups[relation.subject], scene.groups[relation.other]
         direction = say(rng, pick(rng, relation.directions))
-        text = f"{groups}, the {short_name(first)} {be(first)} {direction} the {short_name(second)}"
+        text = f"{everything}, the {short_name(first)} {be(first)} {direction} the {short_name(second)}"
     else:
         groups = shuffled(scene.groups, rng)
         if form == "names":

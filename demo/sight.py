@@ -72,6 +72,8 @@ def look(pixels: np.ndarray) -> View:
     objects = []
     for patch in _patches(contrast > LEAST_CONTRAST):
         votes = np.bincount(nearest[patch][nearest[patch] >= 0], minlength=len(COLOURS))
+        if not votes.any():
+            continue  # a stain of the background
         colour = list(COLOURS)[int(votes.argmax())]
         coverage = _coverage(values, ground, np.array(COLOURS[colour], np.float32), patch)
         area = float(coverage.sum())
@@ -127,7 +129,7 @@ def _identify(coverage: np.ndarray, area: float, colour: str, background: str, s
     best, misfit = kinds[int(misfits.argmin())], float(misfits.min())
     side = float(np.sqrt(area)) * best.side / short
     size = min(SIZES, key=lambda word: abs(np.log(side / SIZES[word])))
-    rows, columns = np.nonzero(coverage > FOREGROUND)
+    rows, columns = np.nonzero(coverage >= min(FOREGROUND, float(coverage.max())))
     box = [float(rows.min()), float(rows.max() + 1), float(columns.min()), float(columns.max() + 1)]
     return Seen(
         colour=colour,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from demo.prompts import plain_scene
 from demo.scenes import render
@@ -55,6 +56,15 @@ def test_what_is_no_shape_of_the_world_is_unknown():
     pixels[30:34, 8:56] = (222, 38, 38)  # a long bar
     (seen,) = look(pixels).objects
     assert seen.shape == UNKNOWN and seen.colour == "red"
+
+
+def test_any_picture_can_be_looked_at():
+    draw = np.random.default_rng(0)
+    for _ in range(40):
+        coarse = draw.integers(0, 256, (4, 6, 3), np.uint8)
+        soft = Image.fromarray(coarse).resize((24, 16), Image.Resampling.BICUBIC)
+        for seen in look_at(soft).objects:
+            assert 0 <= seen.x <= 1 and 0 <= seen.y <= 1 and seen.height > 0 and seen.width > 0
 
 
 def test_what_is_no_image_is_refused():
