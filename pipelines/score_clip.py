@@ -45,12 +45,12 @@ class ClipScore:
         return {"clip": weights_digest(clip_folder(config))}
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str | None]) -> dict[str, list[Any]]:
+    def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str | None]) -> dict[str, list[Any]]:
         """Images (height, width, 3) uint8 and prompts -> one score each."""
         scores: list[float] = []
         for start in range(0, len(images), self.batch_size):
             stop = start + self.batch_size
-            scores += self._batch(images[start:stop], [prompt or "" for prompt in prompts[start:stop]])
+            scores += self._batch(images[start:stop], [text or "" for text in texts[start:stop]])
         return {SCORE: scores}
 
     def _batch(self, images: Sequence[np.ndarray], prompts: list[str]) -> list[float]:

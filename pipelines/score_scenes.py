@@ -40,13 +40,13 @@ class Scenes:
         """What the values depend on besides the images."""
         return {"rules": RULES}
 
-    def __call__(self, images: Sequence[np.ndarray], records: Sequence[str | None]) -> dict[str, list[Any]]:
+    def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str | None]) -> dict[str, list[Any]]:
         """Images (height, width, 3) uint8 and what their prompts ask for -> the columns."""
         from demo.judge import judge_view
         from demo.sight import look
 
         made: dict[str, list[Any]] = {name: [] for name in self.fields}
-        for pixels, text in zip(images, records):
+        for pixels, text in zip(images, texts):
             view, record = look(pixels), json.loads(text or "{}")
             judged = judge_view(view, record) if record.get("include") else None
             made[CORRECT].append(None if judged is None else judged.correct)
