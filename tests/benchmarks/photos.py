@@ -181,7 +181,8 @@ def picture(curve: list[tuple[int, float]], shown: list[tuple[str, Image.Image, 
 def draw_curve(draw: Any, curve: list[tuple[int, float]], width: int) -> None:
     """Loss over steps, logarithmic, with a smoothed line on top of the values."""
     steps, values = np.array([step for step, _ in curve]), np.log(np.array([loss for _, loss in curve]))
-    smooth = np.array([values[max(0, at - 9) : at + 1].mean() for at in range(len(values))])
+    near = max(1, len(values) // 40)
+    smooth = np.array([values[max(0, at - near) : at + near + 1].mean() for at in range(len(values))])
     low, high = values.min(), values.max()
     bottom, top = CURVE - EDGE, 30
 
