@@ -10,6 +10,7 @@ import numpy as np
 RESAMPLES = 2000
 LEVEL = 0.95
 SEED = 0
+NORMAL = 1.96  # standard deviations that hold `LEVEL` of a normal variable
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ def estimate(groups: Groups) -> Estimate:
     """
     means, counts = _means(groups)
     low, high = np.quantile(_resampled(means, counts, 0), _tails())
+    if means.min() == means.max() and means[0] in (0.0, 1.0):
+        low, high = _wilson(float(means[0]), len(means))
     return Estimate(float(means @ counts / counts.sum()), float(low), float(high), len(means), int(counts.sum()))
 
 
@@ -53,6 +56,11 @@ def mean_of_means(tasks: Mapping[str, Groups]) -> Estimate:
         sum(len(means) for means, _ in parts),
         int(sum(counts.sum() for _, counts in parts)),
     )
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's interval of a share of 0 or 1: resampling what is all alike would say that there is no doubt at all."""
+    return (0.0, NORMAL**2 / (count + NORMAL**2)) if share == 0 else (count / (count + NORMAL**2), 1.0)
 
 
 def _means(groups: Groups) -> tuple[np.ndarray, np.ndarray]:

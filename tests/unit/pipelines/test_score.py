@@ -189,6 +189,9 @@ def test_intervals_cover_and_shrink():
     assert estimate(many).high - estimate(many).low < (estimate(few).high - estimate(few).low) / 3
     both = mean_of_means({"one": {"a": [1.0]}, "two": {"b": [0.0], "c": [0.0]}})
     assert both.value == 0.5 and both.images == 3
+    none, all_ = (estimate({str(number): [value] for number in range(20)}) for value in (0.0, 1.0))
+    assert (none.low, none.high) == pytest.approx((0, 0.161), abs=1e-3)
+    assert (all_.low, all_.high) == pytest.approx((0.839, 1), abs=1e-3)
     with pytest.raises(ValueError, match="at least one image"):
         estimate({})
 
