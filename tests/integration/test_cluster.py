@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
-ROWS, FRAGMENTS = 720, 24
+ROWS, FRAGMENTS = 1440, 24
 STORE = "s3://cluster/store"
 COLUMN = "caption_original_embeds_llama"
 TEXT = ("--text", '["caption_original"]')
