@@ -198,3 +198,9 @@ def test_the_sign_is_gone_when_a_run_is_over(store, monkeypatch):
         with Run(store, "embed") as run:
             time.sleep(0.005)
         assert not os.path.exists(os.path.join(store, "runs", run.id, "alive"))
+
+
+def test_a_store_that_is_gone_does_not_hide_what_ended_the_run(store, monkeypatch):
+    with pytest.raises(KeyError), Run(store, "embed") as run:
+        monkeypatch.setattr(run._fs, "exists", lambda path: (_ for _ in ()).throw(PermissionError("expired")))
+        raise KeyError("the reason")
