@@ -10,7 +10,7 @@ import pytest
 from demo import report
 from demo.prompts import exam_prompts
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]  # slow until it has been seen to pass whole
+pytestmark = pytest.mark.integration
 
 PROMPTS = 2  # of each of the six tasks
 FLAGS = ("--sampler.num_inference_steps", 2, "--sampler.guidance_scale", 2, "--rows-per-fragment", 5)
