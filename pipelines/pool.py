@@ -175,6 +175,7 @@ def run_units(
     """
     smallest, largest, num_gpus = resolve_actors(actors)
     largest = min(largest, len(units))
+    kind: dict[str, Any] = {"accelerator_type": actors.accelerator_type} if num_gpus and actors.accelerator_type else {}
     texts = [{"unit": json.dumps(unit)} for unit in units]  # as text: Ray would turn lists into arrays
     dataset = ray.data.from_items(texts, override_num_blocks=min(len(units), MAX_BLOCKS)).map_batches(
         _UnitCaller,
@@ -183,7 +184,7 @@ def run_units(
         zero_copy_batch=True,
         num_cpus=actors.num_cpus,
         num_gpus=num_gpus,
-        **({"accelerator_type": actors.accelerator_type} if num_gpus and actors.accelerator_type else {}),
+        **kind,
         compute=ray.data.ActorPoolStrategy(min_size=min(smallest, largest), max_size=largest),
     )
     return _poll(lambda: (json.loads(row["result"]) for row in dataset.iter_rows()))

@@ -38,7 +38,8 @@ from pipelines.runs import Run
 from pipelines.table import Table
 from pipelines.verify import VerifyConfig
 
-STAGES = ("ingest", "recaption", "embed", "latents", "verify")
+StageName = Literal["ingest", "recaption", "embed", "latents", "verify"]
+STAGES: tuple[StageName, ...] = ("ingest", "recaption", "embed", "latents", "verify")
 FOLDER = "preprocess"  # in the store: the lease, and the last result
 LAST, LAST_OK = "last.json", "last_ok.json"
 DEFAULT_STORE = "./store"
@@ -50,7 +51,7 @@ class PreprocessConfig:
 
     store: str = DEFAULT_STORE
     """Folder or URI of the feature store; made if it is not there."""
-    stages: Sequence[Literal["ingest", "recaption", "embed", "latents", "verify"]] = STAGES
+    stages: Sequence[StageName] = STAGES
     """Which stages run, always in this order. Prompt tables have no images: embed and verify."""
     ingest: Sequence[IngestConfig] = ()
     """The sources, each with the options of `lidit ingest`; what of them is new is taken in."""

@@ -53,7 +53,8 @@ def removable(table: Table, config: RetentionConfig) -> list[int]:
     """Versions that are old enough, not among the newest, and tagged by nobody."""
     if config.days is None:
         return []
-    listed = sorted(table.open().versions(), key=lambda version: version["version"])
+    versions: Any = table.open().versions()
+    listed = sorted(versions, key=lambda version: version["version"])
     newest = {version["version"] for version in listed[-config.versions :]}
     kept = newest | set(tagged_versions(table).values())
     now = listed[-1]["timestamp"].now(listed[-1]["timestamp"].tzinfo)
