@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -137,7 +138,7 @@ class _Pass:
         try:
             for result in run_units(FragmentWorker, worker_kwargs, units, self.config.actors):
                 progress.show(tracker)
-                self._check_errors(progress.totals, total, tracker)
+                self._check_errors(progress.totals, total, lambda: ray.get(tracker.first_error.remote()))
                 if result is not None and result["file"] is not None:
                     begun, ended = min(begun, result["begun"]), max(ended, result["ended"])
                     self.oldest = self.oldest if self.pending else time.monotonic()
@@ -145,7 +146,7 @@ class _Pass:
                 if self._due():
                     self._commit()
             progress.show(tracker, final=True)
-            self._check_errors(progress.totals, total, tracker)
+            self._check_errors(progress.totals, total, lambda: ray.get(tracker.first_error.remote()))
         except ErrorRateExceeded:
             self.pending = [item for item in self.pending if not item[1]["errors"]]
             raise
@@ -188,13 +189,13 @@ class _Pass:
         summary.commits += 1
         summary.commit_seconds += self.last_commit_took
 
-    def _check_errors(self, totals: dict[str, float], total: int, tracker: Any) -> None:
+    def _check_errors(self, totals: dict[str, float], total: int, first_error: Callable[[], str]) -> None:
         errors, rows = int(totals.get("errors", 0)), int(totals.get("rows", 0))
         base = max(rows, min(total, ERROR_BASE))
         if errors > self.config.max_error_rate * base:
             raise ErrorRateExceeded(
                 f"{errors:,} of {rows:,} rows failed, more than max_error_rate {self.config.max_error_rate:g} allows; "
-                f"such as: {ray.get(tracker.first_error.remote())}. Finished fragments without errors are committed. "
+                f"such as: {first_error()}. Finished fragments without errors are committed. "
                 f"Mend the cause, or raise max_error_rate, and run the same command again"
             )
 
