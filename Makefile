@@ -48,4 +48,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) store runs weights build *.egg-info
+	rm -rf $(VENV) store runs weights generated demo.html build *.egg-info
