@@ -13,14 +13,14 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 # Training is stopped on the way; the same command goes on. Each caption is drawn half the time.
-TRAIN := $(BIN)/python trainer/train.py --store ./store --data.text_mix '{caption: 0.5, caption_original: 0.5}'
+TRAIN := $(BIN)/python trainer/train.py --store ./store --data.text_mix '{caption: 0.5, caption_original: 0.5}' --phases.0.steps 200
 
 demo: $(STAMP)  ## 1,000 rendered scenes: captioned, embedded by two tiny LLMs, encoded, verified; a small LI-DiT trained on them
 	$(BIN)/python pipelines/embed.py --store ./store --text '[caption,caption_original]'
 	$(BIN)/python pipelines/latents.py --store ./store
 	$(BIN)/python pipelines/verify.py --store ./store --sample 32
 	$(BIN)/python pipelines/inspection.py --store ./store --html ./store/inspect.html
-	$(TRAIN) --stop_after_steps 150
+	$(TRAIN) --stop_after_steps 80
 	$(TRAIN)
 	$(BIN)/python trainer/export.py --run ./runs/scenes --out ./weights --overwrite true
 	$(BIN)/python -m demo.prompts --out ./generated/exam.jsonl --per_task 10
