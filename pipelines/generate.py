@@ -161,7 +161,7 @@ class GenerateImages:
             height=self.height,
             width=self.width,
             batch_size=self.config.batch_size,
-            **_fields(self.config.sampler),
+            **asdict(self.config.sampler),
         )
         seconds = time.perf_counter() - start
         count, sampler = len(images), self.config.sampler
@@ -196,7 +196,7 @@ def fingerprint(config: GenerateConfig) -> dict[str, Any]:
         "encoders": {name: one.get("fingerprint") for name, one in saved.get("encoders", {}).items()},
         "vae": saved.get("vae", {}).get("fingerprint"),
         "size": list(config.size()),
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in _fields(config.sampler).items()},
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config.sampler).items()},
     }
 
 
@@ -289,10 +289,6 @@ def _write_files(config: GenerateConfig, wanted: Sequence[Picture], summary: Sum
             f"{columns.error('generate')} of {config.store}",
             file=sys.stderr,
         )
-
-
-def _fields(sampler: SamplerConfig) -> dict[str, Any]:
-    return asdict(sampler)
 
 
 def _png(image: Any) -> bytes:

@@ -17,12 +17,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -118,12 +115,7 @@ def ingest(store: str, file: str) -> dict[str, float]:
 
 def alone(what: str, **arguments: object) -> dict[str, float]:
     """Runs one of `CHILDREN` in a process of its own, with nothing of the one before in memory."""
-    command = [sys.executable, __file__, "--child", what, json.dumps(arguments)]
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{what} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return report.alone(__file__, what, **arguments)
 
 
 def child(what: str, arguments: dict[str, object]) -> dict[str, float]:

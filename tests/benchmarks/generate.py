@@ -5,17 +5,14 @@ the bare figure is the mean of the two. The job is one actor; its throughput is 
 to last file written). The bare loop encodes the same prompts in the same batches, runs `lidit.sampler.sample`, decodes, and
 drops the pixels: no table, no PNG, no Ray.
 
-    python tests/benchmarks/generate.py --weights demo/weights
+    python tests/benchmarks/generate.py --weights weights
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -75,18 +72,12 @@ CHILDREN = {"bare": bare, "job": job}
 
 def alone(what: str, **arguments: Any) -> dict[str, Any]:
     """Runs one of `CHILDREN` in a process of its own."""
-    command = [sys.executable, __file__, "--child", what, json.dumps(arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    )
-    if done.returncode:
-        sys.exit(f"{what} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return report.alone(__file__, what, **arguments)
 
 
 def main() -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--weights", default="demo/weights", help="trained weights (demo/weights)")
+    parser.add_argument("--weights", required=True, help="folder of trained weights")
     parser.add_argument("--per_task", type=int, default=32, help="prompts of each of the six tasks (32)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()

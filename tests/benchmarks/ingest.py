@@ -17,11 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -156,12 +152,7 @@ def alone(what: str, **arguments: object) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as store:
         if what != "plain":
             arguments["store"] = store
-        command = [sys.executable, __file__, "--child", what, json.dumps(arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-        shutil.rmtree(f"{store}/samples.lance", ignore_errors=True)
-    if done.returncode:
-        sys.exit(f"{what} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        return report.alone(__file__, what, **arguments)
 
 
 def measure(made: report.Report, title: str, rows: int, small: bool, repeats: int) -> None:

@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -142,13 +140,7 @@ def batches(decoded: list[tuple[Any, np.ndarray]], batch_pixels: int) -> list[np
 
 def alone(what: str, **arguments: Any) -> dict[str, Any]:
     """Runs one of `CHILDREN` in a process of its own, with nothing of the one before in memory."""
-    command = [sys.executable, __file__, "--child", what, json.dumps(arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    )
-    if done.returncode:
-        sys.exit(f"{what} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return report.alone(__file__, what, **arguments)
 
 
 CHILDREN = {"bare": bare, "job": job, "write_table": write_table}

@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -92,12 +89,7 @@ def bare(store: str, **settings: Any) -> dict[str, Any]:
 
 def alone(what: str, **arguments: Any) -> dict[str, Any]:
     """Runs one of the three in a process of its own, with nothing of the one before in memory."""
-    command = [sys.executable, __file__, "--child", what, json.dumps(arguments)]
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{what} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return report.alone(__file__, what, **arguments)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -128,6 +130,16 @@ class Report:
         text = file.read_text() if file.exists() else "# Results of the benchmarks\n"
         file.write_text("\n".join([text.rstrip("\n"), "", *self.lines[:2], *about, *self.lines[2:]]))
         print(f"recorded in {file}")
+
+
+def alone(script: str, what: str, **arguments: Any) -> dict[str, Any]:
+    """Runs `script --child what` with the arguments as JSON in a process of its own; what it prints last, as JSON."""
+    command = [sys.executable, script, "--child", what, json.dumps(arguments)]
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{what} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def verdict(value: float, target: float, at_least: bool = True, form: str = "{:.1f}x") -> str:

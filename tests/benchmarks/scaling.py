@@ -18,8 +18,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -133,12 +131,7 @@ def embed(store: str, model: str, codec: str, threads: int) -> dict[str, float]:
 
 def alone(what: str, **arguments: object) -> dict[str, float]:
     """Runs `ingest` or `embed` in a process of its own."""
-    command = [sys.executable, __file__, "--child", what, json.dumps(arguments)]
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{what} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return report.alone(__file__, what, **arguments)
 
 
 def run_case(prompts: list[str], rows_per_fragment: int, model: str, codec: str, threads: int) -> dict[str, float]:

@@ -218,7 +218,9 @@ def test_a_job(path):
     if words[:3] == ["python", "-m", "lidit.cli"]:
         check_command(words[3], words[4:])
     else:
-        assert words[:2] == ["python", "/opt/lidit/infra/preflight.py"] and {"--store", "--all-nodes"} <= set(words)
+        assert words[:2] == ["python", "/home/ray/lidit/infra/preflight.py"] and {"--store", "--all-nodes"} <= set(
+            words
+        )
 
 
 def check_command(job: str, argv: list[str]) -> None:

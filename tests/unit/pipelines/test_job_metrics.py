@@ -1,24 +1,11 @@
 """What a tracker counts is exported, under the job's name; without a job nothing is."""
 
 import pytest
-import ray.util.metrics
 
 from pipelines.job_metrics import COUNTED, JobMetrics
 from pipelines.pool import Tracker
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """(metric, value, labels) of everything that would go to Ray."""
-    calls = []
-    monkeypatch.setattr(
-        ray.util.metrics.Metric,
-        "_record",
-        lambda self, value, tags=None: calls.append((self.info["name"], value, self._get_final_tags(tags))),
-    )
-    return calls
 
 
 def test_counts_that_are_exported(recorded):

@@ -5,22 +5,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import ray.util.metrics
 
 from trainer.ray_metrics import RayGauges
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        ray.util.metrics.Metric,
-        "_record",
-        lambda self, value, tags=None: calls.append((self.info["name"], value, self._get_final_tags(tags))),
-    )
-    return calls
 
 
 def test_figures_of_a_step(recorded):
