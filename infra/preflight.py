@@ -148,7 +148,7 @@ def check_store(store: str) -> Check:
     """Writes, reads, lists, creates exclusively and deletes a small file."""
     import fsspec
 
-    from pipelines.lease import create_exclusively
+    from lidit.lease import create_exclusively
 
     fs, root = fsspec.core.url_to_fs(store)
     folder = f"{root.rstrip('/')}/preflight"

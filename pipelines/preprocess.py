@@ -26,12 +26,12 @@ import fsspec
 import yaml
 
 from lidit import columns
+from lidit.lease import Lease, LeaseHeld, LeaseLost
 from pipelines import embed, ingest, latents, recaption, verify
 from pipelines.embed import EmbedConfig
 from pipelines.ingest import IngestConfig
 from pipelines.ingest_work import plain
 from pipelines.latents import LatentsConfig
-from pipelines.lease import Lease, LeaseHeld, LeaseLost
 from pipelines.recaption import RecaptionConfig
 from pipelines.retention import VERIFIED_TAG, RetentionConfig, clean_up, tagged_versions
 from pipelines.runs import Run

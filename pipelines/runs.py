@@ -7,20 +7,15 @@ works beside it.
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import socket
 import threading
 import time
 from datetime import UTC, datetime
-from typing import Any
 
 import fsspec
 
 from lidit import columns
-
-HEARTBEAT_SECONDS = 30.0
-DEAD_AFTER_SECONDS = 900.0  # of silence, for a run on another host
+from lidit.alive import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, shows_life, sign_of_life
 
 
 class Run:
@@ -100,35 +95,3 @@ class Run:
         self._fs.pipe_file(f"{alive}.new", json.dumps(sign_of_life()).encode())
         self._fs.mv(f"{alive}.new", alive)  # in one step: who reads must never meet half a sign
         self._last_beat = time.monotonic()
-
-
-def sign_of_life() -> dict[str, Any]:
-    """What this process leaves in the store to show that it is there: host, process, time."""
-    pid = os.getpid()
-    return {"host": _host(), "pid": pid, "started": _process_start(pid), "beat": time.time()}
-
-
-def shows_life(sign: dict[str, Any]) -> bool:
-    """Whether who left the sign lives: asked of the kernel on the same host; elsewhere, whether the sign is fresh."""
-    if sign["host"] == _host():
-        return _process_start(sign["pid"]) == sign["started"]
-    return time.time() - sign["beat"] <= DEAD_AFTER_SECONDS
-
-
-def _host() -> str:
-    """This machine's name and boot, so that a pid means one process only."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{socket.gethostname()} {file.read().strip()}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process of this machine started, in the kernel's own clock; None where there is none (or it is a zombie)."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]

@@ -8,6 +8,7 @@ that divides the batch. With no arguments it trains the demo recipe `scenes` on 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,9 +21,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from lidit.alive import HEARTBEAT_SECONDS
+from lidit.lease import Lease, LeaseHeld
 from trainer.checkpoint import Observe
 from trainer.config import TrainConfig
-from trainer.lease import Lease
 from trainer.manifest import steps_in
 from trainer.recipes import RECIPES
 from trainer.signals import STOP
@@ -108,7 +110,7 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
     if config.dry_run:
         return dataclasses.replace(summary, ok=True, dry_run=True, plan=_plan(config))
     _check_resume_mode(config, storage)
-    with Lease(storage):
+    with _only_driver(storage) as lease:
         tables = Tables(config, pinned_versions(storage, config))
         tables.pin()
         write_versions(storage, tables)
@@ -116,7 +118,7 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
         _start_ray(config)
         config = _resolve_hardware(config)
         storage.write("config.json", json.dumps(config.to_dict(), indent=1).encode())
-        outcome = _fit(config, storage, tables.versions, observe)
+        outcome = _fit(config, storage, tables.versions, observe, lease)
         if outcome["status"] == "failed":
             raise (ValueError if outcome["input"] else RuntimeError)(outcome["error"])
         if outcome["step"] == config.total_steps:
@@ -129,6 +131,19 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
     export = f"lidit export --run {summary.folder} --out weights"
     summary.next = export if summary.step == summary.total_steps else "the same command goes on from here"
     return summary
+
+
+@contextmanager
+def _only_driver(storage: Storage) -> Iterator[Lease]:
+    """Inside, no other driver trains the run. Raises ValueError where one does."""
+    with contextlib.ExitStack() as stack:
+        try:
+            lease = stack.enter_context(Lease(storage.uri, "driver"))
+        except LeaseHeld as held:
+            raise ValueError(
+                f"{held}: wait for it, stop it (it saves first), or give this run another `name`"
+            ) from held
+        yield lease
 
 
 # -- Ray --------------------------------------------------------------------------------------------------------------
@@ -170,8 +185,10 @@ def _resolve_hardware(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, use_gpu=use_gpu)
 
 
-def _fit(config: TrainConfig, storage: Storage, versions: dict[str, int], observe: Observe | None) -> dict[str, Any]:
-    """Runs the workers under Ray Train; what rank 0 returned."""
+def _fit(
+    config: TrainConfig, storage: Storage, versions: dict[str, int], observe: Observe | None, lease: Lease
+) -> dict[str, Any]:
+    """Runs the workers under Ray Train, as long as this driver is the only one; what rank 0 returned."""
     import pyarrow.fs
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -203,7 +220,7 @@ def _fit(config: TrainConfig, storage: Storage, versions: dict[str, int], observ
     )
     with _stopped_by_signals(storage):
         try:
-            return _in_thread(trainer.fit).return_value
+            return _in_thread(trainer.fit, lease).return_value
         except TrainingFailedError as error:
             raise RuntimeError(
                 f"run {config.name!r} failed more than max_failures {config.max_failures} times, at last with "
@@ -280,8 +297,12 @@ def _stopped_by_signals(storage: Storage) -> Iterator[None]:
         storage.remove(STOP)
 
 
-def _in_thread(act: Any) -> Any:
-    """Runs it in another thread, so that this one takes signals meanwhile; raises what it raises."""
+def _in_thread(act: Any, lease: Lease) -> Any:
+    """Runs it in another thread, so that this one takes signals meanwhile; raises what it raises.
+
+    Raises:
+        LeaseLost: this driver was suspended for so long that another one may train the run now.
+    """
     made: list[Any] = [None, None]
 
     def run() -> None:
@@ -292,8 +313,15 @@ def _in_thread(act: Any) -> Any:
 
     thread = threading.Thread(target=run, name="fit", daemon=True)
     thread.start()
+    checked = time.monotonic()
     while thread.is_alive():
         thread.join(0.2)
+        if time.monotonic() - checked > HEARTBEAT_SECONDS:
+            checked = time.monotonic()
+            with contextlib.suppress(
+                OSError
+            ):  # the storage is away for a moment; for how long at most, the lease knows
+                lease.check()
     if made[1] is not None:
         raise made[1]
     return made[0]

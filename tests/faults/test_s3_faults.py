@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lidit.codec import decode_bytes
-from pipelines.lease import Lease, LeaseHeld
+from lidit.lease import Lease, LeaseHeld
 from pipelines.table import Table
 
 pytestmark = pytest.mark.faults

@@ -149,7 +149,7 @@ def test_driver_told_to_stop_then_killed(world: Any, training: Any, tools: Any, 
         [sys.executable, str(ROOT / "trainer" / "train.py"), "--config", str(tmp_path / "driven.yaml")],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
-    assert second.returncode == 2 and "is being trained by process" in second.stderr
+    assert second.returncode == 2 and "is being worked on by process" in second.stderr
     driver.process.send_signal(signal.SIGTERM)
     status, stdout, stderr = driver.end()
     assert status == 1 and json.loads(stdout)["status"] == "stopped", stderr

@@ -61,7 +61,7 @@ def test_an_unbroken_run(world: Any, training: Any) -> None:
     run = Path(config.storage, config.name)
     assert (run / "samples" / "step_00000030.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads(summary.to_json())["last"]["step"] == STEPS and "lidit export" in summary.to_text()
-    assert not (run / "alive").exists() and not (run / "stop").exists()
+    assert json.loads((run / "driver" / "lease-00000001").read_text())["released"] and not (run / "stop").exists()
     weights(config, "ema", world.folder)
     about = read_config(world.folder / "unbroken-ema")
     assert about["training"]["step"] == STEPS and about["training"]["weights"] == "ema"

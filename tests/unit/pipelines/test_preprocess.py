@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from lidit.cli import parse_config
+from lidit.lease import Lease
 from pipelines import preprocess
 from pipelines.embed import EmbedConfig
 from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
-from pipelines.lease import Lease
 from pipelines.preprocess import PreprocessConfig, Result, main
 from pipelines.summary import Summary
 
@@ -112,7 +112,7 @@ def test_leaves_where_another_run_is_at_work(store, ran):
 
 
 def test_waits_as_long_as_asked(store, ran, monkeypatch):
-    monkeypatch.setattr("pipelines.lease.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("lidit.lease.POLL_SECONDS", 0.01)
     config = PreprocessConfig(store, ingest=SCENES, if_busy="wait", wait_seconds=0.1)
     with Lease(store, "preprocess"):
         result = main(config)

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from lidit.alive import DEAD_AFTER_SECONDS, _host, _process_start
 from pipelines import runs
-from pipelines.runs import DEAD_AFTER_SECONDS, Run
+from pipelines.runs import Run
 
 pytestmark = pytest.mark.unit
 
@@ -31,7 +32,7 @@ def store(tmp_path):
 def put_sign(store, run_id, **changes):
     """Writes the sign of a run as it might have been left."""
     pid = os.getpid()
-    sign = {"host": runs._host(), "pid": pid, "started": runs._process_start(pid), "beat": time.time(), **changes}
+    sign = {"host": _host(), "pid": pid, "started": _process_start(pid), "beat": time.time(), **changes}
     folder = os.path.join(store, "runs", run_id)
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "alive"), "w") as file:
@@ -83,7 +84,7 @@ def test_process_of_this_host(store):
     with Run(store, "embed") as run:
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         try:
-            started = runs._process_start(child.pid)
+            started = _process_start(child.pid)
             alive = put_sign(store, "embed-1", pid=child.pid, started=started)
             old = put_sign(store, "embed-2", pid=child.pid, started=started, beat=0.0)
             reused = put_sign(store, "embed-3", pid=child.pid, started=str(int(started) - 1))
@@ -97,7 +98,7 @@ def test_process_of_this_host(store):
 
 def test_zombie_is_dead(store):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = runs._process_start(child.pid)
+    started = _process_start(child.pid)
     run_id = put_sign(store, "embed-1", pid=child.pid, started=started)
     run = Run(store, "embed")
     assert started is not None and not run.is_dead(run_id)
@@ -119,7 +120,7 @@ def test_process_of_another_host_by_its_silence(store, silent, dead):
 
 def test_same_host_before_a_reboot_is_judged_by_silence(store):
     run = Run(store, "embed")
-    host = runs._host().split()[0]
+    host = _host().split()[0]
     assert run.is_dead(put_sign(store, "embed-1", host=f"{host} other-boot", beat=0.0))
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import lease as lease_file
-from pipelines.lease import Lease, LeaseHeld, LeaseLost, create_exclusively
-from pipelines.runs import DEAD_AFTER_SECONDS, sign_of_life
+from lidit import lease as lease_file
+from lidit.alive import DEAD_AFTER_SECONDS, sign_of_life
+from lidit.lease import Lease, LeaseHeld, LeaseLost, create_exclusively
 
 pytestmark = pytest.mark.unit
 
 KILLED = """
 import os, sys
-from pipelines.lease import Lease
+from lidit.lease import Lease
 Lease(sys.argv[1], "job").__enter__()
 os._exit(9)
 """

@@ -1,11 +1,11 @@
-"""One driver at a time for a job that must not run twice: a lease in the store, on any storage that can create exclusively.
+"""One driver at a time for a job that must not run twice: a lease in a folder, on any storage that can create exclusively.
 
-    <store>/<name>/lease-00000007     who holds it: host, process, time of the last sign of life; `released` when it is over
+    <folder>/<name>/lease-00000007    who holds it: host, process, time of the last sign of life; `released` when it is over
 
 Every holder creates the file of the next number, which only one of several can; the highest number holds. So there is no
 moment in which two believe that they hold it, and a holder that was taken for dead finds a higher number than its own
 (`check`). On the holder's own host the kernel is asked whether it lives; elsewhere a holder is dead after
-`pipelines.runs.DEAD_AFTER_SECONDS` of silence.
+`lidit.alive.DEAD_AFTER_SECONDS` of silence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.runs import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, shows_life, sign_of_life
+from lidit.alive import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, shows_life, sign_of_life
 
 POLL_SECONDS = 2.0  # between two looks while waiting
 CREATE_TRIES = 3  # of a file that is refused and yet not there
