@@ -1,6 +1,4 @@
-"""The metric `fid`: Fréchet distance between the features of generated and real images (arXiv 1706.08500).
-
-    |mean_1 - mean_2|^2 + trace(C_1 + C_2 - 2 (C_1 C_2)^(1/2))
+"""The metric `fid`: Fréchet distance between the features of generated and real images (arXiv 1706.08500), by torchmetrics.
 
 Features are those of any CLIP's image tower (`--fid_model FOLDER`), or of a TorchScript file that maps uint8 images
 (B, 3, height, width) to (B, F): the published FID needs that of its Inception network. Distances under different
@@ -11,68 +9,52 @@ computed by the driver.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from lidit import columns
 from lidit.companions import split_revision
 from lidit.model_files import resolve_model
 from pipelines.table import Table
 
-Features = Callable[[list[np.ndarray]], np.ndarray]
-"""B images (height, width, 3) uint8 of one size -> (B, F)"""
+
+class ClipFeatures(nn.Module):
+    """A CLIP's image tower: uint8 images (B, 3, height, width) -> (B, F), projected."""
+
+    def __init__(self, model: str):
+        super().__init__()
+        from transformers import AutoImageProcessor, CLIPModel
+
+        folder = resolve_model(*split_revision(model))
+        self.clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor = AutoImageProcessor.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:  # B 3 height width
+        arrays = list(images.permute(0, 2, 3, 1).cpu().numpy())
+        pixels = self.processor(images=arrays, return_tensors="pt")["pixel_values"].to(self.clip.device)
+        return self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)  # B F
 
 
-@dataclass
-class Moments:
-    """Mean and covariance of features, built up batch by batch in float64."""
-
-    count: int = 0
-    total: Any = 0.0
-    """(F,) sum."""
-    squares: Any = 0.0
-    """(F, F) sum of outer products."""
-
-    def add(self, features: np.ndarray) -> None:
-        """features (B, F)."""
-        values = features.astype(np.float64)
-        self.count += len(values)
-        self.total = self.total + values.sum(axis=0)
-        self.squares = self.squares + values.T @ values
-
-    @property
-    def mean(self) -> np.ndarray:
-        """(F,)"""
-        return np.asarray(self.total / self.count)
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """(F, F), unbiased."""
-        mean = self.mean
-        return np.asarray((self.squares - self.count * np.outer(mean, mean)) / (self.count - 1))
+def open_features(model: str) -> nn.Module:
+    """The features of a CLIP's image tower, or of a TorchScript file."""
+    if model.endswith((".pt", ".ts")):
+        return torch.jit.load(model, map_location="cpu").eval()
+    return ClipFeatures(model)
 
 
-def frechet_distance(first: Moments, second: Moments) -> float:
-    """The distance of two Gaussians with these moments.
+def open_distance(features: nn.Module) -> Any:
+    """torchmetrics' FID with these features; moments in float64."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
-    The trace of the root of C_1 C_2 is the sum of the roots of the eigenvalues of A C_2 A, A the symmetric root of C_1: real
-    and not negative, so nothing complex comes in.
-    """
-    if min(first.count, second.count) < 2:
-        raise ValueError(
-            f"fid: expected at least 2 images on each side, received {first.count} generated and {second.count} real"
-        )
-    values, vectors = np.linalg.eigh(first.covariance)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    between = np.linalg.eigvalsh(root @ second.covariance @ root)
-    difference = first.mean - second.mean
-    traces = np.trace(first.covariance) + np.trace(second.covariance) - 2 * np.sqrt(np.clip(between, 0, None)).sum()
-    return float(difference @ difference + traces)
+    if not hasattr(features, "num_features"):
+        features.num_features = features(torch.zeros(1, 3, 299, 299, dtype=torch.uint8)).shape[-1]
+    return FrechetInceptionDistance(feature=features)
 
 
 def fid(store: str, config: Any, device: str) -> dict[str, Any]:
@@ -85,52 +67,36 @@ def fid(store: str, config: Any, device: str) -> dict[str, Any]:
         raise ValueError(
             "metric fid: expected --fid_model (a CLIP's folder, or a TorchScript file) and --fid_reference STORE"
         )
-    features = open_features(config.fid_model, device)
-    generated, real = (moments(_images(place, config.batch_size), features) for place in (store, config.fid_reference))
+    distance = open_distance(open_features(config.fid_model)).to(device)
+    for place, real in ((store, False), (config.fid_reference, True)):
+        for images in _images(place, config.batch_size):
+            update(distance, images, real)
+    return result(distance)
+
+
+def update(distance: Any, images: list[np.ndarray], real: bool) -> None:
+    """Adds images (height, width, 3) uint8, grouped by size."""
+    sizes: dict[tuple[int, ...], list[np.ndarray]] = {}
+    for image in images:
+        sizes.setdefault(image.shape, []).append(image)
+    for group in sizes.values():
+        pixels = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2)  # B 3 height width
+        distance.update(pixels.to(distance.device), real=real)
+
+
+def result(distance: Any) -> dict[str, Any]:
+    """The value, and of how many images. Raises ValueError where one side has fewer than two."""
+    generated, real = int(distance.fake_features_num_samples), int(distance.real_features_num_samples)
+    if min(generated, real) < 2:
+        raise ValueError(
+            f"fid: expected at least 2 images on each side, received {generated} generated and {real} real"
+        )
     return {
-        "value": frechet_distance(generated, real),
-        "features": len(generated.mean),
-        "generated": generated.count,
-        "real": real.count,
+        "value": float(distance.compute()),
+        "features": len(distance.real_features_sum),
+        "generated": generated,
+        "real": real,
     }
-
-
-def moments(batches: Iterator[list[np.ndarray]], features: Features) -> Moments:
-    """Of all images; those of a batch are grouped by size."""
-    found = Moments()
-    for batch in batches:
-        sizes: dict[tuple[int, ...], list[np.ndarray]] = {}
-        for image in batch:
-            sizes.setdefault(image.shape, []).append(image)
-        for group in sizes.values():
-            found.add(features(group))
-    return found
-
-
-def open_features(model: str, device: str) -> Features:
-    """The features of a CLIP's image tower, projected, or of a TorchScript file."""
-    if model.endswith((".pt", ".ts")):
-        network = torch.jit.load(model, map_location=device).eval()
-
-        @torch.inference_mode()
-        def scripted(images: list[np.ndarray]) -> np.ndarray:
-            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)  # B 3 height width
-            return np.asarray(network(pixels).float().cpu().numpy())
-
-        return scripted
-    from transformers import AutoImageProcessor, CLIPModel
-
-    folder = resolve_model(*split_revision(model))
-    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-    processor = AutoImageProcessor.from_pretrained(folder)
-
-    @torch.inference_mode()
-    def projected(images: list[np.ndarray]) -> np.ndarray:
-        pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
-        pooled = clip.vision_model(pixel_values=pixels).pooler_output
-        return np.asarray(clip.visual_projection(pooled).cpu().numpy())
-
-    return projected
 
 
 def _images(store: str, batch_size: int) -> Iterator[list[np.ndarray]]:
@@ -139,4 +105,4 @@ def _images(store: str, batch_size: int) -> Iterator[list[np.ndarray]]:
         columns=[columns.IMAGE], filter=f"{columns.IMAGE} IS NOT NULL", batch_size=batch_size, batch_readahead=1
     )
     for batch in batches:
-        yield [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in batch.column(0).to_pylist()]
+        yield [np.array(Image.open(io.BytesIO(data)).convert("RGB")) for data in batch.column(0).to_pylist()]

@@ -38,6 +38,7 @@ DIGEST = "lidit:digest:"  # + column name: key of the file's own metadata
 UNFINISHED = "_unfinished"  # folder in the table, one folder per run in it: files being written
 TOMBSTONE = -2  # Lance's mark for a field of a data file that a later file has replaced
 COMMIT_TRIES = 20
+CREATE_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,9 @@ class Table:
 
     def exists(self) -> bool:
         """Whether there is a table at the URI."""
-        fs, path = fsspec.core.url_to_fs(self.uri)
+        fs, path = fsspec.core.url_to_fs(f"{self.uri}/_versions")
         fs.invalidate_cache(path)  # s3fs remembers that there was none
-        return fs.exists(f"{path}/_versions")
+        return fs.isdir(path)  # asks by listing: the refusal of a HEAD request has no body that would say why
 
     def open(self, version: int | None = None) -> lance.LanceDataset:
         """The newest version, or the given one."""
@@ -143,12 +144,17 @@ class Table:
 
     def create(self, schema: pa.Schema) -> None:
         """Makes an empty table, or adds the columns that an existing one lacks. Safe against another creator."""
-        if not self.exists():
+        for attempt in range(CREATE_TRIES):
+            if self.exists():
+                break
             try:
                 lance.write_dataset(schema.empty_table(), self.uri, mode="create", data_storage_version=STORAGE_VERSION)
-            except OSError:
-                if not self.exists():
+            except (
+                OSError
+            ) as error:  # "exists", of a store that refused for a moment, is tried again where there is none
+                if not self.exists() and ("already exists" not in str(error) or attempt == CREATE_TRIES - 1):
                     raise
+                time.sleep(random.uniform(0, 0.2))
         self._add_fields(list(schema))
 
     def append(self, files: Sequence[ColumnFile]) -> None:

@@ -103,7 +103,6 @@ def test_the_answer_to_every_commit_is_lost(bad_day: Any) -> None:
     store.assert_like(bad_day.clean)
 
 
-@pytest.mark.slow  # until it has been seen to pass
 def test_credentials_expire_in_the_middle(bad_day: Any) -> None:
     store = Store(bad_day, ROWS, FRAGMENTS)
     bad_day.proxy.reset(lambda request: "pass")

@@ -14,7 +14,7 @@ from lidit import columns
 from pipelines.pool import ActorsConfig
 from pipelines.score import ScoreConfig, ScoreImages, Scores
 from pipelines.score_clip import ClipScore
-from pipelines.score_fid import Moments, frechet_distance, moments, open_features
+from pipelines.score_fid import open_distance, open_features, result, update
 from pipelines.score_intervals import estimate, mean_of_means
 from pipelines.score_scenes import Scenes
 
@@ -142,39 +142,54 @@ def test_clip_score_is_the_cosine_of_its_features(clip_folder):
         ScoreImages.writes(ScoreConfig(metrics=("clip_score",), actors=CPU))
 
 
-def test_frechet_distance_of_gaussians_that_are_known():
+class Means(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3))
+
+
+def test_fid_of_features_that_are_known(tmp_path):
+    """A network whose features are the three channels' means: distances of two Gaussians can be written down."""
+
+    torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
     draw = np.random.default_rng(0)
-    first, second = Moments(), Moments()
-    scale = np.array([1.0, 2.0, 0.5])
-    values = draw.standard_normal((200_000, 3))
+    values = draw.normal(100, 10, (4000, 3)).round()
+    moved = values * [1, 2, 0.5] + [20, -50, 30]
+
+    def images(colours):
+        return [np.full((2, 2 + index % 2, 3), colour).astype(np.uint8) for index, colour in enumerate(colours)]
+
+    distance = open_distance(open_features(str(tmp_path / "means.pt")))
     for part in np.array_split(values, 7):
-        first.add(part)
-        second.add(part * scale + [1.0, 0, -2])
-    expected = 5 + ((scale - 1) ** 2).sum()  # of diagonal covariances: squared differences of means and deviations
-    assert frechet_distance(first, second) == pytest.approx(expected, rel=0.02)
-    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
-    np.testing.assert_allclose(first.covariance, np.cov(values.T), atol=1e-9)
+        update(distance, images(part), real=True)
+    update(distance, images(np.floor(moved)), real=False)
+    found = result(distance)
+    means = values.mean(0) - np.floor(moved).mean(0)
+    expected = means @ means + 100 * (0 + 1 + 0.25)  # of diagonal covariances: squared differences of the deviations
+    assert found == {"value": pytest.approx(expected, rel=0.02), "features": 3, "generated": 4000, "real": 4000}
 
 
-def test_frechet_distance_needs_two_images():
-    one = Moments()
-    one.add(np.ones((1, 3)))
-    with pytest.raises(ValueError, match="at least 2 images"):
-        frechet_distance(one, one)
+def test_fid_needs_two_images():
+    distance = open_distance(Means())
+    update(distance, [np.zeros((2, 2, 3), np.uint8)], real=True)
+    with pytest.raises(ValueError, match="at least 2 images on each side, received 0 generated and 1 real"):
+        result(distance)
 
 
-def test_fid_features_grow_with_noise(clip_folder):
-    features = open_features(clip_folder, "cpu")
-    clean = [np.asarray(render(plain_scene(seed), 48, 48)) for seed in range(24)]
+def test_fid_of_a_clip_grows_with_noise(clip_folder):
+    clean = [np.array(render(plain_scene(seed), 48, 48)) for seed in range(24)]
     draw = np.random.default_rng(0)
 
-    def noisy(level):
-        return [np.clip(image + draw.normal(0, level, image.shape), 0, 255).astype(np.uint8) for image in clean]
+    def distance_at(level):
+        distance = open_distance(open_features(clip_folder))
+        update(distance, clean[:10], real=True)
+        update(distance, clean[10:], real=True)
+        noisy = [np.clip(image + draw.normal(0, level, image.shape), 0, 255).astype(np.uint8) for image in clean]
+        update(distance, noisy, real=False)
+        found = result(distance)
+        assert found["real"] == found["generated"] == 24
+        return found["value"]
 
-    real = moments(iter([clean[:10], clean[10:]]), features)
-    assert real.count == 24
-    small, large = (frechet_distance(real, moments(iter([noisy(level)]), features)) for level in (10, 80))
-    assert 0 <= small < large
+    assert -1e-6 <= distance_at(10) < distance_at(80)
 
 
 def test_intervals_cover_and_shrink():
