@@ -5,7 +5,7 @@ the bare figure is the mean of the two. The job is one actor; its throughput is 
 to last file written). The bare loop encodes the same prompts in the same batches, runs `lidit.sampler.sample`, decodes, and
 drops the pixels: no table, no PNG, no Ray.
 
-    python tests/benchmarks/generate.py --weights weights
+    python tests/benchmarks/generate.py
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def alone(what: str, **arguments: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--weights", required=True, help="folder of trained weights")
+    parser.add_argument("--weights", default="demo/weights", help="folder of trained weights (demo/weights)")
     parser.add_argument("--per_task", type=int, default=32, help="prompts of each of the six tasks (32)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
