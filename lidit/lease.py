@@ -39,10 +39,10 @@ class LeaseLost(RuntimeError):
 
 
 class Lease:
-    """Use as a context: inside, no other process holds the lease of that name in the store.
+    """Use as a context: inside, no other process holds the lease of that name in the folder.
 
     Args:
-        store: folder or URI of the store.
+        store: folder or URI: a store, or a training run's.
         name: of the lease, and of its folder there.
         wait_seconds: how long to wait for another holder; 0: not at all.
 

@@ -318,9 +318,7 @@ def _in_thread(act: Any, lease: Lease) -> Any:
         thread.join(0.2)
         if time.monotonic() - checked > HEARTBEAT_SECONDS:
             checked = time.monotonic()
-            with contextlib.suppress(
-                OSError
-            ):  # the storage is away for a moment; for how long at most, the lease knows
+            with contextlib.suppress(OSError):  # the storage is away for a moment; how long at most, the lease knows
                 lease.check()
     if made[1] is not None:
         raise made[1]
