@@ -8,23 +8,18 @@ that divides the batch. With no arguments it trains the demo recipe `scenes` on 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from lidit.alive import HEARTBEAT_SECONDS
-from lidit.lease import Lease, LeaseHeld
+from lidit.lease import Lease
 from trainer.checkpoint import Observe
 from trainer.config import TrainConfig
+from trainer.driver import in_thread, only_driver, stopped_by_signals
 from trainer.manifest import steps_in
 from trainer.recipes import RECIPES
 from trainer.signals import STOP
@@ -110,7 +105,7 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
     if config.dry_run:
         return dataclasses.replace(summary, ok=True, dry_run=True, plan=_plan(config))
     _check_resume_mode(config, storage)
-    with _only_driver(storage) as lease:
+    with only_driver(storage) as lease:
         tables = Tables(config, pinned_versions(storage, config))
         tables.pin()
         write_versions(storage, tables)
@@ -131,19 +126,6 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
     export = f"lidit export --run {summary.folder} --out weights"
     summary.next = export if summary.step == summary.total_steps else "the same command goes on from here"
     return summary
-
-
-@contextmanager
-def _only_driver(storage: Storage) -> Iterator[Lease]:
-    """Inside, no other driver trains the run. Raises ValueError where one does."""
-    with contextlib.ExitStack() as stack:
-        try:
-            lease = stack.enter_context(Lease(storage.uri, "driver"))
-        except LeaseHeld as held:
-            raise ValueError(
-                f"{held}: wait for it, stop it (it saves first), or give this run another `name`"
-            ) from held
-        yield lease
 
 
 # -- Ray --------------------------------------------------------------------------------------------------------------
@@ -218,9 +200,9 @@ def _fit(
             logging_config=LoggingConfig("ERROR"),
         ),
     )
-    with _stopped_by_signals(storage):
+    with stopped_by_signals(storage):
         try:
-            return _in_thread(trainer.fit, lease).return_value
+            return in_thread(trainer.fit, lease).return_value
         except TrainingFailedError as error:
             raise RuntimeError(
                 f"run {config.name!r} failed more than max_failures {config.max_failures} times, at last with "
@@ -270,59 +252,6 @@ def _sigterm_callback() -> Any:
             install_sigterm()
 
     return SaveOnSigterm()
-
-
-# -- the driver's own process -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _stopped_by_signals(storage: Storage) -> Iterator[None]:
-    """Inside, SIGTERM and Ctrl-C ask the workers to save and stop; a second Ctrl-C gives up waiting for them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(signum: int, frame: Any) -> None:
-        if storage.exists(STOP) and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        print("lidit train: stopping after this step; it is saved first", file=sys.stderr, flush=True)
-        storage.write(STOP, b"")
-
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-        storage.remove(STOP)
-
-
-def _in_thread(act: Any, lease: Lease) -> Any:
-    """Runs it in another thread, so that this one takes signals meanwhile; raises what it raises.
-
-    Raises:
-        LeaseLost: this driver was suspended for so long that another one may train the run now.
-    """
-    made: list[Any] = [None, None]
-
-    def run() -> None:
-        try:
-            made[0] = act()
-        except BaseException as error:
-            made[1] = error
-
-    thread = threading.Thread(target=run, name="fit", daemon=True)
-    thread.start()
-    checked = time.monotonic()
-    while thread.is_alive():
-        thread.join(0.2)
-        if time.monotonic() - checked > HEARTBEAT_SECONDS:
-            checked = time.monotonic()
-            with contextlib.suppress(OSError):  # the storage is away for a moment; how long at most, the lease knows
-                lease.check()
-    if made[1] is not None:
-        raise made[1]
-    return made[0]
 
 
 def _check_resume_mode(config: TrainConfig, storage: Storage) -> None:

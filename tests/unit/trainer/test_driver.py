@@ -9,7 +9,7 @@ import pytest
 
 from lidit import lease
 from lidit.lease import Lease, LeaseLost
-from trainer import train
+from trainer import driver
 from trainer.storage import Storage
 
 pytestmark = pytest.mark.unit
@@ -18,26 +18,26 @@ pytestmark = pytest.mark.unit
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "run"))
     refused = r"run is being worked on by process \d+ on .*stop it \(it saves first\), or give this run another `name`"
-    with train._only_driver(storage), pytest.raises(ValueError, match=refused), train._only_driver(storage):
+    with driver.only_driver(storage), pytest.raises(ValueError, match=refused), driver.only_driver(storage):
         pass
-    with train._only_driver(storage):
+    with driver.only_driver(storage):
         pass
 
 
 def test_a_driver_that_lost_its_lease_does_not_wait_for_its_workers(tmp_path: Path, monkeypatch) -> None:
     """As after a suspension of more than `alive.DEAD_AFTER_SECONDS`, seen from this host through the other one's file."""
-    monkeypatch.setattr(train, "HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr(driver, "HEARTBEAT_SECONDS", 0.0)
     over = threading.Event()
     storage = Storage(str(tmp_path))
-    with train._only_driver(storage) as held:
+    with driver.only_driver(storage) as held:
         monkeypatch.setattr(lease, "shows_life", lambda sign: False)
         with Lease(storage.uri, "driver"), pytest.raises(LeaseLost, match="another one has taken over, lease 2"):
-            train._in_thread(over.wait, held)
+            driver.in_thread(over.wait, held)
     over.set()
 
 
 def test_what_the_thread_returns_and_raises(tmp_path: Path) -> None:
     held = Lease(str(tmp_path), "driver")
-    assert train._in_thread(lambda: 7, held) == 7
+    assert driver.in_thread(lambda: 7, held) == 7
     with pytest.raises(KeyError, match="gone"):
-        train._in_thread(lambda: {}["gone"], held)
+        driver.in_thread(lambda: {}["gone"], held)
