@@ -4,8 +4,9 @@
 
 One rank, the demo's recipe and table. **Trainer**: what a worker of `lidit train` runs: loader, DeepSpeed engine, the ranks'
 sums, EMA, metrics, TensorBoard; without validation and checkpoints, which are rare. **Plain**: model, fused AdamW, clipping;
-the very same batches, made before; nothing else, no EMA either. Both take the same steps and must have the same losses. They
-take turns in one process, `repeats` times; figures are medians over all steps but the first two of a turn.
+the very same batches, made before; nothing else, no EMA. **Engine**: that plain loop with DeepSpeed's engine as model and
+optimizer, so that what DeepSpeed costs can be told from what is ours. All take the same steps and must have the same losses.
+They take turns in one process, `repeats` times; figures are medians over all steps but the first two of a turn.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +35,9 @@ from lidit.model import LIDiT
 from trainer.assemble import Batch
 from trainer.batches import Batches
 from trainer.config import CheckpointConfig, TrainConfig, ValidationConfig, ZeroConfig
-from trainer.engine import adamw, prepare_process
+from trainer.engine import adamw, build_engine, prepare_process, set_learning_rate
 from trainer.metrics import read_lines
+from trainer.ranks import Ranks
 from trainer.recipes import scenes
 from trainer.tables import Tables
 from trainer.worker import train
@@ -55,7 +59,15 @@ def main() -> None:
         row, words = compare(args, stage)
         rows.append(row)
         lines += words
-    header = ["ZeRO", "trainer s/step", "plain s/step", "overhead", "data wait", "losses apart"]
+    header = [
+        "ZeRO",
+        "trainer s/step",
+        "engine s/step",
+        "plain s/step",
+        "trainer / plain",
+        "trainer / engine",
+        "data wait",
+    ]
     made.table("; ".join(lines), header, rows)
     made.record(args.record)
 
@@ -70,26 +82,30 @@ def join_alone() -> None:
 
 
 def compare(args: Namespace, stage: int) -> tuple[list[str], list[str]]:
-    """Both in turns, at one stage: a row of the table, and what it says about the targets."""
-    times: dict[str, list[float]] = {"trainer": [], "plain": []}
+    """All three in turns, at one stage: a row of the table, and what it says about the targets."""
+    times: dict[str, list[float]] = {"trainer": [], "engine": [], "plain": []}
     waits, apart = [], 0.0
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as folder:
             config = recipe(args, stage, folder)
             prepare_process(config)
-            ours, seconds = run_trainer(config)
+            lines, seconds = run_trainer(config)
             times["trainer"] += seconds
-            waits += [line["data_wait"] for line in ours[WARM:]]
-            gc.collect()
-            theirs, seconds = run_plain(config)
-            times["plain"] += seconds
-            apart = max(apart, max(abs(line["loss"] - loss) for line, loss in zip(ours, theirs)))
-    trainer, plain = (statistics.median(values) for values in times.values())
-    overhead, wait = trainer / plain - 1, statistics.mean(waits)
-    row = [str(stage), f"{trainer:.3f}", f"{plain:.3f}", f"{overhead:.1%}", f"{wait:.2%}", f"{apart:.1e}"]
+            waits += [line["data_wait"] for line in lines[WARM:]]
+            for name in ("engine", "plain"):
+                gc.collect()
+                losses, seconds = run_bare(config, with_engine=name == "engine")
+                times[name] += seconds
+                apart = max(apart, max(abs(line["loss"] - loss) for line, loss in zip(lines, losses)))
+    trainer, engine, plain = (statistics.median(values) for values in times.values())
+    overhead, own, wait = trainer / plain - 1, trainer / engine - 1, statistics.mean(waits)
+    seconds_each = [f"{value:.3f}" for value in (trainer, engine, plain)]
+    row = [str(stage), *seconds_each, f"{overhead:+.1%}", f"{own:+.1%}", f"{wait:.2%}"]
     words = [
-        f"stage {stage}: overhead {report.verdict(overhead, OVERHEAD, at_least=False, form='{:.1%}')}",
+        f"stage {stage}: over the plain loop {report.verdict(overhead, OVERHEAD, at_least=False, form='{:.1%}')}",
+        f"over the bare engine {own:.1%}",
         f"data wait {report.verdict(wait, WAIT, at_least=False, form='{:.1%}')}",
+        f"losses at most {apart:.1e} apart",
     ]
     return row, words
 
@@ -126,31 +142,60 @@ def run_trainer(config: TrainConfig) -> tuple[list[dict[str, float]], list[float
     return lines, np.diff(begun)[WARM:].tolist()
 
 
-def run_plain(config: TrainConfig) -> tuple[list[float], list[float]]:
+def run_bare(config: TrainConfig, with_engine: bool) -> tuple[list[float], list[float]]:
     """(losses, seconds of each step but the first ones)."""
     tables = Tables(config, {})
     batches, objective = in_memory(config, tables), tables.phase(0).objective
-    torch.manual_seed(config.seed)
-    model = LIDiT(tables.model_config())
-    optimizer = adamw(model, config.optimizer)
+    model, step_taken = bare_engine(config, tables) if with_engine else bare_model(config, tables)
     per_step = config.phases[0].split(1, config.microbatch_size)[1]
     losses, begun = [], []
     for step in range(config.total_steps):
         begun.append(time.perf_counter())
         total = 0.0
-        for batch in batches[step * per_step : (step + 1) * per_step]:
+        for number, batch in enumerate(batches[step * per_step : (step + 1) * per_step]):
             noisy = objective.add_noise(batch.latents, batch.noise, batch.timestep)
             prediction = model(noisy, batch.timestep, batch.prompt_embeds, batch.prompt_mask, batch.instruction_embeds)
             loss = loss_per_sample(objective, prediction, batch.latents, batch.noise, batch.timestep).mean() / per_step
-            loss.backward()
+            step_taken(loss, config.optimizer.learning_rate_at(step, config.total_steps), number == per_step - 1)
             total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.learning_rate_at(step, config.total_steps)
-        optimizer.step()
-        optimizer.zero_grad()
         losses.append(total)
     return losses, np.diff(begun)[WARM:].tolist()
+
+
+Step = Callable[[torch.Tensor, float, bool], None]
+"""(loss of a microbatch, learning rate, whether it is the step's last): backward, and the optimizer's move after the last."""
+
+
+def bare_model(config: TrainConfig, tables: Tables) -> tuple[LIDiT, Step]:
+    """The model, and how it learns with torch alone."""
+    torch.manual_seed(config.seed)
+    model = LIDiT(tables.model_config())
+    optimizer = adamw(model, config.optimizer)
+
+    def step(loss: torch.Tensor, learning_rate: float, last: bool) -> None:
+        loss.backward()
+        if last:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return model, step
+
+
+def bare_engine(config: TrainConfig, tables: Tables) -> tuple[Any, Step]:
+    """DeepSpeed's engine around the model, and how it learns."""
+    engine = build_engine(config, tables.model_config(), Ranks.here())
+
+    def step(loss: torch.Tensor, learning_rate: float, last: bool) -> None:
+        engine.set_gradient_accumulation_boundary(last)
+        engine.backward(loss, scale_wrt_gas=False)
+        if last:
+            set_learning_rate(engine, learning_rate)
+            engine.step()
+
+    return engine, step
 
 
 def in_memory(config: TrainConfig, tables: Tables) -> list[Batch]:

@@ -20,6 +20,7 @@ def test_two_cells_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     found = json.loads((tmp_path / "results.json").read_text())
     assert found.keys() == {"llm_alone", "both_collaborative"}
     assert {"overall", "position_bias, quarter 4"} <= found["llm_alone"][0].keys()
+    assert all(0.1 < found[name][0]["held-out loss"] < 10 for name in found)
     table = (tmp_path / "results.md").read_text()
     assert "| llm_alone | 1 |" in table and "38.72, 66.15" in table
     assert (tmp_path / "position_bias.svg").read_text().count("<polyline") == 2
