@@ -88,7 +88,7 @@ def train(args: Namespace) -> None:
             "pad_multiple": 8,
             "read_threads": 1,
         },
-        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 100, "schedule": "cosine", "final_share": 0.05},
+        "optimizer": {"learning_rate": 2e-3, "warmup_steps": 100, "schedule": "cosine", "final_share": 0.05},
         "ema": {"decay": 0.995},
         "precision": "fp32",
         "microbatch_size": 16,
