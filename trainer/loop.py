@@ -250,9 +250,9 @@ class Loop:
 
     def _save(self, phase: Phase) -> None:
         self.observe("save")
-        self.checkpoints.save(self.progress.step, self.engine, self.ema, self._state(phase))
         if self.report is not None:
-            self.report.writer.flush()
+            self.report.writer.flush()  # first: whoever goes on from this checkpoint has the lines up to it
+        self.checkpoints.save(self.progress.step, self.engine, self.ema, self._state(phase))
         phase.meter.reset()
 
     def _state(self, phase: Phase) -> dict[str, Any]:

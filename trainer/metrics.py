@@ -91,7 +91,7 @@ class MetricsWriter:
             self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def flush(self) -> None:
-        """Puts all that was written where it belongs; at every checkpoint."""
+        """Puts all that was written where it belongs; before every checkpoint."""
         self._lines.flush()
         if self._tensorboard is not None:
             self._tensorboard.flush()

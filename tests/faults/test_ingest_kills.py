@@ -55,7 +55,7 @@ def files(world: Any) -> list[Path]:
 
 
 def count(world: Any) -> int:
-    return world.table.count_rows() if (world.store / "samples.lance" / "_versions").exists() else 0
+    return world.table.count_rows() if any((world.store / "samples.lance").glob("_versions/*.manifest")) else 0
 
 
 def actors_of(job: Any, tools: Any) -> list[int]:

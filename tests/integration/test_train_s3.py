@@ -8,6 +8,8 @@ import os
 import pickle
 import shutil
 import signal
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,12 +35,15 @@ def world(
         store = training.make_store("s3://train/store", codec="fp32")
         config = training.make_config(store, "s3://train/runs", checkpoint=CheckpointConfig(every_steps=4))
         config = training.steps(config, STEPS)
-        yield SimpleNamespace(world=made, config=config, losses=training.reference(config).losses, s3=s3)
+        with tempfile.TemporaryDirectory(prefix="lidit-") as disks:  # of short names: Ray's sockets lie there
+            yield SimpleNamespace(
+                world=made, disks=Path(disks), config=config, losses=training.reference(config).losses, s3=s3
+            )
 
 
 def start(world: Any, config: TrainConfig, machine: str) -> Any:
     """`lidit train` on a machine of that name: an empty disk of its own."""
-    disk = world.world.folder / machine
+    disk = world.disks / machine
     disk.mkdir()
     path = world.world.folder / f"{config.name}-{machine}.yaml"
     path.write_text(yaml.safe_dump(config.to_dict()))
@@ -87,7 +92,7 @@ def test_another_machine_goes_on(world: Any) -> None:
     config = dataclasses.replace(world.config, name="moved", stop_after_steps=10)
     stopped = world.world.finish(start(world, config, "first")).summary
     assert (stopped["ok"], stopped["step"]) == (True, 10)
-    shutil.rmtree(world.world.folder / "first")
+    shutil.rmtree(world.disks / "first")
     summary = world.world.finish(start(world, dataclasses.replace(config, stop_after_steps=None), "second")).summary
     assert (summary["ok"], summary["resumed_from"], summary["step"]) == (True, 10, STEPS)
     np.testing.assert_allclose(losses(world, "moved"), world.losses, atol=1e-4)
