@@ -161,7 +161,9 @@ def test_driver_told_to_stop_then_killed(world: Any, training: Any, tools: Any, 
     workers = [pid for pid, name in tools.descendants(driver.process.pid).items() if "RayTrainWorker" in name]
     driver.process.send_signal(signal.SIGKILL)
     driver.end()
-    tools.wait_until(lambda: not any(map(tools.running, workers)))
+    tools.wait_until(
+        lambda: not any(map(tools.running, workers)), seconds=15
+    )  # before another driver has begun to write
     reached = training.checkpoints(config)[-1]
 
     status, stdout, stderr = Driver(training.steps(config, reached + 6), tmp_path, training.ENVIRONMENT).end()

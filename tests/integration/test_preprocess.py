@@ -157,11 +157,11 @@ def test_killed_in_every_stage_and_finished_by_the_next(world: Any, tools: Any) 
     for stage in preprocess.STAGES:
         job = world.start("preprocess", "--config", path)
         tools.wait_until(lambda stage=stage: begun(world, stage), job)
-        workers = list(tools.descendants(job.pid))
+        actors = [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
         job.send_signal(signal.SIGKILL)
         job.communicate()
         assert not (world.store / "preprocess" / "last.json").exists(), f"it was over before {stage} was killed"
-        tools.wait_until(lambda workers=workers: not any(map(tools.running, workers)))
+        tools.wait_until(lambda actors=actors: not any(map(tools.running, actors)))
     result = world.run("preprocess", "--config", path)
     assert result.summary["ok"] and result.summary["status"] == "done"
     assert_whole(world, 3)
