@@ -33,7 +33,7 @@ demo: $(STAMP)  ## 1,000 rendered scenes: captioned, embedded by two tiny LLMs, 
 
 test: $(STAMP)  ## all but the slowest fault and soak tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m "not slow and not gpu" --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest tests/integration tests/faults -m "not slow and not gpu" --durations 25
+	$(BIN)/python -m pytest tests/integration tests/faults -m "not slow and not gpu" --numprocesses 2 --dist loadfile --durations 25
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"

@@ -19,7 +19,7 @@ import yaml
 from trainer import train
 from trainer.config import CheckpointConfig, TrainConfig
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 STEPS = 24
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ("--sampler.num_inference_steps", 2, "--sampler.guidance_scale", 1)  # the files are what is looked at

@@ -138,7 +138,7 @@ def test_a_second_one_leaves_while_the_first_works(world: Any, tools: Any) -> No
     assert sign["released"] is True
 
 
-# -- slow: the whole command, killed in every stage ------------------------------------------------------------------------
+# -- the whole command, killed in every stage ------------------------------------------------------------------------------
 
 
 def begun(world: Any, stage: str) -> bool:
@@ -148,7 +148,6 @@ def begun(world: Any, stage: str) -> bool:
     return any((world.store / "samples.lance" / "data").glob(f"{stage}-*.lance"))
 
 
-@pytest.mark.slow
 @pytest.mark.faults
 def test_killed_in_every_stage_and_finished_by_the_next(world: Any, tools: Any) -> None:
     for number in range(3):
@@ -168,7 +167,6 @@ def test_killed_in_every_stage_and_finished_by_the_next(world: Any, tools: Any) 
     assert world.run("preprocess", "--config", path).summary["version"] == result.summary["version"]
 
 
-@pytest.mark.slow
 def test_two_at_once_one_waits(world: Any) -> None:
     for number in range(2):
         write_shard(world, number)

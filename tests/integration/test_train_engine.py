@@ -21,7 +21,7 @@ from trainer.config import (
 from trainer.export import ExportConfig
 from trainer.export import main as export
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.integration
 STEPS = 20
 ONE_SAVE = CheckpointConfig(every_steps=1000)
 

@@ -19,7 +19,7 @@ from trainer.config import CheckpointConfig, TrainConfig, ValidationConfig
 from trainer.export import ExportConfig
 from trainer.export import main as export
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.integration
 STEPS = 30
 
 

@@ -18,7 +18,7 @@ from trainer.config import CheckpointConfig, ZeroConfig
 from trainer.export import ExportConfig
 from trainer.export import main as export
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.integration
 STEPS = 12
 
 

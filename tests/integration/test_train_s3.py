@@ -20,7 +20,7 @@ import yaml
 from trainer.config import CheckpointConfig, TrainConfig
 from trainer.storage import Storage
 
-pytestmark = [pytest.mark.integration, pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.faults]
 STEPS = 24
 
 
