@@ -123,7 +123,10 @@ def losses(config: TrainConfig) -> list[float]:
 
 def checkpoints(config: TrainConfig) -> list[int]:
     """Steps that have a checkpoint with a manifest."""
-    return sorted(int(path.parent.name[5:]) for path in Path(config.storage, config.name).rglob("manifest.json"))
+    folder = Path(
+        config.storage, config.name, "checkpoints"
+    )  # a run removes old ones: no walk through what may go away
+    return sorted(int(path.parent.name[5:]) for path in folder.glob("step_*/manifest.json"))
 
 
 # -- a plain loop -----------------------------------------------------------------------------------------------------

@@ -53,7 +53,11 @@ def assert_like(world: Any, clean: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     ("moment", "commit_fragments"),
-    [("before the first file", 1), ("between write and commit", 1000), ("after a commit", 1)],
+    [
+        pytest.param("before the first file", 1, marks=pytest.mark.slow),
+        ("between write and commit", 1000),
+        ("after a commit", 1),
+    ],
 )
 def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, commit_fragments: int) -> None:
     config = world.config(commit={"fragments": commit_fragments, "seconds": 1000.0}, batch_tokens=16)

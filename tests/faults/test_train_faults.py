@@ -73,6 +73,7 @@ def test_killed_in_forward_step_and_save(world: Any, training: Any, ray_for_trai
     assert training.checkpoints(config) == [20, 24] and no_remains(config)
 
 
+@pytest.mark.slow
 def test_sigterm_of_a_rank_saves_and_goes_on(world: Any, training: Any, ray_for_training: Any) -> None:
     config = dataclasses.replace(world.config, name="terminated")
     at = training.Terminate("step", 6, 1, str(world.folder / "terminated-marker"))
@@ -83,6 +84,7 @@ def test_sigterm_of_a_rank_saves_and_goes_on(world: Any, training: Any, ray_for_
     assert training.losses(config) == world.losses
 
 
+@pytest.mark.slow
 def test_more_failures_than_allowed(world: Any, training: Any, ray_for_training: Any) -> None:
     config = dataclasses.replace(world.config, name="doomed", max_failures=0)
     at = training.At("forward", 6, 0, str(world.folder / "doomed-marker"))
@@ -93,6 +95,7 @@ def test_more_failures_than_allowed(world: Any, training: Any, ray_for_training:
     assert training.losses(config) == world.losses
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving(world: Any, training: Any, ray_for_training: Any, tmp_path: Path) -> None:
     """On a file system with room for one checkpoint: the second one stops the run, the first one is whole; with room again
     the same command finishes."""
@@ -133,40 +136,49 @@ class Driver:
         """Lines that it has written."""
         return len(self.lines.read_text().splitlines()) if self.lines.exists() else 0
 
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
     def end(self) -> tuple[int, str, str]:
         """(exit status, stdout, stderr) once it is over."""
         stdout, stderr = self.process.communicate(timeout=400)
         return self.process.returncode, stdout, stderr
 
 
+@pytest.mark.slow
 def test_driver_told_to_stop_then_killed(world: Any, training: Any, tools: Any, tmp_path: Path) -> None:
     """SIGTERM saves and ends with status 1; the next start goes on; kill -9 of it; the third one finishes."""
     config = dataclasses.replace(world.config, name="driven", storage=str(tmp_path))
     slow = training.steps(config, 4000)
-    driver = Driver(slow, tmp_path, training.ENVIRONMENT)
-    tools.wait_until(lambda: driver.steps() >= 3, driver.process)
-    second = subprocess.run(
-        [sys.executable, str(ROOT / "trainer" / "train.py"), "--config", str(tmp_path / "driven.yaml")],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert second.returncode == 2 and "is being worked on by process" in second.stderr
-    driver.process.send_signal(signal.SIGTERM)
-    status, stdout, stderr = driver.end()
+    with Driver(slow, tmp_path, training.ENVIRONMENT) as driver:
+        tools.wait_until(lambda: driver.steps() >= 3, driver.process)
+        second = subprocess.run(
+            [sys.executable, str(ROOT / "trainer" / "train.py"), "--config", str(tmp_path / "driven.yaml")],
+            cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert second.returncode == 2 and "is being worked on by process" in second.stderr
+        driver.process.send_signal(signal.SIGTERM)
+        status, stdout, stderr = driver.end()
     assert status == 1 and json.loads(stdout)["status"] == "stopped", stderr
     stopped = json.loads(stdout)["step"]
     assert training.checkpoints(config)[-1] == stopped and not Path(tmp_path, "driven", "stop").exists()
 
-    driver = Driver(slow, tmp_path, training.ENVIRONMENT)
-    tools.wait_until(lambda: training.checkpoints(config)[-1] >= stopped + 4, driver.process)
-    workers = [pid for pid, name in tools.descendants(driver.process.pid).items() if "RayTrainWorker" in name]
-    driver.process.send_signal(signal.SIGKILL)
-    driver.end()
+    with Driver(slow, tmp_path, training.ENVIRONMENT) as driver:
+        tools.wait_until(lambda: training.checkpoints(config)[-1] >= stopped + 4, driver.process)
+        workers = [pid for pid, name in tools.descendants(driver.process.pid).items() if "RayTrainWorker" in name]
+        driver.process.send_signal(signal.SIGKILL)
+        driver.end()
     tools.wait_until(
         lambda: not any(map(tools.running, workers)), seconds=15
     )  # before another driver has begun to write
     reached = training.checkpoints(config)[-1]
 
-    status, stdout, stderr = Driver(training.steps(config, reached + 6), tmp_path, training.ENVIRONMENT).end()
+    with Driver(training.steps(config, reached + 6), tmp_path, training.ENVIRONMENT) as driver:
+        status, stdout, stderr = driver.end()
     assert status == 0, stderr
     summary = json.loads(stdout)
     assert summary["step"] == reached + 6 and summary["resumed_from"] in (reached, reached - reached % 4)

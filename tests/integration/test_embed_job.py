@@ -196,6 +196,7 @@ def test_the_reading_example_of_the_docs_runs(world: Any, config: EmbedConfig) -
     assert all(np.array_equal(mine, theirs) for mine, theirs in zip(names["embeds"], expected))
 
 
+@pytest.mark.slow
 def test_all_real_prompts_and_captions(world: Any, data: Path) -> None:
     """T2I-CompBench, GenEval, PartiPrompts, dense DrawBench and COCO captions, with two trained LLMs together."""
     sources = sorted((data / "t2i-compbench" / "dataset").glob("*_val.txt"))

@@ -167,6 +167,7 @@ def test_killed_in_every_stage_and_finished_by_the_next(world: Any, tools: Any) 
     assert world.run("preprocess", "--config", path).summary["version"] == result.summary["version"]
 
 
+@pytest.mark.slow
 def test_two_at_once_one_waits(world: Any) -> None:
     for number in range(2):
         write_shard(world, number)

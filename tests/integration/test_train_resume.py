@@ -36,7 +36,8 @@ def average(config: Any, folder: Path) -> dict[str, torch.Tensor]:
     return load_weights(out).state_dict()
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_stage_on_two_ranks_then_one_then_two(world: Any, training: Any, precision: str) -> None:
     """Both: resumed on as many ranks, to the bit; on another number, to rounding. Losses and average."""
     tolerance = 1e-4 if precision == "fp32" else 0.02
