@@ -24,14 +24,13 @@ from typing import Any
 import numpy as np
 
 from demo import weights_table
+from demo.bias_plot import plot, quarters_of
 from demo.prompts import bias_prompts, exam_prompts
 from lidit.text import PAPER_INSTRUCTION, EncoderConfig
-from pipelines.inspect_charts import curves
 from trainer.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "caption_original"
-QUARTERS = 4
 FLOW_SHIFT = 4.0
 """A scene of 36 tokens is laid out while little but noise is there: timesteps are drawn where the prompt decides."""
 HELD_OUT = "held-out loss"
@@ -196,19 +195,12 @@ def report(grid: Grid) -> None:
     (grid.out / "results.md").write_text("\n".join(lines) + "\n")
     series = {name: bias for name, scores in found.items() if (bias := position_bias(scores))}
     if series:
-        (grid.out / "position_bias.svg").write_text(curves(series, "quarter of the prompt", "found"))
+        (grid.out / "position_bias.svg").write_text(plot(series))
 
 
-def position_bias(scores: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
-    """(quarter of the prompt, share of its objects that are there with their colour), mean over seeds."""
-    points = []
-    for quarter in range(1, QUARTERS + 1):
-        values = [
-            one[f"position_bias, quarter {quarter}"] for one in scores if f"position_bias, quarter {quarter}" in one
-        ]
-        if values:
-            points.append((float(quarter), float(np.mean(values))))
-    return points
+def position_bias(scores: Sequence[dict[str, Any]]) -> list[float]:
+    """Share of the objects that are there with their colour, by quarter of the prompt, mean over seeds."""
+    return np.mean([quarters_of(one) for one in scores], axis=0).tolist()
 
 
 def _mean(values: Sequence[float]) -> str:
