@@ -1,6 +1,8 @@
-"""The position-bias curve as a picture: how much of each quarter of a prompt is in the image. A standalone SVG.
+"""The position-bias curve as a picture: how much of each quarter of a prompt is in the image.
 
-python -m demo.bias_plot --scores weights=generated/scores.json other=other/scores.json --out position_bias.svg
+    python -m demo.bias_plot --scores weights=generated/scores.json other=other/scores.json --out position_bias.svg
+
+A standalone SVG, a line for each file of scores.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ def build_optimizers(model: PreTrainedModel, learning_rate: float) -> list[torch
 
     With AdamW alone, models this small sat for hundreds of steps before they learnt to look a word up in a caption.
     """
-    matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
-    others = [value for name, value in model.named_parameters() if value.ndim != 2 or "embed" in name]
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    matrices = [value for value in model.parameters() if value.ndim == 2 and id(value) not in tables]
+    others = [value for value in model.parameters() if value.ndim != 2 or id(value) in tables]
     return [
         torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),

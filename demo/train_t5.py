@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from demo.language import HELD_OUT_SEEDS, TRAIN_SEEDS, draw_scene, plain_text
 from demo.lm import CONTEXT
-from demo.optimisation import schedule
+from demo.optimisation import build_optimizers, schedule
 from demo.train_encoders import restore, save_checkpoint
 
 FOLDER = Path(__file__).resolve().parent / "encoders"
@@ -97,22 +97,11 @@ def predict(model: T5EncoderModel, given: Tensor, masked: Tensor, real: Tensor) 
     return states @ model.shared.weight.T * model.config.d_model**-0.5
 
 
-def optimizers_of(model: T5EncoderModel, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """As the LLMs are trained: Muon for the blocks' matrices, AdamW for the rest."""
-    tables = ("shared", "relative_attention_bias")
-    matrices = [v for name, v in model.named_parameters() if v.ndim == 2 and not any(table in name for table in tables)]
-    others = [v for name, v in model.named_parameters() if v.ndim != 2 or any(table in name for table in tables)]
-    return [
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
 def train(tokenizer: PreTrainedTokenizerFast, steps: int, work: Path) -> tuple[T5EncoderModel, dict[str, Any]]:
     """The trained model, and what is to be said of its training."""
     torch.manual_seed(0)
     model, learning_rate = build_model(len(tokenizer), tokenizer.pad_token_id), 6e-3
-    optimizers = optimizers_of(model, learning_rate)
+    optimizers = build_optimizers(model, learning_rate)
     recipe = {"steps": steps, "texts": TEXTS, "masked": MASKED, "learning_rate": learning_rate}
     first, before, recent = restore(work / "t5-base.pt", recipe, model, optimizers)
     started = saved = time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -28,7 +27,7 @@ def draw(world: Any, layout: str, prompts: Path) -> Path:
 
 def is_picture(path: Path) -> bool:
     """Whether it is a whole image of the weights' size."""
-    with Image.open(io.BytesIO(path.read_bytes())) as image:
+    with Image.open(path) as image:
         return image.convert("RGB").size == (48, 48)
 
 
