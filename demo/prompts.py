@@ -63,9 +63,9 @@ def is_held_out(scene: Scene) -> bool:
     return any(zlib.crc32(" and ".join(pair).encode()) % 8 == 0 for pair in itertools.combinations(names, 2))
 
 
-def scene_prompt(scene: Scene, rng: np.random.Generator) -> str:
-    """A prompt that names every group of the scene, in one of `FORMS`, sometimes with the background."""
-    form = FORMS[rng.choice(len(FORMS), p=(0.2, 0.35, 0.25, 0.2))]
+def scene_prompt(scene: Scene, rng: np.random.Generator, shares: Sequence[float] = (0.2, 0.35, 0.25, 0.2)) -> str:
+    """A prompt that names every group of the scene, in one of `FORMS` (of these shares), sometimes with the background."""
+    form = FORMS[rng.choice(len(FORMS), p=shares)]
     relations = stated_relations(scene)
     if form == "where" and relations and len(scene.groups) == 2:
         relation = relations[0] if rng.random() < 0.5 else relations[0].inverse()

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 Instruction = Literal["kept", "cut"]
 RefinerAttention = Literal["full", "causal"]
 Fusion = Literal["collaborative", "concat"]
+Position = Literal["conv", "rope"]
 HEAD_CHANNELS_STEP = 8  # fused attention kernels want K in whole steps of it
 
 
@@ -46,6 +47,9 @@ class LIDiTConfig:
     fusion: Fusion = "collaborative"
     """`collaborative`: branches attend to each other before their tokens are concatenated. `concat`: they do not.
     With one encoder there is nobody to attend to, and both mean the same."""
+    position: Position = "conv"
+    """How image tokens know their places. `conv`: the ResBlock's zero padding alone, the paper's way. `rope`: besides, the
+    DiT's self-attention rotates queries and keys by row and column."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoders", dict(self.encoders))  # ours: a caller's later change must not reach it
@@ -71,6 +75,7 @@ class LIDiTConfig:
             ("instruction", Instruction),
             ("refiner_attention", RefinerAttention),
             ("fusion", Fusion),
+            ("position", Position),
         ):
             if getattr(self, field) not in get_args(choice):
                 raise ValueError(

@@ -19,6 +19,9 @@ from lidit.attention import Keys, attention
 EPS = 1e-6
 TIMESTEP_SCALE = 1000.0  # `timestep` is in [0, 1]; the embedding's frequencies are made for [0, 1000]
 TIMESTEP_CHANNELS = 256
+ROTARY_BASE = (
+    100.0  # the slowest rotation turns once in some 600 tokens: images have up to 64 on a side, texts many more
+)
 GROUPS = 32  # of GroupNorm, or as many of them as divide the width
 
 
@@ -42,6 +45,25 @@ def timestep_features(timestep: Tensor, channels: int = TIMESTEP_CHANNELS, max_p
     exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
     angles = timestep.float()[:, None] * torch.exp(-math.log(max_period) * exponent)  # B half
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary_angles(h: int, w: int, channels: int, device: torch.device | None = None) -> Tensor:
+    """Angles (h w, channels / 2) fp32 for tokens in rows: the first half from a token's row, the second from its column.
+
+    RoPE (arXiv 2104.09864) on two axes; frequencies fall geometrically from 1 to 1 / ROTARY_BASE a token.
+    """
+    half = channels // 4
+    frequency = ROTARY_BASE ** -(torch.arange(half, dtype=torch.float32, device=device) / half)
+    rows, columns = (torch.arange(size, dtype=torch.float32, device=device)[:, None] * frequency for size in (h, w))
+    row = rows[:, None].expand(h, w, half)
+    return torch.cat([row, columns.expand(h, w, half)], dim=-1).flatten(0, 1)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turns channel i with channel i + K / 2 by the token's angle i, in fp32. Shapes: x (B, S, N, K), angles (S, K / 2)."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # S 1 K/2
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
 
 
 def masked_mean(tokens: Tensor, real: Tensor) -> Tensor:
@@ -122,9 +144,13 @@ class SelfAttention(nn.Module):
         self.norm_k = nn.RMSNorm(width // heads, eps=EPS)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, keys: Keys | None = None) -> Tensor:
+    def forward(self, x: Tensor, keys: Keys | None = None, angles: Tensor | None = None) -> Tensor:
+        """x (B, S, D), keys of its S tokens, `rotary_angles` of their places -> (B, S, D)."""
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # B S N K each
-        y = attention(self.norm_q(q), self.norm_k(k), v, keys)  # B S N K
+        q, k = self.norm_q(q), self.norm_k(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        y = attention(q, k, v, keys)  # B S N K
         return self.out(y.flatten(2))  # B S D
 
 

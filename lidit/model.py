@@ -39,8 +39,9 @@ from lidit.layers import (
     add_gated,
     masked_mean,
     modulate,
+    rotary_angles,
 )
-from lidit.refiner import CollaborativeRefiner, LinguisticRefiner
+from lidit.refiner import CollaborativeBranch, CollaborativeRefiner, LinguisticBlock, LinguisticRefiner
 
 
 class LIDiT(nn.Module):
@@ -96,8 +97,11 @@ class LIDiT(nn.Module):
         x = self.patchify(noisy_latents)  # B D h w
         h, w = x.shape[2:]
         x = self.res_block(x).flatten(2).transpose(1, 2).contiguous()  # B S D, S = h w
+        angles = None
+        if self.config.position == "rope":
+            angles = rotary_angles(h, w, self.config.head_channels, x.device)  # S K/2
         for block in self.blocks:
-            x = self._run(block, x, cond, context, keys)
+            x = self._run(block, x, cond, context, keys, angles)
         return self.final(x, cond, (h, w)).to(noisy_latents.dtype)  # B C H W
 
     def refine(
@@ -155,6 +159,16 @@ class LIDiT(nn.Module):
                     setattr(module, name, function)
         return self
 
+    def compile_blocks(self, **options: Any) -> LIDiT:
+        """Compiles every block as a whole, blocks of a kind once: faster than regions, above all on CPUs in bf16.
+
+        Not for a model that ZeRO-3 shards: its hooks gather weights in the middle of a block. `options` go to torch.compile.
+        """
+        for module in self.modules():
+            if isinstance(module, DiTBlock | FinalLayer | LinguisticBlock | CollaborativeBranch | ResBlock):
+                module.compile(**options)
+        return self
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def initialise(self) -> None:
@@ -203,10 +217,10 @@ class DiTBlock(Modulated):
         self.cross_attention = CrossAttention(config.width, config.heads)
         self.feed_forward = FeedForward(config.width, config.ffn_ratio)
 
-    def forward(self, x: Tensor, cond: Tensor, context: Tensor, keys: Keys) -> Tensor:
-        """x (B, S, D), cond (B, D), context (B, sum of L, D) or packed, its keys -> (B, S, D)."""
+    def forward(self, x: Tensor, cond: Tensor, context: Tensor, keys: Keys, angles: Tensor | None = None) -> Tensor:
+        """x (B, S, D), cond (B, D), context (B, sum of L, D) or packed, its keys, angles (S, K / 2) -> (B, S, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(cond)  # B 1 D each
-        x = self.add_gated(x, gate1, self.self_attention(self.modulate(x, shift1, scale1)))
+        x = self.add_gated(x, gate1, self.self_attention(self.modulate(x, shift1, scale1), angles=angles))
         x = self.add_gated(x, gate2, self.cross_attention(self.modulate(x, shift2, scale2), context, keys))
         return self.add_gated(x, gate3, self.feed_forward(self.modulate(x, shift3, scale3)))
 

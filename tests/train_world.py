@@ -37,8 +37,8 @@ from trainer.config import (
     TrainConfig,
     ZeroConfig,
 )
-from trainer.engine import adamw
 from trainer.metrics import read_lines
+from trainer.optimizer import build_optimizer
 from trainer.tables import Tables
 
 TESTS = Path(__file__).resolve().parent
@@ -151,7 +151,7 @@ def reference(
     table = tables.phase(0)
     torch.manual_seed(config.seed)
     model = LIDiT(tables.model_config()).to(dtype)
-    optimizer = adamw(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     made = Reference([], [], {}, average)
     phase = config.phases[0]

@@ -18,6 +18,8 @@ from trainer.fields import at_least, from_plain, to_plain
 
 Size = Literal["tiny", "small", "1b", "10b"]
 Precision = Literal["fp32", "bf16"]
+Compile = Literal["pointwise", "blocks"]
+OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["constant", "linear", "cosine"]
 ResumeMode = Literal["auto", "never", "must"]
 ZeroStage = Literal[0, 1, 2, 3]
@@ -33,8 +35,13 @@ class ModelConfig:
     """Fields of `LIDiTConfig` that differ from the size's, such as `{refiner_blocks: 0, fusion: concat}`."""
     checkpointing: bool = False
     """Activation checkpointing: keep each block's input alone and compute the block twice. About a third more FLOPs."""
-    compile: bool = False
-    """Compile what lies between the matmuls (CUDA)."""
+    compile: Compile | None = None
+    """`pointwise`: compile what lies between the matmuls, at any ZeRO stage. `blocks`: whole blocks, faster, up to stage 2.
+    null: nothing. On CPUs it needs a C++ compiler."""
+
+    def __post_init__(self) -> None:
+        if self.compile not in (None, *get_args(Compile)):
+            raise ValueError(f"model.compile: expected pointwise, blocks or null, received {self.compile!r}")
 
     def build(self, encoders: Mapping[str, int], in_channels: int) -> LIDiTConfig:
         """The model's shape for a table's encoders (name -> width) and latent channels."""
@@ -141,10 +148,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate over the steps."""
+    """Optimizer and learning rate over the steps."""
 
+    name: OptimizerName = "adamw"
+    """`adamw`; or `muon` for the matrices of blocks and refiners, AdamW for the rest: needs whole matrices (`zero.stage` 0)."""
     learning_rate: float = 1e-4
-    """After the warm-up."""
+    """After the warm-up; of both parts."""
+    muon_momentum: float = 0.95
+    """Of Muon."""
     beta1: float = 0.9
     """Decay of the mean of gradients."""
     beta2: float = 0.999
@@ -157,6 +168,8 @@ class OptimizerConfig:
     """Largest norm of all gradients together; 0: no clipping."""
     schedule: Schedule = "constant"
     """After the warm-up: constant, or down to `final_share` at the run's last step."""
+    fall_share: float = 1.0
+    """Share of the run's steps, its last ones, over which the rate falls; before them it is constant."""
     warmup_steps: int = 1000
     """Steps of a linear rise from 0."""
     final_share: float = 0.0
@@ -169,8 +182,14 @@ class OptimizerConfig:
             raise ValueError(
                 f"optimizer: expected learning_rate > 0, eps > 0, weight_decay >= 0, grad_clip >= 0, received {self}"
             )
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.final_share <= 1):
-            raise ValueError(f"optimizer: expected betas from 0 to below 1, final_share from 0 to 1, received {self}")
+        if self.name not in get_args(OptimizerName):
+            raise ValueError(f"optimizer.name: expected adamw or muon, received {self.name!r}")
+        if not all(0 <= value < 1 for value in (self.beta1, self.beta2, self.muon_momentum)):
+            raise ValueError(f"optimizer: expected muon_momentum and betas from 0 to below 1, received {self}")
+        if not (0 <= self.final_share <= 1 and 0 < self.fall_share <= 1):
+            raise ValueError(
+                f"optimizer: expected final_share from 0 to 1 and fall_share above 0 up to 1, received {self}"
+            )
         at_least(0, self, "warmup_steps")
         at_least(1, self, "max_skipped_steps")
 
@@ -180,7 +199,8 @@ class OptimizerConfig:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.learning_rate
-        done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps))
+        first = max(self.warmup_steps, round((1 - self.fall_share) * total_steps))  # step of the fall
+        done = min(1.0, max(0, step - first) / max(1, total_steps - 1 - first))
         left = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return self.learning_rate * (self.final_share + (1 - self.final_share) * left)
 
@@ -333,7 +353,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     """What is read of the table, and how."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW and its learning rate."""
+    """Optimizer and its learning rate."""
     ema: EMAConfig = EMAConfig()
     """Moving average of the weights."""
     zero: ZeroConfig = ZeroConfig()
@@ -383,6 +403,13 @@ class TrainConfig:
             raise ValueError("validation: needs rows that are not trained on; set data.holdout, such as 0.01")
         if self.max_failures < -1:
             raise ValueError(f"max_failures: expected -1 (no end) or more, received {self.max_failures}")
+        if self.optimizer.name == "muon" and self.zero.stage > 0:
+            raise ValueError(f"optimizer.name: muon needs whole matrices, zero.stage 0, received {self.zero.stage}")
+        if self.model.compile == "blocks" and self.zero.stage == 3:
+            raise ValueError(
+                "model.compile: blocks cannot be compiled whole at zero.stage 3, which gathers weights inside them; use "
+                "pointwise, or stage 0 to 2"
+            )
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cpus_per_worker: expected more than 0, received {self.cpus_per_worker}")
         at_least(1, self, "microbatch_size", "num_workers")

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run: the model built (sharded from the start at stage 3), AdamW, and DeepSpeed around them."""
+"""The DeepSpeed engine of a run: the model (sharded from the start at stage 3), its optimizer, and DeepSpeed around them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
 
 from lidit.config import LIDiTConfig
 from lidit.model import LIDiT
-from trainer.config import OptimizerConfig, TrainConfig
+from trainer.config import TrainConfig
+from trainer.optimizer import build_optimizer
 from trainer.ranks import Ranks
 from trainer.zero import deepspeed_config
 
@@ -44,39 +44,21 @@ def build_engine(config: TrainConfig, model_config: LIDiTConfig, ranks: Ranks, u
     with deepspeed.zero.Init(config_dict_or_path=settings) if sharded else contextlib.nullcontext():
         model = LIDiT(model_config)
     model.set_checkpointing(config.model.checkpointing)
-    if config.model.compile and ranks.device.type == "cuda":
+    if config.model.compile == "pointwise":
         model.compile_regions()
-    optimizer = adamw(model, config.optimizer)
+    elif config.model.compile == "blocks":
+        model.compile_blocks()
+    optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     # Ours alone: a failed write must not raise on one rank while the others wait for it (see checkpoint.py).
     engine._copy_recovery_script = lambda save_path: None
     return engine
 
 
-def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay, if there is any, on what has two dimensions or more. The rate is set at every step."""
-    parameters = [param for param in model.parameters() if param.requires_grad]
-    groups = [{"params": parameters, "weight_decay": config.weight_decay}]
-    if config.weight_decay:
-        vectors = [param for param in parameters if _ndim(param) < 2]
-        matrices = [param for param in parameters if _ndim(param) >= 2]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
-
-
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """Of the next optimizer step, in all groups."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-def _ndim(param: nn.Parameter) -> int:
-    """Dimensions of a parameter, also where ZeRO-3 has taken its data away."""
-    return len(getattr(param, "ds_shape", param.shape))
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -160,6 +160,7 @@ def check_resumable(config: TrainConfig, saved: Mapping[str, Any], tables: Table
     fixed = ("model", "objective", "flow", "ddpm", "precision", "seed")
     pairs = {name: (before[name], now[name]) for name in fixed}
     pairs["zero.stage"] = (before["zero"]["stage"], config.zero.stage)
+    pairs["optimizer.name"] = (before["optimizer"].get("name", "adamw"), config.optimizer.name)
     pairs["data.encoders"] = (list(before["data"]["encoders"]), list(config.data.encoders))
     phase, step_in_phase, images_seen = config.phase_at(saved["step"])
     pairs["images that the phases have seen by then"] = (saved["images_seen"], images_seen)

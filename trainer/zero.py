@@ -40,7 +40,7 @@ def deepspeed_config(config: TrainConfig, model: LIDiTConfig, phase: PhaseConfig
         # Only the loop decides whether a step is taken: DeepSpeed looks for overflow at some stages, not at others.
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
         "zero_optimization": zero_optimization(config, model, world_size),
-        "zero_allow_untested_optimizer": True,  # torch's AdamW; DeepSpeed's own must be compiled
+        "zero_allow_untested_optimizer": True,  # torch's; DeepSpeed's own must be compiled
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,  # our own metrics
         "wall_clock_breakdown": False,

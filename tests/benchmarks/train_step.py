@@ -35,8 +35,9 @@ from lidit.model import LIDiT
 from trainer.assemble import Batch
 from trainer.batches import Batches
 from trainer.config import CheckpointConfig, TrainConfig, ValidationConfig, ZeroConfig
-from trainer.engine import adamw, build_engine, prepare_process, set_learning_rate
+from trainer.engine import build_engine, prepare_process, set_learning_rate
 from trainer.metrics import read_lines
+from trainer.optimizer import build_optimizer
 from trainer.ranks import Ranks
 from trainer.recipes import scenes
 from trainer.tables import Tables
@@ -170,7 +171,7 @@ def bare_model(config: TrainConfig, tables: Tables) -> tuple[LIDiT, Step]:
     """The model, and how it learns with torch alone."""
     torch.manual_seed(config.seed)
     model = LIDiT(tables.model_config())
-    optimizer = adamw(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer)
 
     def step(loss: torch.Tensor, learning_rate: float, last: bool) -> None:
         loss.backward()

@@ -90,6 +90,22 @@ def test_stages_agree_in_bf16(world: Any, training: Any) -> None:
         assert_close(exported(config, "raw", world.folder), world.plain.weights, atol=0.05)
 
 
+def test_muon_equals_a_plain_loop(world: Any, training: Any) -> None:
+    """Two ranks, accumulation; in bf16, DeepSpeed puts fp32 masters in the weights' place."""
+    muon = dataclasses.replace(world.config.optimizer, name="muon")
+    base = dataclasses.replace(world.config, optimizer=muon, zero=ZeroConfig(stage=0), microbatch_size=2)
+    plain = training.reference(base)
+    configs = [
+        dataclasses.replace(base, name=f"muon-{precision}", precision=precision) for precision in ("fp32", "bf16")
+    ]
+    training.run_ranks(2, "train_all", configs)
+    for config, rtol, atol in zip(configs, (1e-3, 0.02), (1e-3, 0.05)):  # Muon's own arithmetic is in bf16
+        np.testing.assert_allclose(training.losses(config), plain.losses, rtol=rtol, err_msg=config.name)
+        assert_close(exported(config, "raw", world.folder), plain.weights, atol=atol)
+    apart = [(plain.weights[name] - value).abs().max() for name, value in world.plain.weights.items()]
+    assert max(apart) > 0.01, "else it could be AdamW"
+
+
 @pytest.mark.parametrize(("how", "precision"), [("nan", "fp32"), ("inf", "bf16")])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     world: Any, training: Any, how: str, precision: str

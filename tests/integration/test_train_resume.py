@@ -67,6 +67,23 @@ def test_every_stage_on_two_ranks_then_one_then_two(world: Any, training: Any, p
             torch.testing.assert_close(found[name], value, atol=tolerance, rtol=0)
 
 
+def test_muon_and_compiled_blocks_resume_to_the_bit(world: Any, training: Any) -> None:
+    base = dataclasses.replace(
+        world.config,
+        precision="bf16",
+        zero=ZeroConfig(stage=0),
+        num_workers=1,
+        optimizer=dataclasses.replace(world.config.optimizer, name="muon"),
+        model=dataclasses.replace(world.config.model, compile="blocks"),
+    )
+    unbroken, resumed = (dataclasses.replace(base, name=f"muon-{kind}") for kind in ("unbroken", "resumed"))
+    training.run_ranks(1, "train_all", [unbroken, dataclasses.replace(resumed, stop_after_steps=5)])
+    assert [outcome["resumed_from"] for outcome in training.run_ranks(1, "train_all", [resumed])[0]] == [5]
+    assert training.losses(resumed) == training.losses(unbroken)
+    found, expected = average(resumed, world.folder), average(unbroken, world.folder)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_the_newest_valid_checkpoint_is_taken(world: Any, training: Any) -> None:
     """Shards cut short, of 0 bytes, changed in place, missing, and an edited manifest: skipped, each with the file's name."""
     config = dataclasses.replace(world.config, name="damaged", checkpoint=CheckpointConfig(every_steps=2, keep_last=9))

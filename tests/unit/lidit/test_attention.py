@@ -136,3 +136,16 @@ def test_the_kernel_equals_masks_on_a_gpu(name, channels):
     torch.testing.assert_close(out, wanted, atol=2e-2, rtol=2e-2)
     for ours, theirs in zip(gradients(out, *inputs), gradients(wanted, *inputs)):
         torch.testing.assert_close(ours, theirs, atol=3e-2, rtol=3e-2)
+
+
+def test_bf16_on_a_cpu_attends_in_fp32():
+    """Its own kernel's backward pass is many times slower; the result is rounded once."""
+    real = torch.tensor(MASKS["ragged"], dtype=torch.bool)
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in draw(5)]
+    wholes = [half.detach().float().requires_grad_() for half in halves]
+    out, wanted = run(*halves, Keys(real)), run(*wholes, Keys(real))
+    assert out.dtype == torch.bfloat16 and torch.equal(out, wanted.bfloat16())
+    (out.float() * 3).sum().backward()
+    (wanted * 3).sum().backward()
+    for half, whole in zip(halves, wholes):
+        assert half.grad.dtype == torch.bfloat16 and torch.equal(half.grad, whole.grad.bfloat16())

@@ -17,6 +17,8 @@ from lidit.layers import (
     add_gated,
     masked_mean,
     modulate,
+    rotary_angles,
+    rotate,
     timestep_features,
 )
 
@@ -56,6 +58,27 @@ def test_timestep_features_keep_neighbours_apart_in_bf16():
     embedding = TimestepEmbedding(16).to(torch.bfloat16)
     near = embedding(torch.tensor([0.7500, 0.7512]))  # the same number in bf16, whose step there is 0.004
     assert near.dtype == torch.bfloat16 and not torch.equal(near[0], near[1])
+
+
+# -- rotation ---------------------------------------------------------------------------------------------------------
+
+
+def test_rotate_by_hand():
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])[None, :, None]  # one token of one head, K = 4
+    turned = rotate(x, torch.tensor([[torch.pi / 2, 0.0]]))
+    torch.testing.assert_close(turned.flatten(), torch.tensor([-3.0, 2.0, 1.0, 4.0]))
+
+
+def test_scores_of_rotated_tokens_depend_on_where_they_are_from_each_other():
+    h, w, channels = 4, 5, 16
+    query, key = (randn(1, 1, 1, channels, seed=seed).expand(1, h * w, 1, channels) for seed in (1, 2))
+    angles = rotary_angles(h, w, channels)
+    query, key = rotate(query, angles)[0, :, 0], rotate(key, angles)[0, :, 0]
+    scores = (query @ key.T).view(h, w, h, w)
+    torch.testing.assert_close(scores[1:, :-1, 1:, :-1], scores[:-1, 1:, :-1, 1:])
+    apart = scores[0, 0].flatten()
+    assert (apart[:, None] - apart).abs().add(torch.eye(h * w)).min() > 1e-3, "every place is another one"
+    torch.testing.assert_close(query.norm(dim=-1), query.norm(dim=-1)[:1].expand(h * w))
 
 
 # -- modulation -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from lidit.attention import Keys
 from lidit.config import lidit_1b, lidit_10b, lidit_tiny
-from lidit.layers import ZeroLinear
+from lidit.layers import ZeroLinear, rotary_angles
 from lidit.model import LIDiT
 
 pytestmark = pytest.mark.unit
@@ -26,7 +26,12 @@ SWITCHES = [
     {"encoders": 3},
     {"encoders": 1, "refiner_blocks": 0},
     {"patch_size": 1, "ffn_ratio": 2},
+    {"position": "rope"},
 ]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def run(model, inputs, **changes):
@@ -374,6 +379,23 @@ def test_backends_agree(make_model, make_inputs):
         model.set_attention("flash")
 
 
+def test_rotated_tokens_know_their_places(make_model, make_inputs):
+    """Without, and without convolutions, a block does not see in which order its tokens stand."""
+    inputs, order = randn(2, 12, 32), torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    for position, same in (("conv", True), ("rope", False)):
+        model = make_model(position=position)
+        angles = rotary_angles(3, 4, model.config.head_channels) if position == "rope" else None
+        context, cond = randn(2, 5, 32), randn(2, 1, 32)[:, 0]
+        keys = Keys(torch.ones(2, 5, dtype=torch.bool))
+        straight = model.blocks[0](inputs, cond, context, keys, angles)
+        mixed = model.blocks[0](inputs[:, order], cond, context, keys, angles)
+        assert torch.allclose(straight[:, order], mixed, atol=1e-5) == same
+    conv, rope = make_model(position="conv"), make_model(position="rope")
+    rope.load_state_dict(conv.state_dict())
+    same_inputs = make_inputs(conv)
+    assert not torch.allclose(run(conv, same_inputs), run(rope, same_inputs), atol=1e-3)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_regions_give_the_same(make_model, make_inputs, backend):
     model = make_model()
@@ -386,6 +408,35 @@ def test_compiled_regions_give_the_same(make_model, make_inputs, backend):
         close(gradient, ours[name])
     assert set(compiled.state_dict()) == names
     assert "modulate" in vars(compiled.blocks[0]) and "modulate" not in vars(model.blocks[0])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_give_the_same(make_model, make_inputs, backend):
+    torch._dynamo.reset()
+    model = make_model(position="rope")
+    inputs = make_inputs(model)
+    plain, ours = run(model, inputs), gradients(model, inputs)
+    names = set(model.state_dict())
+    compiled = copy.deepcopy(model).compile_blocks(backend=backend)
+    close(run(compiled, inputs), plain)
+    for name, gradient in gradients(compiled, inputs).items():
+        close(gradient, ours[name])
+    assert set(compiled.state_dict()) == names
+
+
+def test_blocks_of_a_kind_are_compiled_once(make_model, make_inputs):
+    torch._dynamo.reset()
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph
+
+    deep, shallow = (make_model(depth=depth) for depth in (5, 2))
+    run(shallow.compile_blocks(backend=backend), make_inputs(shallow))
+    once = len(made)
+    run(deep.compile_blocks(backend=backend), make_inputs(deep))
+    assert len(made) == once > 0
 
 
 def test_regions_are_compiled_once_for_all_sizes(make_model, make_inputs):

@@ -106,6 +106,8 @@ def test_batches_that_do_not_divide_among_the_ranks_are_refused_before_anything_
             "does not divide num_workers 3",
         ),
         (lambda: TrainConfig(stop_after_steps=0), "stop_after_steps"),
+        (lambda: TrainConfig(model=ModelConfig(compile="blocks")), "compiled whole at zero.stage 3"),
+        (lambda: ModelConfig(compile="all"), "model.compile: expected pointwise, blocks or null, received 'all'"),
         (lambda: ModelConfig(changes={"depht": 3}).build({"a": 8}, 4), "fields of LIDiTConfig, received depht"),
         (lambda: ModelConfig(changes={"in_channels": 3}).build({"a": 8}, 4), "in_channels come from the table"),
     ],
@@ -150,6 +152,11 @@ def test_learning_rates() -> None:
     assert [linear.learning_rate_at(step, 5) for step in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     cosine = replace(linear, schedule="cosine", final_share=0.0)
     assert [cosine.learning_rate_at(step, 5) for step in (0, 2, 4, 99)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    late = replace(linear, warmup_steps=2, fall_share=0.5, final_share=0.0)
+    assert [late.learning_rate_at(step, 10) for step in (0, 2, 5, 7, 9)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+    assert late.learning_rate_at(5, 10) == late.learning_rate_at(5, 30), (
+        "its end may be moved while the rate is constant"
+    )
 
 
 def test_ema_decay_grows_to_its_value() -> None:
