@@ -24,7 +24,7 @@ from pipelines.filters import FiltersConfig
 from pipelines.ingest_work import Work, plain
 from pipelines.ingest_worker import EXAMPLES, IngestWorker
 from pipelines.known import LEANING, REFUSED, start_known
-from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray, start_tracker
+from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
 from pipelines.progress import JobProgress
 from pipelines.runs import Run
 from pipelines.sources import ColumnsConfig, Listed, Source, open_source
@@ -124,7 +124,7 @@ class _Pass:
     def run(self) -> None:
         """Sends the units, commits what comes back; on any end but a crash, what is finished is committed."""
         config = self.config
-        start_ray()
+        start_ray_data()
         tracker = start_tracker("ingest")
         known = start_known(self.table.uri, config.filters.duplicates, config.filters.near_duplicates)
         self._say_what_cannot_be_compared()
@@ -234,7 +234,7 @@ class _Pass:
 def _plan(config: IngestConfig, source: Source, table: Table) -> Summary:
     """What a run would do, changing nothing."""
     work = Work.of(config, source, table)
-    start_ray()
+    start_ray_data()
     smallest, largest, _ = resolve_actors(config.actors)
     parts = sum(len(unit["parts"]) for unit in work.units)
     rows = f"{work.rows:,} rows" if work.rows is not None else "rows unknown until they are read"

@@ -12,7 +12,6 @@ import logging
 import os
 import queue
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lidit.cluster import start_ray
 from pipelines.job_metrics import JobMetrics
 
 DEATHS_OF_A_ROW = 2  # before it is quarantined
@@ -127,21 +127,13 @@ class Tracker:
         return dict(sum((state.counts for state in self._units.values()), Counter(self._finished)))
 
 
-def start_ray() -> None:
-    """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts a local one for this process."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data's own actors trip a warning at every start
-    # Ray starts its processes by fork and exec, which is safe; Lance warns of any fork.
-    warnings.filterwarnings("ignore", message="lance is not fork-safe")
-    if not ray.is_initialized():
-        local: dict[str, Any] = (
-            {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "object_store_memory": 256 << 20}
-        )
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+def start_ray_data() -> None:
+    """Ray, and Ray Data without its own progress bars and logs: what fails a job is raised, and told by the command line."""
+    start_ray(log_to_driver=False)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails a job is raised, and told by the command line
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def start_tracker(job: str) -> Any:

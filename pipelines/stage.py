@@ -20,7 +20,7 @@ import ray
 import yaml
 
 from lidit import columns
-from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray, start_tracker
+from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
 from pipelines.progress import JobProgress
 from pipelines.runs import Run
 from pipelines.summary import Summary
@@ -124,7 +124,7 @@ class _Pass:
     def run(self, units: list[dict[str, Any]]) -> None:
         """Sends the units, commits what comes back; on any end but a crash, what is finished is committed."""
         total = sum(unit.pop("rows") for unit in units)
-        start_ray()
+        start_ray_data()
         tracker = start_tracker(self.stage.name)
         worker_kwargs = {
             "stage": self.stage,
@@ -295,7 +295,7 @@ def _plan(stage: type[Stage], config: StageConfig, table: Table, fields: list[pa
     schema = dataset.schema
     units, waiting = _units(table, fields)
     rows = sum(unit["rows"] for unit in units)
-    start_ray()
+    start_ray_data()
     smallest, largest, num_gpus = resolve_actors(config.actors)
     per_row = stage.bytes_per_row(config, dataset.head(SAMPLE_ROWS, columns=columns_read(fields, schema.names)), fields)
     plan = [f"table      {table.uri}, version {dataset.version}, {dataset.count_rows():,} rows"]

@@ -332,9 +332,9 @@ def ray_here() -> Any:
     """A local Ray for jobs that run inside the test's own process."""
     import ray
 
-    from pipelines.pool import start_ray
+    from pipelines.pool import start_ray_data
 
-    start_ray()
+    start_ray_data()
     yield ray
     ray.shutdown()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -132,24 +133,12 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
 
 
 def _start_ray(config: TrainConfig) -> None:
-    """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts a local one for this process."""
-    import logging
-    import warnings
+    """Ray, with as many CPUs as the ranks ask for where it is local."""
+    from lidit.cluster import start_ray
 
-    import ray
-
-    # Ray starts its processes by fork and exec, which is safe; Lance warns of any fork.
-    warnings.filterwarnings("ignore", message="lance is not fork-safe")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in the config are the user's
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if not ray.is_initialized():
-        local: dict[str, Any] = {}
-        if not os.environ.get("RAY_ADDRESS"):
-            cpus = max(os.cpu_count() or 1, int(config.num_workers * config.cpus_per_worker + 0.999))
-            local = {"include_dashboard": False, "object_store_memory": 256 << 20, "num_cpus": cpus}
-        ray.init(logging_level=logging.ERROR, **local)
+    start_ray(num_cpus=max(os.cpu_count() or 1, math.ceil(config.num_workers * config.cpus_per_worker)))
 
 
 def _resolve_hardware(config: TrainConfig) -> TrainConfig:

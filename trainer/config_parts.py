@@ -1,0 +1,276 @@
+"""The parts of a `TrainConfig`: model, data, optimizer, and what surrounds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from lidit import columns
+from lidit.config import SIZES, LIDiTConfig
+from trainer.fields import at_least
+
+Size = Literal["tiny", "small", "1b", "10b"]
+Compile = Literal["pointwise", "blocks"]
+OptimizerName = Literal["adamw", "muon"]
+Schedule = Literal["constant", "linear", "cosine"]
+ZeroStage = Literal[0, 1, 2, 3]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which LI-DiT, and how it is run. Encoder widths and latent channels are the table's."""
+
+    size: Size = "tiny"
+    """Depth, width and heads, see `lidit.config`."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of `LIDiTConfig` that differ from the size's, such as `{refiner_blocks: 0, fusion: concat}`."""
+    checkpointing: bool = False
+    """Activation checkpointing: keep each block's input alone and compute the block twice. About a third more FLOPs."""
+    compile: Compile | None = None
+    """`pointwise`: compile what lies between the matmuls, at any ZeRO stage. `blocks`: whole blocks, faster, up to stage 2.
+    null: nothing. On CPUs it needs a C++ compiler."""
+
+    def __post_init__(self) -> None:
+        if self.compile not in (None, *get_args(Compile)):
+            raise ValueError(f"model.compile: expected pointwise, blocks or null, received {self.compile!r}")
+
+    def build(self, encoders: Mapping[str, int], in_channels: int) -> LIDiTConfig:
+        """The model's shape for a table's encoders (name -> width) and latent channels."""
+        fixed = {"encoders", "in_channels"} & set(self.changes)
+        if fixed:
+            raise ValueError(f"model.changes: {', '.join(sorted(fixed))} come from the table, they cannot be set here")
+        known = {f.name for f in dataclasses.fields(LIDiTConfig)}
+        if unknown := set(self.changes) - known:
+            raise ValueError(f"model.changes: expected fields of LIDiTConfig, received {', '.join(sorted(unknown))}")
+        return SIZES[self.size](encoders, in_channels, **self.changes)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read of the table, and how."""
+
+    encoders: Sequence[str] = ("llama", "qwen")
+    """Whose embeddings the model gets; the order is that of its refiner branches."""
+    text_mix: dict[str, float] = field(default_factory=lambda: {columns.CAPTION: 1.0})
+    """Text column -> share of the draws. A row where the drawn one is null falls back to one that it has."""
+    prompt_drop_prob: float = 0.1
+    """Share of samples whose prompt is replaced by the empty one (its instruction stays): what guidance needs."""
+    version: int | None = None
+    """Version of the table; null: the newest one at the first start, kept over every resume."""
+    holdout: float = 0.0
+    """Share of rows that are never trained on but validated with."""
+    block_rows: int = 8
+    """Neighbouring rows of a bucket that are read together."""
+    block_steps: int = 8
+    """Steps that a block's rows are spread over, at most `block_rows`: more mixes better and holds more in memory."""
+    pad_multiple: int = 16
+    """Prompts are padded to the batch's longest, rounded up to a multiple of this: fewer shapes, on a GPU."""
+    read_threads: int = 4
+    """Threads of a rank that read and decode."""
+    ahead_steps: int = 2
+    """Steps whose batches wait ready-made."""
+    buffer_mb: int = 2048
+    """Memory of a rank for rows that were read and not used yet. Less than `block_steps` asks for: smaller reads."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "encoders", tuple(self.encoders))
+        if not self.encoders or len(set(self.encoders)) < len(self.encoders):
+            raise ValueError(f"data.encoders: expected at least one name, each once, received {list(self.encoders)}")
+        shares = self.text_mix.values()
+        if not self.text_mix or min(shares) <= 0 or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+            raise ValueError(f"data.text_mix: expected shares above 0 that sum to 1, received {self.text_mix}")
+        if not 0 <= self.prompt_drop_prob <= 1 or not 0 <= self.holdout < 1:
+            raise ValueError(
+                f"data: expected prompt_drop_prob from 0 to 1 and holdout from 0 to below 1, received "
+                f"{self.prompt_drop_prob} and {self.holdout}"
+            )
+        at_least(1, self, "block_rows", "block_steps", "pad_multiple", "read_threads", "ahead_steps", "buffer_mb")
+        if self.block_rows % self.block_steps:
+            raise ValueError(
+                f"data: expected block_rows to be a multiple of block_steps, so that each of the steps takes as many rows "
+                f"of a block, received {self.block_rows} and {self.block_steps}"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning rate over the steps."""
+
+    name: OptimizerName = "adamw"
+    """`adamw`; or `muon` for the matrices of blocks and refiners, AdamW for the rest: needs whole matrices (`zero.stage` 0)."""
+    learning_rate: float = 1e-4
+    """After the warm-up; of both parts."""
+    muon_momentum: float = 0.95
+    """Of Muon."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Decay of the mean of their squares."""
+    eps: float = 1e-8
+    """Added to the root of the second mean."""
+    weight_decay: float = 0.0
+    """Decoupled, on matrices alone: norms, biases and embeddings have none."""
+    grad_clip: float = 1.0
+    """Largest norm of all gradients together; 0: no clipping."""
+    schedule: Schedule = "constant"
+    """After the warm-up: constant, or down to `final_share` at the run's last step."""
+    fall_share: float = 1.0
+    """Share of the run's steps, its last ones, over which the rate falls; before them it is constant."""
+    warmup_steps: int = 1000
+    """Steps of a linear rise from 0."""
+    final_share: float = 0.0
+    """Share of `learning_rate` at the end of a linear or cosine schedule."""
+    max_skipped_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, after which the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.eps <= 0 or self.weight_decay < 0 or self.grad_clip < 0:
+            raise ValueError(
+                f"optimizer: expected learning_rate > 0, eps > 0, weight_decay >= 0, grad_clip >= 0, received {self}"
+            )
+        if self.name not in get_args(OptimizerName):
+            raise ValueError(f"optimizer.name: expected adamw or muon, received {self.name!r}")
+        if not all(0 <= value < 1 for value in (self.beta1, self.beta2, self.muon_momentum)):
+            raise ValueError(f"optimizer: expected muon_momentum and betas from 0 to below 1, received {self}")
+        if not (0 <= self.final_share <= 1 and 0 < self.fall_share <= 1):
+            raise ValueError(
+                f"optimizer: expected final_share from 0 to 1 and fall_share above 0 up to 1, received {self}"
+            )
+        at_least(0, self, "warmup_steps")
+        at_least(1, self, "max_skipped_steps")
+
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        """Of the step with that number, the first is 0; a pure function, so that a resumed run needs no state."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        first = max(self.warmup_steps, round((1 - self.fall_share) * total_steps))  # step of the fall
+        done = min(1.0, max(0, step - first) / max(1, total_steps - 1 - first))
+        left = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.learning_rate * (self.final_share + (1 - self.final_share) * left)
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Exponential moving average of the weights, fp32, sharded like the optimizer's state."""
+
+    decay: float = 0.9999
+    """Share of the old average that a step keeps; 0: no average is kept."""
+    warmup: bool = True
+    """Decay (1 + step) / (10 + step) while that is smaller: the start is forgotten sooner."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema: expected decay from 0 to below 1, received {self.decay}")
+
+    def decay_at(self, step: int) -> float:
+        """Of the update after the step with that number, the first is 0."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """How DeepSpeed shards the run; see zero.py for what is derived from it."""
+
+    stage: ZeroStage = 3
+    """Sharded over the ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory."""
+    offload_parameters: bool = False
+    """Keep weights in host memory too (stage 3)."""
+    hpz_partition_size: int = 1
+    """Ranks, a node's, that keep a second copy of the weights among them, so that the backward pass gathers inside the node
+    (stage 3); 1: none."""
+    persistent_elements: int | None = None
+    """Parameters up to this size stay whole on every rank (stage 3); null: norms, biases and modulation vectors do."""
+
+    def __post_init__(self) -> None:
+        if self.stage not in get_args(ZeroStage):
+            raise ValueError(f"zero.stage: expected 0, 1, 2 or 3, received {self.stage}")
+        at_least(1, self, "hpz_partition_size")
+        if self.persistent_elements is not None:
+            at_least(0, self, "persistent_elements")
+        if self.stage < 3 and (self.offload_parameters or self.hpz_partition_size > 1):
+            raise ValueError(f"zero: offload_parameters and hpz_partition_size need stage 3, received {self.stage}")
+        if self.stage < 1 and self.offload_optimizer:
+            raise ValueError("zero: offload_optimizer needs stage 1 or above, received 0")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept."""
+
+    every_steps: int = 1000
+    """Steps between two checkpoints; the last step and a preemption save as well."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every_steps: int = 0
+    """Checkpoints of every so many steps are kept for good; 0: none."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "every_steps", "keep_last")
+        at_least(0, self, "keep_every_steps")
+        if self.keep_every_steps % self.every_steps:
+            raise ValueError(
+                f"checkpoint: expected keep_every_steps to be a multiple of every_steps {self.every_steps}, received "
+                f"{self.keep_every_steps}"
+            )
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out loss at fixed timesteps and noise, and sample grids."""
+
+    every_steps: int = 0
+    """Steps between two; 0: never."""
+    rows: int = 256
+    """Held-out rows at most; needs `data.holdout`."""
+    timesteps: int = 4
+    """Fixed timesteps of every row, evenly over (0, 1)."""
+    prompts: str | None = None
+    """Store whose `samples` table holds encoded prompts to draw; null: no grids."""
+    images: int = 16
+    """Images of a grid at most."""
+    guidance_scale: float = 4.5
+    """Of the grids."""
+    num_inference_steps: int = 28
+    """Of the grids."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "every_steps")
+        at_least(1, self, "rows", "timesteps", "images", "num_inference_steps")
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What is written down while training."""
+
+    every_steps: int = 10
+    """Steps between two lines; the means are over all steps in between."""
+    tensorboard: bool = True
+    """Beside the JSON lines."""
+    wandb: str | None = None
+    """Project of Weights & Biases (extra `wandb`); null: none."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "every_steps")
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """What `--dry-run` reckons with; training itself measures."""
+
+    gpu_tflops: float = 989.0
+    """Peak of dense bf16 matmuls of a GPU, TFLOP/s (989: H100 SXM); MFU is a share of it."""
+    gpu_memory_gb: float = 80.0
+    """Memory of a GPU, GB."""
+    expected_mfu: float = 0.4
+    """Share of the peak that the dry run expects."""
+
+    def __post_init__(self) -> None:
+        if self.gpu_tflops <= 0 or self.gpu_memory_gb <= 0 or not 0 < self.expected_mfu <= 1:
+            raise ValueError(f"hardware: expected values above 0 and expected_mfu at most 1, received {self}")
