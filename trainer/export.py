@@ -25,8 +25,11 @@ from lidit.config import LIDiTConfig
 from lidit.model import LIDiT
 from lidit.weights import expected_shapes, save_weights
 from trainer.checkpoint import EMA_FOLDER, ENGINE
+from trainer.config import OptimizerConfig
+from trainer.fields import from_plain
 from trainer.fragments import FragmentReader
 from trainer.manifest import Damaged, Manifest, check_content, folder_of, read_manifest, steps_in
+from trainer.optimizer import parameter_groups
 from trainer.resume import read_state
 from trainer.storage import Storage, absolute
 from trainer.universal import restricted_unpickling
@@ -183,7 +186,7 @@ def _raw(
         module = next(_load(path) for path in ordered if path.name.endswith("model_states.pt"))
         shards = [_load(path)["optimizer_state_dict"] for path in ordered if path.name.endswith("optim_states.pt")]
     if not shards:
-        yield _replicated(module, shapes)
+        yield _replicated(module, shapes, state)
     elif state["zero_stage"] == 3:
         yield _equal_pieces(shards, module["param_shapes"])
     else:
@@ -200,15 +203,20 @@ def _load(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
-def _replicated(saved: Mapping[str, Any], shapes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Stage 0: the module; in bf16 its optimizer's fp32 copy, in the order of the module's parameters."""
+def _replicated(
+    saved: Mapping[str, Any], shapes: Mapping[str, Any], state: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """Stage 0: the module; in bf16 its optimizer's fp32 copy, group by group."""
     masters = (saved.get("optimizer") or {}).get("fp32_groups")
     if masters is None:
         yield from ((name, saved["module"][name]) for name in shapes)
         return
-    # As engine.py groups them: with weight decay, matrices first.
-    names = sorted(shapes, key=lambda name: len(shapes[name]) < 2) if len(masters) > 1 else list(shapes)
-    yield from zip(names, (tensor for group in masters for tensor in group))
+    with torch.device("meta"):
+        model = LIDiT(LIDiTConfig.from_dict(state["model"]))
+    names = {id(param): name for name, param in model.named_parameters()}
+    groups = parameter_groups(model, from_plain(OptimizerConfig, state["config"]["optimizer"], "optimizer"))
+    for group, tensors in zip(groups, masters, strict=True):
+        yield from zip((names[id(param)] for param in group), tensors, strict=True)
 
 
 def _equal_pieces(shards: list[dict[str, Any]], groups: list[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:

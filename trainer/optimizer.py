@@ -14,19 +14,28 @@ from trainer.config import OptimizerConfig
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Weight decay, if there is any, on what has two dimensions or more. The rate is set at every step."""
+    groups = parameter_groups(model, config)
+    matrices = groups.pop(0) if config.name == "muon" else []
+    adamw = torch.optim.AdamW(
+        [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (config.weight_decay, 0.0))],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+    return Muon(matrices, adamw, config) if config.name == "muon" else adamw
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[list[torch.Tensor]]:
+    """The optimizer's groups in its order: Muon's matrices, what has weight decay, the rest; without decay, all one group."""
     parameters = [param for param in model.parameters() if param.requires_grad]
     matrices = muon_matrices(model) if config.name == "muon" else []
     taken = {id(param) for param in matrices}
-    others = [param for param in parameters if id(param) not in taken]
-    groups = [{"params": others, "weight_decay": config.weight_decay}]
+    others: list[torch.Tensor] = [param for param in parameters if id(param) not in taken]
+    rest = [others]
     if config.weight_decay:
-        groups = [
-            {"params": [param for param in others if _ndim(param) >= 2], "weight_decay": config.weight_decay},
-            {"params": [param for param in others if _ndim(param) < 2], "weight_decay": 0.0},
-        ]
-    betas = (config.beta1, config.beta2)
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
-    return Muon(matrices, adamw, config) if config.name == "muon" else adamw
+        rest = [[param for param in others if _ndim(param) >= 2], [param for param in others if _ndim(param) < 2]]
+    return [matrices, *rest] if config.name == "muon" else rest
 
 
 def muon_matrices(model: nn.Module) -> list[torch.Tensor]:
@@ -75,6 +84,6 @@ class Muon(torch.optim.Optimizer):
         muon.state = adamw.state = self.state
 
 
-def _ndim(param: nn.Parameter) -> int:
+def _ndim(param: torch.Tensor) -> int:
     """Dimensions of a parameter, also where ZeRO-3 has taken its data away."""
     return len(getattr(param, "ds_shape", param.shape))

@@ -99,11 +99,11 @@ def test_muon_equals_a_plain_loop(world: Any, training: Any) -> None:
         dataclasses.replace(base, name=f"muon-{precision}", precision=precision) for precision in ("fp32", "bf16")
     ]
     training.run_ranks(2, "train_all", configs)
-    for config, rtol, atol in zip(configs, (1e-3, 0.02), (1e-3, 0.05)):  # Muon's own arithmetic is in bf16
+    for config, rtol, atol in zip(configs, (1e-3, 0.02), (5e-3, 0.05)):  # Muon's own arithmetic is in bf16
         np.testing.assert_allclose(training.losses(config), plain.losses, rtol=rtol, err_msg=config.name)
         assert_close(exported(config, "raw", world.folder), plain.weights, atol=atol)
     apart = [(plain.weights[name] - value).abs().max() for name, value in world.plain.weights.items()]
-    assert max(apart) > 0.01, "else it could be AdamW"
+    assert max(apart) > 0.015, "three times the tolerance in fp32, else it could be AdamW"
 
 
 @pytest.mark.parametrize(("how", "precision"), [("nan", "fp32"), ("inf", "bf16")])

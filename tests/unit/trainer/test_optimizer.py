@@ -10,7 +10,7 @@ import torch
 from lidit.config import lidit_tiny
 from lidit.model import LIDiT
 from trainer.config import OptimizerConfig, TrainConfig, ZeroConfig
-from trainer.optimizer import Muon, build_optimizer, muon_matrices
+from trainer.optimizer import Muon, build_optimizer, muon_matrices, parameter_groups
 
 pytestmark = pytest.mark.unit
 CONFIG = OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.1, beta2=0.95, muon_momentum=0.9)
@@ -101,6 +101,16 @@ def test_without_weight_decay_everything_is_in_one_group(model: LIDiT) -> None:
     optimizer = build_optimizer(model, OptimizerConfig())
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [len(group["params"]) for group in optimizer.param_groups] == [len(list(model.parameters()))]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_groups_are_those_of_the_optimizer(model: LIDiT, name: str, weight_decay: float) -> None:
+    config = OptimizerConfig(name=name, weight_decay=weight_decay)  # type: ignore[arg-type]
+    groups, optimizer = parameter_groups(model, config), build_optimizer(model, config)
+    found = [[id(param) for param in group["params"]] for group in optimizer.param_groups]
+    assert found == [[id(param) for param in group] for group in groups]
+    assert sorted(one for group in found for one in group) == sorted(id(param) for param in model.parameters())
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
