@@ -99,8 +99,8 @@ def memory_of(
 ) -> Memory:
     """Bytes of a GPU in a phase, as DeepSpeed keeps them at the config's ZeRO stage.
 
-    Weights in the run's precision; fp32 master weights and AdamW's two moments; EMA in fp32; buckets twice where
-    communication overlaps; at stage 3 also the weights that are gathered at a time.
+    Weights in the run's precision; fp32 master weights and AdamW's two moments (Muon's one is counted as two); EMA in fp32;
+    buckets twice where communication overlaps; at stage 3 also the weights that are gathered at a time.
     """
     zero, made = config.zero, deepspeed_config(config, model, phase, world_size)
     sharding: dict[str, Any] = made["zero_optimization"]

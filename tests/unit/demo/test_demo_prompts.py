@@ -9,7 +9,7 @@ import pytest
 from demo.judge import judge
 from demo.prompts import TASKS, bias_prompts, exam_prompts, is_held_out, plain_scene, scene_prompt
 from demo.scenes import render
-from demo.weights_table import example, write
+from demo.weights_table import LONGEST, example, tokens, write
 from demo.world import COLOURS, SHAPES
 
 pytestmark = pytest.mark.unit
@@ -69,3 +69,11 @@ def test_the_table_is_the_same_every_time(tmp_path):
     write(5, tmp_path / "two.parquet")
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
     assert example(0)["image"].startswith(b"\x89PNG")
+
+
+def test_prompts_of_the_table_are_short_and_of_every_form():
+    prompts = [example(seed)["caption"] for seed in range(300)]
+    lengths = [tokens(prompt) for prompt in prompts]
+    assert max(lengths) == LONGEST and min(lengths) < 4
+    assert sum(word in prompt for prompt in prompts for word in (" left ", " right ", " above ", " below ")) > 20
+    assert any("background" in prompt for prompt in prompts) and any("large" in prompt for prompt in prompts)
