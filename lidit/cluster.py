@@ -12,20 +12,19 @@ TRIES = 3  # of starting a local node
 TOO_SLOW = "timed out during startup"  # what Ray says when its node did not come up within 30 s, a limit of its own
 
 
-def start_ray(log_to_driver: bool = True, **local: Any) -> None:
+def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
     """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts a local one for this process.
 
     A busy machine may need longer for its local node than Ray waits; then it is started again, `TRIES` times in all.
 
     Args:
+        ray: the module; this package does not depend on it.
         log_to_driver: show what the workers print.
         local: further options of `ray.init` for a local cluster.
 
     Raises:
         RuntimeError: the local node did not come up.
     """
-    import ray
-
     # Ray starts its processes by fork and exec, which is safe; Lance warns of any fork.
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -129,7 +129,7 @@ class Tracker:
 
 def start_ray_data() -> None:
     """Ray, and Ray Data without its own progress bars and logs: what fails a job is raised, and told by the command line."""
-    start_ray(log_to_driver=False)
+    start_ray(ray, log_to_driver=False)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

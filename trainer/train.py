@@ -134,11 +134,13 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
 
 def _start_ray(config: TrainConfig) -> None:
     """Ray, with as many CPUs as the ranks ask for where it is local."""
+    import ray
+
     from lidit.cluster import start_ray
 
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in the config are the user's
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    start_ray(num_cpus=max(os.cpu_count() or 1, math.ceil(config.num_workers * config.cpus_per_worker)))
+    start_ray(ray, num_cpus=max(os.cpu_count() or 1, math.ceil(config.num_workers * config.cpus_per_worker)))
 
 
 def _resolve_hardware(config: TrainConfig) -> TrainConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import ray
 
 from lidit import cluster
 
@@ -13,7 +12,7 @@ pytestmark = pytest.mark.unit
 
 
 class Starts:
-    """In the place of `ray.init`: fails as often as it is told to."""
+    """In the place of the module `ray`: its `init` fails as often as it is told to."""
 
     def __init__(self, failures: int, words: str):
         self.failures, self.words = failures, words
@@ -25,18 +24,17 @@ class Starts:
         if len(self.options) <= self.failures:
             raise Exception(self.words)
 
+    def is_initialized(self) -> bool:
+        return False
+
     def shutdown(self) -> None:
         self.shutdowns += 1
 
 
 @pytest.fixture
 def starts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Starts:
-    made = Starts(*request.param)
-    for name in ("init", "shutdown"):
-        monkeypatch.setattr(ray, name, getattr(made, name))
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    return made
+    return Starts(*request.param)
 
 
 SLOW = "The current node timed out during startup. This could happen because ..."
@@ -44,7 +42,7 @@ SLOW = "The current node timed out during startup. This could happen because ...
 
 @pytest.mark.parametrize("starts", [(2, SLOW)], indirect=True)
 def test_a_node_that_is_slow_to_start_is_started_again(starts: Starts, capsys: pytest.CaptureFixture[str]) -> None:
-    cluster.start_ray(num_cpus=3)
+    cluster.start_ray(starts, num_cpus=3)
     assert len(starts.options) == 3 and starts.shutdowns == 2
     assert starts.options[-1]["num_cpus"] == 3 and starts.options[-1]["log_to_driver"] is True
     assert "try 2 of 3: is the machine busy?" in capsys.readouterr().err
@@ -53,19 +51,19 @@ def test_a_node_that_is_slow_to_start_is_started_again(starts: Starts, capsys: p
 @pytest.mark.parametrize("starts", [(9, SLOW)], indirect=True)
 def test_a_node_that_never_starts_is_said_after_three_tries(starts: Starts) -> None:
     with pytest.raises(RuntimeError, match="3 times: this machine is too busy"):
-        cluster.start_ray()
+        cluster.start_ray(starts)
     assert len(starts.options) == 3
 
 
 @pytest.mark.parametrize("starts", [(1, "No such option")], indirect=True)
 def test_other_errors_are_raised_at_once(starts: Starts) -> None:
     with pytest.raises(Exception, match="No such option"):
-        cluster.start_ray()
+        cluster.start_ray(starts)
     assert len(starts.options) == 1
 
 
 @pytest.mark.parametrize("starts", [(0, "")], indirect=True)
 def test_a_cluster_that_is_there_is_joined(starts: Starts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    cluster.start_ray(log_to_driver=False, num_cpus=3)
+    cluster.start_ray(starts, log_to_driver=False, num_cpus=3)
     assert [set(options) for options in starts.options] == [{"log_to_driver", "logging_level"}]
