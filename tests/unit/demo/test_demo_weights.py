@@ -14,7 +14,7 @@ COLOURS, SHAPES = ("red", "yellow", "green", "orange"), ("star", "square", "diam
 
 
 def test_single_objects_in_their_colours():
-    """The card says 0.78 of such pictures over 24 prompts; of these 16, at least ten. Other encoders would be refused."""
+    """The card says 0.92 of such pictures over 24 prompts; of these 16, at least twelve. Other encoders would be refused."""
     pipe = lidit.TextToImage.from_pretrained(str(WEIGHTS), device="cpu")
     wanted = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     prompts = [f"a {colour} {shape}" for colour, shape in wanted]
@@ -22,4 +22,4 @@ def test_single_objects_in_their_colours():
     found = [{(seen.colour, seen.shape) for seen in look_at(image).objects} for image in images]
     right = sum(pair in pairs for pair, pairs in zip(wanted, found))
     assert len(images) == 16 and images[0].size == (48, 48)
-    assert right >= 10, f"{right} of 16"
+    assert right >= 12, f"{right} of 16"
