@@ -19,9 +19,7 @@ from lidit.attention import Keys, attention
 EPS = 1e-6
 TIMESTEP_SCALE = 1000.0  # `timestep` is in [0, 1]; the embedding's frequencies are made for [0, 1000]
 TIMESTEP_CHANNELS = 256
-ROTARY_BASE = (
-    100.0  # the slowest rotation turns once in some 600 tokens: images have up to 64 on a side, texts many more
-)
+ROTARY_BASE = 100.0  # the slowest rotation turns once in some 600 tokens; an image has up to 64 on a side
 GROUPS = 32  # of GroupNorm, or as many of them as divide the width
 
 
