@@ -6,6 +6,7 @@ touched (`ray stop` would end them too).
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -132,8 +133,21 @@ class RayNodes:
         self.nodes[0].wait_for(f"{self.address}/api/version")
 
     def add_worker(self, cpus: int) -> Service:
-        """Another node; returns once it has begun."""
-        return self._start(["--address", f"127.0.0.1:{self.port}"], cpus)
+        """Another node; returns once the head counts it among those that are alive."""
+        worker = self._start(["--address", f"127.0.0.1:{self.port}"], cpus)
+        limit = time.monotonic() + START_SECONDS
+        while self.alive() < len(self.nodes):
+            assert time.monotonic() < limit, f"{self.alive()} of {len(self.nodes)} nodes after {START_SECONDS} s"
+            time.sleep(0.5)
+        return worker
+
+    def alive(self) -> int:
+        """Nodes that the head counts as alive."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        request = urllib.request.Request(f"{self.address}/nodes?view=summary", headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            nodes = json.load(answer)["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
     def _start(self, flags: list[Any], cpus: int) -> Service:
         folder = self.folder / str(len(self.nodes))
