@@ -14,10 +14,10 @@ import lance
 from PIL import Image
 
 from lidit import columns
+from pipelines.score_scenes import CORRECT
 
 GAP = 4  # pixels between pictures
 RIGHT, WRONG = (255, 255, 255), (214, 40, 40)
-CORRECT = "scenes_correct"
 
 
 def grid(pictures: Sequence[tuple[Image.Image, bool]], across: int, scale: int) -> Image.Image:

@@ -25,8 +25,7 @@ from demo.prompts import is_held_out, plain_scene, scene_prompt
 from demo.scenes import render
 
 SIDE = 48
-"""Pixels. Smaller than the other demo images: 36 image tokens, each within two patches of an edge or the middle, so a model
-that knows places from its convolution's padding alone learns them soon."""
+"""Pixels. Smaller than the other demo images: 36 image tokens are what two CPU cores can train on."""
 
 LONGEST = 16
 """Tokens of a prompt at most. One in 14 had more, and a batch is padded to its longest: they made every batch twice as long."""

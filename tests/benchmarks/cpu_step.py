@@ -1,7 +1,7 @@
 """Forward and backward pass of the demo's LI-DiT on a CPU: fp32 or bf16, plain or with compiled blocks, side by side.
 
-What bf16 brings depends on the processor: with matrix units for it (AMX) matmuls are several times as fast as in fp32, without
-them they are not. And attention, backward and forward, by torch's own bf16 kernel against what `lidit.attention` does instead.
+What bf16 brings depends on the processor: with matrix units for it (AMX) its matmuls are several times as fast. And
+attention, backward and forward, by torch's own bf16 kernel against what `lidit.attention` does instead.
 Random weights and inputs, one thread, ways taken in turns. Compiling needs a C++ compiler.
 
     PYTHONPATH=. python tests/benchmarks/cpu_step.py
