@@ -98,7 +98,7 @@ FIXES = {
     "gpus": "look at `nvidia-smi` and `dmesg | grep -i xid` on the node; drain and replace it",
     "disk": "a larger volume (ray_cluster.yaml: VolumeSize), or remove old sessions below /tmp/ray",
     "store": "the node's role needs s3:ListBucket on the bucket and s3:GetObject, PutObject, DeleteObject, "
-    "AbortMultipartUpload on its objects; the region must be the bucket's; docs/cluster.md has the policy",
+    "AbortMultipartUpload below the store; the region must be the bucket's; infra/aws has the policies",
     "table": "`lidit verify --store ...` says more",
 }
 
@@ -109,7 +109,7 @@ def check_versions(constraints: Path = CONSTRAINTS) -> Check:
     wrong = []
     for name in PACKAGES:
         try:
-            here = version(name).partition("+")[0]  # torch's build: 2.13.0+cu129
+            here = version(name).partition("+")[0]  # torch's build: 2.13.0+cu130
         except PackageNotFoundError:
             here = "none"
         if here != pinned.get(name):
