@@ -34,13 +34,16 @@ def commands() -> list[list[str]]:
 def test_there_are_commands():
     names = {words[0] for words in commands()}
     jobs = {f"pipelines/{name}.py" for name in ("ingest", "recaption", "embed", "latents", "verify", "preprocess")}
-    assert jobs | {"trainer/train.py", "infra/preflight.py", "export", "sample"} == names
+    assert jobs | {"trainer/train.py", "infra/preflight.py", "infra/pinned.py", "export", "sample"} == names
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_a_command(words):
     if words[0] == "infra/preflight.py":
         return check_preflight(words[1:])
+    if words[0] == "infra/pinned.py":
+        assert [name for name in words[1:] if not (ROOT / name).exists()] == []
+        return
     assert (ROOT / words[0]).exists() or words[0] in cli.JOBS
     job = Path(words[0]).stem
     argv = [str(ROOT / "infra/kubernetes/base" / CONFIGS[word]) if word in CONFIGS else word for word in words[1:]]
