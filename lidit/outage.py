@@ -7,6 +7,7 @@ for something waits until it answers (`outlast`); who beats in a thread goes on 
 from __future__ import annotations
 
 import errno
+import os
 import random
 import re
 import sys
@@ -38,11 +39,23 @@ AWAY_CODES = {
 }  # fmt: skip
 AWAY_WORDS = re.compile(  # of Lance, whose errors are told apart by their text alone
     r"error sending request|client error \(Connect\)|connection (refused|reset|closed|error)|tcp connect error|dns error"
-    r"|timed out|timeout|broken pipe|incomplete message|error decoding response body|SlowDown|ServiceUnavailable"
-    r"|InternalError|(status|code|error:?) ?(408|429|500|502|503|504)\b|50[0234] (Internal|Bad|Service|Gateway)",
+    r"|(operation|request|connect\w*|read) timed? ?out|broken pipe|incomplete message|error decoding response body"
+    r"|SlowDown|ServiceUnavailable|InternalError|(status|code|error:?) ?(408|429|500|502|503|504)\b"
+    r"|50[0234] (Internal|Bad|Service|Gateway)",
     re.IGNORECASE,
 )
-LANCE_WORDS = re.compile(r"LanceError|Generic \w+ error|object_store|Encountered internal error|Invalid user input: .*S3")
+LANCE_WORDS = re.compile(
+    r"LanceError|Generic \w+ error|object_store|Encountered internal error|Invalid user input: .*S3"
+)
+
+
+def make_lance_patient() -> None:
+    """Has Lance try each request of this process again for as long as `outlast` would, where the user has not said otherwise.
+
+    By default it gives up after some seconds. To be called before a table on an object store is opened.
+    """
+    os.environ.setdefault("OBJECT_STORE_CLIENT_MAX_RETRIES", "100")
+    os.environ.setdefault("OBJECT_STORE_CLIENT_RETRY_TIMEOUT", f"{AWAY_SECONDS:.0f}")
 
 
 def is_away(error: BaseException) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 
 import fsspec
 
+from lidit.files import is_there, replace_file
+from lidit.outage import outlast
 from pipelines.sources import Piece
 
 FOLDER = "_ingested"  # in the table's folder, a JSON file per commit
@@ -28,7 +30,7 @@ class DonePieces:
         self._folder = f"{root.rstrip('/')}/{FOLDER}"
         self._written = 0
         self._keys: set[str] = set()
-        if self._fs.exists(self._folder):
+        if is_there(self._fs, self._folder):
             paths = [path for path in self._fs.ls(self._folder, detail=False) if path.endswith(".json")]
             for path in paths:
                 self._keys.update(json.loads(self._fs.cat_file(path)))
@@ -48,9 +50,12 @@ class DonePieces:
         keys = [key for key in map(self.key, pieces) if key is not None]
         if not keys:
             return
-        self._fs.makedirs(self._folder, exist_ok=True)
         path = f"{self._folder}/{run_id}-{self._written:06d}.json"
-        self._fs.pipe_file(f"{path}.new", json.dumps(keys).encode())
-        self._fs.mv(f"{path}.new", path)  # in one step: half a note must never be read
+
+        def write() -> None:
+            self._fs.makedirs(self._folder, exist_ok=True)
+            replace_file(self._fs, path, json.dumps(keys).encode())
+
+        outlast(write, "noting what is done")
         self._written += 1
         self._keys.update(keys)

@@ -20,6 +20,7 @@ import ray
 import yaml
 
 from lidit import columns
+from lidit.outage import outlast
 from pipelines.filters import FiltersConfig
 from pipelines.ingest_work import Work, plain
 from pipelines.ingest_worker import EXAMPLES, IngestWorker
@@ -85,24 +86,24 @@ def main(config: IngestConfig) -> Summary:
         RuntimeError, OSError: a worker failed, or the storage did; the same command goes on.
     """
     start = time.monotonic()
-    source = open_source(config.source, config.columns)
+    source = outlast(lambda: open_source(config.source, config.columns), "looking at the source")
     table = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
     if config.dry_run:
         return _plan(config, source, table)
     with Run(config.store, "ingest") as run:
-        others = [other for other in run.alive() if other.startswith("ingest-")]
-        if others:
+        if others := run.alive(["ingest"]):
             raise ValueError(
                 f"another ingest works on {config.store} ({others[0]}): two at once could add a row twice. Run this one "
                 f"when that is over"
             )
         run.write("config.yaml", yaml.safe_dump(plain(asdict(config)), sort_keys=False))
-        work = Work.of(config, source, table)
+        run.end_dead(table)  # before it is looked which rows are there: none of theirs may come after
+        work = outlast(lambda: Work.of(config, source, table), "looking what is new")
         table.create(source.schema)
         summary = Summary("ingest", config.store, run.id, counts=dict(work.counts))
         if work.units:
             _Pass(config, table, run, work, summary).run()
-        summary.orphans_removed = len(table.remove_orphans(run.is_dead))
+        summary.orphans_removed = len(table.remove_orphans(lambda: run.end_dead(table) | {run.id}))
         summary.ok, summary.seconds = True, time.monotonic() - start
         summary.next = f"lidit embed --store {config.store}"
         run.write("summary.json", summary.to_json())
@@ -189,10 +190,9 @@ class _Pass:
         if not self.pending:
             return
         start = time.monotonic()
-        self.run_.check_alive()
         files = [ColumnFile(**file) for result in self.pending for file in result["files"]]
         if files:
-            self.table.append(files)
+            self.table.append(files, self.run_.check)
         self._note([result["name"] for result in self.pending if result["name"] not in self.leaning])
         summary, counts = self.summary, Counter(self.summary.counts)
         for result in self.pending:

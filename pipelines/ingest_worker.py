@@ -16,6 +16,7 @@ import ray
 from PIL.Image import DecompressionBombWarning
 
 from lidit import columns
+from lidit.outage import outlast
 from pipelines.known import IN_TABLE, NEW, REPEATED, UNKNOWN
 from pipelines.pool import Attempt
 from pipelines.sources import ERROR_FIELD, Record, Source, error_row, make_row, open_source
@@ -71,6 +72,9 @@ class IngestWorker:
         return made
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
+        return outlast(lambda: self._work(unit), f"unit {unit['name']}")
+
+    def _work(self, unit: dict[str, Any]) -> dict[str, Any]:
         begun = time.time()
         task = _Task(self, unit)
         try:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import lance
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,7 @@ from lidit import columns
 from lidit.buckets import parse_bucket
 from lidit.pixels import UPRIGHT, bucket_pixels, eight_bits, open_image, orientation, to_bytes
 from pipelines.inspect_table import metadata_of
+from pipelines.runs import runs_folder
 
 THUMBNAIL = 224  # pixels of the longer side at most
 QUALITY = 82  # of the JPEG inside the page
@@ -207,7 +207,7 @@ def _picture(image: Image.Image) -> Picture:
 
 def _models_of_runs(store: str) -> list[tuple[str, str | None]]:
     """(model, revision) of the latents runs, each once, the newest first."""
-    fs, root = fsspec.core.url_to_fs(f"{store.rstrip('/')}/{columns.RUNS_FOLDER}")
+    fs, root = runs_folder(store)
     configs = [
         yaml.safe_load(fs.cat_file(path)) for path in sorted(fs.glob(f"{root}/latents-*/config.yaml"), reverse=True)
     ]

@@ -13,14 +13,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lidit import columns
-from pipelines.runs import Run
+from pipelines.runs import Run, runs_folder
 from pipelines.table import Table, field_ids
 
 READ_ROWS = 65_536
@@ -247,7 +246,7 @@ def _encoders(store: str) -> list[dict[str, Any]]:
 
 def _runs(store: str) -> list[dict[str, Any]]:
     """The newest runs: job, when, and what their summaries say; `state` is done, alive or stopped."""
-    fs, root = fsspec.core.url_to_fs(f"{store.rstrip('/')}/{columns.RUNS_FOLDER}")
+    fs, root = runs_folder(store)
     if not fs.exists(root):
         return []
     names = [path.rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False)]
@@ -259,6 +258,6 @@ def _runs(store: str) -> list[dict[str, Any]]:
             summary = json.loads(fs.cat_file(f"{root}/{name}/summary.json"))
             run |= {key: summary.get(key) for key in ("rows", "errors", "seconds")} | {"state": "done"}
         else:
-            run["state"] = "stopped" if looker.is_dead(name) else "works"
+            run["state"] = "works" if looker.state(name) == "alive" else "stopped"
         runs.append(run)
     return runs

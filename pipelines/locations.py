@@ -17,6 +17,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from lidit.outage import outlast
+
 STAT_THREADS = 16
 READ_BLOCK = 8 << 20  # bytes of one request to an object store, when a file is read from front to back
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -91,7 +93,7 @@ def walk_files(uri: str) -> Iterator[tuple[str, int]]:
     """(path below the folder, bytes) of all files below it, sorted; links to folders are not followed."""
     fs, root = fsspec.core.url_to_fs(uri)
     root = root.rstrip("/")
-    for folder, names, files in fs.walk(root, detail=True):
+    for folder, names, files in fs.walk(root, detail=True, on_error="raise"):  # else it leaves out what it cannot list
         for name in sorted(names):  # the walk goes on in this order
             names[name] = names.pop(name)
         prefix = folder.rstrip("/").removeprefix(root).lstrip("/")
@@ -125,7 +127,7 @@ def open_parts(uri: str) -> Any:
 def read_bytes(uri: str) -> bytes:
     """A whole file."""
     fs, path = fsspec.core.url_to_fs(uri)
-    return fs.cat_file(path)
+    return outlast(lambda: fs.cat_file(path), "reading a file of the source")
 
 
 def stamp_of(info: dict[str, Any]) -> str | None:
@@ -145,7 +147,7 @@ def _files_at(uri: str, suffixes: Sequence[str]) -> list[File]:
             return []
         infos = fs.glob(path, detail=True).values()
     else:
-        infos = [info] if info["type"] != "directory" else fs.find(path, detail=True).values()
+        infos = [info] if info["type"] != "directory" else fs.find(path, detail=True, on_error="raise").values()
         if info["type"] == "directory":
             infos = [entry for entry in infos if entry["name"].lower().endswith(tuple(suffixes))]
     files = sorted((entry for entry in infos if entry["type"] != "directory"), key=lambda entry: entry["name"])

@@ -26,7 +26,9 @@ import fsspec
 import yaml
 
 from lidit import columns
+from lidit.files import replace_file
 from lidit.lease import Lease, LeaseHeld, LeaseLost
+from lidit.outage import outlast
 from pipelines import embed, ingest, latents, recaption, verify
 from pipelines.embed import EmbedConfig
 from pipelines.ingest import IngestConfig
@@ -159,7 +161,7 @@ def main(config: PreprocessConfig) -> Result:
             _run_stages(config, lease, result)
             result.seconds = time.monotonic() - start
             run.write("summary.json", result.to_json())
-            _write_last(result)
+            _write_last(result, lease)
     except LeaseHeld as held:
         print(f"preprocess: {held}", file=sys.stderr, flush=True)
         result.error = str(held)
@@ -251,11 +253,19 @@ def _plan(config: PreprocessConfig) -> list[str]:
     return lines
 
 
-def _write_last(result: Result) -> None:
-    """Where a monitor looks: the last result, and the last good one."""
+def _write_last(result: Result, lease: Lease) -> None:
+    """Where a monitor looks: the last result, and the last good one, of runs that held the lease to their end."""
+    try:
+        lease.check()
+    except LeaseLost:
+        return
     fs, folder = fsspec.core.url_to_fs(f"{result.store.rstrip('/')}/{FOLDER}")
     for name in (LAST, LAST_OK) if result.ok else (LAST,):
-        fs.pipe_file(f"{folder}/{name}", result.to_json().encode())
+        _replace(fs, f"{folder}/{name}", result.to_json().encode())
+
+
+def _replace(fs: Any, path: str, content: bytes) -> None:
+    outlast(lambda: replace_file(fs, path, content), f"writing {path}")
 
 
 def _samples(config: PreprocessConfig) -> Table:

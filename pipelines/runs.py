@@ -1,21 +1,42 @@
-"""A run's folder in the store, `<store>/runs/<run id>/`: its config, its summary, and a sign that it is alive.
+"""A run's folder in the store, `<store>/runs/<run id>/`: its config, its summary, and what it may still do.
 
-The sign tells the next run which unfinished files it may delete: those of runs that are dead, never those of a run that
-works beside it.
+    alive   its heartbeat, while it works
+    fence   it may not commit any more: written by a run that took it for dead, or by itself when it failed
+    over    nothing of it can be committed any more: files that it wrote and no version refers to are garbage
+
+Whether a run is dead is a judgement and may be wrong, so nothing is taken from it before it is fenced: the fence is written,
+then a version of the table that every commit in flight conflicts with (`Table.barrier`), then `over`. A run asks for its fence
+(`check`) after it has opened the version that it commits to. So each of its commits lands before the barrier, and counts, or
+never does. docs/consistency.md has the whole protocol.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import secrets
-import threading
-import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from lidit import columns
-from lidit.alive import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, shows_life, sign_of_life
+from lidit.alive import Heartbeat, is_alive, make_heartbeat
+from lidit.files import is_there, remove_file, replace_file
+from lidit.outage import outlast
+from pipelines.table import Table
+
+ALIVE, FENCE, OVER = "alive", "fence", "over"
+OF_EARLIER_VERSIONS = {"config.yaml", "summary.json"}  # of lidit: a run that ended left these and no `over`
+
+State = Literal["alive", "dead", "over", "unknown"]
+
+
+class Fenced(RuntimeError):
+    """This run was taken for dead, and another one goes on in its place."""
 
 
 class Run:
@@ -29,69 +50,124 @@ class Run:
     def __init__(self, store: str, job: str):
         self.store = store
         self.id = f"{job}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-        self._fs, self._root = fsspec.core.url_to_fs(f"{store.rstrip('/')}/{columns.RUNS_FOLDER}")
-        self._over = threading.Event()
-        self._last_beat = time.monotonic()
-        self._thread = threading.Thread(target=self._keep_alive, name="alive", daemon=True)
+        self._fs, self._root = runs_folder(store)
+        self._heartbeat = Heartbeat(self._beat, f"run {self.id}")
 
     def __enter__(self) -> Run:
-        self._fs.makedirs(f"{self._root}/{self.id}", exist_ok=True)
-        self._beat()
-        self._thread.start()
+        outlast(lambda: self._fs.makedirs(f"{self._root}/{self.id}", exist_ok=True), "making the run's folder")
+        outlast(self._beat, "writing the run's heartbeat")
+        self._heartbeat.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._over.set()
-        self._thread.join()  # a last beat would leave the sign behind, of a process that goes on to other stages
-        alive = f"{self._root}/{self.id}/alive"
-        try:
-            if self._fs.exists(alive):
-                self._fs.rm_file(alive)
-        except OSError:
+        self._heartbeat.stop()
+        try:  # a commit of a run that failed may still be on its way: only the next run knows, behind its barrier
+            self._mark(self.id, OVER if exc[0] is None else FENCE)
+            remove_file(self._fs, self._path(self.id, ALIVE))
+        except Exception:
             if exc[0] is None:  # else what ended the run is what its reader must be told
                 raise
 
     def write(self, name: str, text: str) -> str:
         """Puts a file into the run's folder; returns where."""
-        path = f"{self._root}/{self.id}/{name}"
-        self._fs.pipe_file(path, text.encode())
+        path = self._path(self.id, name)
+        outlast(lambda: self._fs.pipe_file(path, text.encode()), f"writing {name}")
         return self._fs.unstrip_protocol(path).removeprefix("file://")
 
-    def check_alive(self) -> None:
-        """Raises RuntimeError where this run was silent for so long that others may take it for dead."""
-        silent = time.monotonic() - self._last_beat
-        if silent > DEAD_AFTER_SECONDS / 2:
-            raise RuntimeError(
-                f"this run could not show that it is alive for {silent:.0f} s (suspended, or the store is unreachable), so "
-                f"another may have removed its unfinished files; run the same command again: what is committed is kept"
+    def check(self) -> None:
+        """Asks the store whether this run may still commit.
+
+        Raises:
+            Fenced: another run took this one for dead; it may have removed its unfinished files.
+        """
+        fence = self._path(self.id, FENCE)
+        if outlast(lambda: is_there(self._fs, fence), "looking for a fence"):
+            raise Fenced(
+                f"run {self.id} was silent for so long (suspended, or cut off from the store?) that another one took it for "
+                f"dead and may have removed its unfinished files; run the same command again: what is committed is kept"
             )
 
-    def alive(self) -> list[str]:
-        """Ids of the other runs that are alive in the store."""
-        self._fs.invalidate_cache()  # s3fs remembers listings
-        ids = [str(path).rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
-        return [run_id for run_id in sorted(ids) if not self.is_dead(run_id)]
+    def alive(self, jobs: Iterable[str] = ()) -> list[str]:
+        """Ids of the other runs that are alive in the store, of these jobs (default: of any)."""
+        return [run_id for run_id, state in self.states(jobs).items() if state == "alive"]
 
-    def is_dead(self, run_id: str) -> bool:
-        """Whether the run of that id is over, was killed, or is this very one (whose work is done when it asks)."""
-        if run_id == self.id:
-            return True
-        path = f"{self._root}/{run_id}/alive"
+    def end_dead(self, table: Table) -> set[str]:
+        """Fences the runs that are dead, for good.
+
+        Returns:
+            Ids of all runs that are over: no commit of theirs can land any more.
+        """
+        states = self.states()
+        dead = [run_id for run_id, state in states.items() if state == "dead"]
+        for run_id in dead:
+            self._mark(run_id, FENCE)
+        if dead:
+            table.barrier()
+        for run_id in dead:
+            self._mark(run_id, OVER)
+        return {run_id for run_id, state in states.items() if state in ("dead", "over")}
+
+    def states(self, jobs: Iterable[str] = ()) -> dict[str, State]:
+        """Id -> state of every other run of these jobs (default: of any), by id."""
+        jobs = tuple(f"{job}-" for job in jobs)
+        found = outlast(self._marks, "looking after other runs")
+        return {
+            run_id: self._state(run_id, found[run_id])
+            for run_id in sorted(found)
+            if run_id != self.id and (not jobs or run_id.startswith(jobs))
+        }
+
+    def state(self, run_id: str) -> State:
+        """What a run may still do: `dead` looks so, and is not fenced or its commits in flight are not yet excluded."""
+        return self._state(run_id, outlast(lambda: self._marks(run_id), "looking after a run").get(run_id, set()))
+
+    def _state(self, run_id: str, marks: set[str]) -> State:
+        if OVER in marks:
+            return "over"
+        if FENCE in marks:
+            return "dead"
+        if ALIVE not in marks:
+            return "over" if marks & OF_EARLIER_VERSIONS else "unknown"
+        return outlast(lambda: self._judged(run_id), "reading a heartbeat")
+
+    def _judged(self, run_id: str) -> State:
+        path = self._path(run_id, ALIVE)
         try:
-            sign = json.loads(self._fs.cat_file(path))
-        except FileNotFoundError:
-            return True
-        return not shows_life(sign)
+            heartbeat = json.loads(self._fs.cat_file(path))
+        except FileNotFoundError:  # it ended at this moment
+            return self.state(run_id)
+        return "alive" if is_alive(heartbeat, self._fs, path) else "dead"
 
-    def _keep_alive(self) -> None:
-        while not self._over.wait(HEARTBEAT_SECONDS):
-            try:
-                self._beat()
-            except OSError:
-                continue  # the store is away for a moment; for how long at most, `check_alive` knows
+    def _marks(self, run_id: str = "") -> dict[str, set[str]]:
+        """Id -> names of the files in its folder; one listing, however many runs there were."""
+        self._fs.invalidate_cache()  # s3fs remembers listings
+        root = f"{self._root}/{run_id}".rstrip("/")
+        try:
+            paths = self._fs.find(root)
+        except FileNotFoundError:
+            return {}
+        found: dict[str, set[str]] = {}
+        for path in paths:
+            parts = str(path)[len(self._root) :].strip("/").split("/")
+            if len(parts) == 2:
+                found.setdefault(parts[0], set()).add(parts[1])
+        return found
+
+    def _mark(self, run_id: str, mark: str) -> None:
+        content = json.dumps({**make_heartbeat(), "by": self.id}).encode()
+        outlast(lambda: replace_file(self._fs, self._path(run_id, mark), content), f"writing {mark} of {run_id}")
+
+    def _path(self, run_id: str, name: str) -> str:
+        return f"{self._root}/{run_id}/{name}"
 
     def _beat(self) -> None:
-        alive = f"{self._root}/{self.id}/alive"
-        self._fs.pipe_file(f"{alive}.new", json.dumps(sign_of_life()).encode())
-        self._fs.mv(f"{alive}.new", alive)  # in one step: who reads must never meet half a sign
-        self._last_beat = time.monotonic()
+        replace_file(self._fs, self._path(self.id, ALIVE), json.dumps(make_heartbeat()).encode())
+
+
+def runs_folder(store: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """(file system, path) of the folder of a store's runs: beside its table, also where the store only links to that."""
+    fs, root = fsspec.core.url_to_fs(store.rstrip("/"))
+    if isinstance(fs, LocalFileSystem):
+        table = Path(root, columns.SAMPLES_TABLE)
+        root = str(Path(os.path.realpath(table)).parent)
+    return fs, f"{root}/{columns.RUNS_FOLDER}"

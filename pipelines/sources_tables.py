@@ -14,6 +14,7 @@ import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lidit.outage import is_away
 from pipelines.locations import STAT_THREADS, File, absolute, find_files, list_folder, open_parts, stamp_of
 from pipelines.sources import USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
 
@@ -61,7 +62,7 @@ class Parquet(Sharded):
                     yield from table_records(batch, names, piece["file"], row, skip_empty=self.downloaded)
                     row += batch.num_rows
             except (*DAMAGE, OSError) as error:
-                if isinstance(error, OSError) and not _is_damage(error):
+                if is_away(error) or (isinstance(error, OSError) and not _is_damage(error)):
                     raise
                 yield Record(f"{place}#end", error=f"the row group is damaged from row {row} on: {error}")
 

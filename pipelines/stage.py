@@ -105,7 +105,7 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
                 f"{len(units)} fragments are still missing after {PASSES} passes: other jobs keep changing them. Run the "
                 f"same command when those are over; what is committed is kept"
             )
-        summary.orphans_removed = len(table.remove_orphans(run.is_dead))
+        summary.orphans_removed = len(table.remove_orphans(lambda: run.end_dead(table) | {run.id}))
         summary.seconds, summary.ok = time.monotonic() - start, True
         summary.next = f"lidit verify --store {config.store} --sample 64"
         run.write("summary.json", summary.to_json())
@@ -167,8 +167,7 @@ class _Pass:
         if not self.pending:
             return
         start = time.monotonic()
-        self.run_.check_alive()
-        outcome = self.table.attach([file for file, _ in self.pending])
+        outcome = self.table.attach([file for file, _ in self.pending], self.run_.check)
         attached = {file.path for file in outcome.done}
         summary, counts = self.summary, Counter(self.summary.counts)
         for file, result in self.pending:

@@ -9,14 +9,15 @@ next successful run removes (`remove_orphans`).
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -29,6 +30,8 @@ from lance.commit import CommitConflictError
 from lance.file import LanceFileReader, LanceFileWriter
 from lance.fragment import DataFile, FragmentMetadata
 
+from lidit.files import is_there, remove_file
+from lidit.outage import AWAY_SECONDS, is_away, make_lance_patient, outlast
 from pipelines.checksum import ColumnDigest
 
 # Chosen by measurement, docs/storage.md: large_binary without compression.
@@ -38,7 +41,14 @@ DIGEST = "lidit:digest:"  # + column name: key of the file's own metadata
 UNFINISHED = "_unfinished"  # folder in the table, one folder per run in it: files being written
 TOMBSTONE = -2  # Lance's mark for a field of a data file that a later file has replaced
 COMMIT_TRIES = 20
+AWAY_PAUSE = 5.0  # seconds, where the store is away
 CREATE_TRIES = 3
+OURS = re.compile(
+    r"(?P<run>[a-z_]+-\d{8}T\d{6}-[0-9a-f]{6})-[0-9a-f]{32}\.lance"
+)  # names that `ColumnFileWriter` gives
+
+Guard = Callable[[], None]
+"""Called when the version that a commit builds on is open, before the commit; raises where it must not be made."""
 
 
 @dataclass(frozen=True)
@@ -126,19 +136,24 @@ class Table:
     """A Lance table at a URI. Opens the newest version at every call, since others may commit meanwhile."""
 
     def __init__(self, uri: str):
+        make_lance_patient()
         self.uri = uri
 
     def exists(self) -> bool:
         """Whether there is a table at the URI."""
         fs, path = fsspec.core.url_to_fs(f"{self.uri}/_versions")
-        fs.invalidate_cache(path)  # s3fs remembers that there was none
-        return fs.isdir(path)  # asks by listing: the refusal of a HEAD request has no body that would say why
+
+        def look() -> bool:
+            fs.invalidate_cache(path)  # s3fs remembers that there was none
+            return fs.isdir(path)  # asks by listing: the refusal of a HEAD request has no body that would say why
+
+        return outlast(look, f"looking for {self.uri}")
 
     def open(self, version: int | None = None) -> lance.LanceDataset:
         """The newest version, or the given one."""
         if not self.exists():
             raise ValueError(f"no table at {self.uri}: ingest rows first (`lidit ingest --store DIR --source SPEC`)")
-        return lance.dataset(self.uri, version=version)
+        return outlast(lambda: lance.dataset(self.uri, version=version), f"opening {self.uri}")
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -157,23 +172,36 @@ class Table:
                 time.sleep(random.uniform(0, 0.2))
         self._add_fields(list(schema))
 
-    def append(self, files: Sequence[ColumnFile]) -> None:
-        """Adds each file as a new fragment, all of them or none; columns that a file lacks read as null."""
+    def append(self, files: Sequence[ColumnFile], guard: Guard | None = None) -> None:
+        """Adds each file as a new fragment, all of them or none; columns that a file lacks read as null.
+
+        Raises:
+            RuntimeError: a file is not there any more.
+        """
 
         def operation(dataset: lance.LanceDataset) -> lance.LanceOperation.Append | None:
             known = _data_paths(dataset)
             new = [file for file in files if file.rows and file.path not in known]
             if not new:
                 return None  # an earlier try did land, whatever its answer said
+            if gone := self._gone(new):
+                raise RuntimeError(
+                    f"{self.uri}: expected {len(new)} finished files, {len(gone)} are not there any more, such as "
+                    f"{gone[0].path}: did somebody else clean up? Run the same command again: what is committed is kept"
+                )
             return lance.LanceOperation.Append([FragmentMetadata(0, [file.data_file()], file.rows) for file in new])
 
-        self._commit(operation)
+        self._commit(operation, guard)
 
     def upsert(self, key: str, row: dict[str, Any]) -> None:
         """Replaces the row whose `key` column has the row's value, or adds it. The key must be the table's primary key."""
-        dataset = self.open()
-        rows = pa.Table.from_pylist([row], schema=dataset.schema)
-        dataset.merge_insert(key).when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+        def insert() -> None:
+            dataset = self.open()
+            rows = pa.Table.from_pylist([row], schema=dataset.schema)
+            dataset.merge_insert(key).when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+        outlast(insert, f"writing a row of {self.uri}")
 
     # -- columns ------------------------------------------------------------------------------------------------------
 
@@ -205,8 +233,9 @@ class Table:
                 return
             try:
                 dataset.drop_columns(present)
-            except CommitConflictError as conflict:
-                _wait_or_raise(conflict)
+            except Exception as error:
+                _wait_or_raise(error)
+        raise RuntimeError(f"{self.uri}: could not drop {present} in {COMMIT_TRIES} tries")
 
     def _add_fields(self, fields: Sequence[pa.Field]) -> None:
         for _ in range(COMMIT_TRIES):
@@ -216,8 +245,8 @@ class Table:
                 return
             try:
                 dataset.add_columns(pa.schema([wanted.with_nullable(True) for wanted in new]))
-            except CommitConflictError as conflict:
-                _wait_or_raise(conflict)
+            except Exception as error:
+                _wait_or_raise(error)
         raise RuntimeError(f"{self.uri}: could not add {[f.name for f in fields]} in {COMMIT_TRIES} tries")
 
     def missing(self, names: Sequence[str], dataset: lance.LanceDataset | None = None) -> dict[int, list[str]]:
@@ -231,12 +260,13 @@ class Table:
                 found[fragment.fragment_id] = absent
         return found
 
-    def attach(self, files: Sequence[ColumnFile]) -> Attached:
+    def attach(self, files: Sequence[ColumnFile], guard: Guard | None = None) -> Attached:
         """Makes finished column files part of their fragments, in one commit.
 
         Rebases on whatever was committed meanwhile. A file whose columns somebody else has filled is a `duplicate`; one
-        whose fragment is gone, has other rows, or had a column that it replaces changed under it, is `stale`: its
-        fragment is still missing and will be done again. An unknown outcome is resolved by reading the table.
+        whose fragment is gone, has other rows, or had a column that it replaces changed under it, or that is itself not
+        there any more, is `stale`: its fragment is still missing and will be done again. An unknown outcome is resolved by
+        reading the table.
         """
         outcome = Attached()
 
@@ -245,8 +275,9 @@ class Table:
             ids = field_ids(dataset)
             fragments = {fragment.fragment_id: fragment.metadata for fragment in dataset.get_fragments()}
             changed = False
+            gone = {file.path for file in self._gone(files)}
             for file in files:
-                verdict = _place(file, fragments.get(file.fragment_id or 0), ids)
+                verdict = "stale" if file.path in gone else _place(file, fragments.get(file.fragment_id or 0), ids)
                 getattr(outcome, verdict or "done").append(file)
                 changed |= verdict is None
             if not changed:
@@ -255,59 +286,108 @@ class Table:
                 list(fragments.values()), dataset.lance_schema, preserves_nullability=True
             )
 
-        self._commit(operation)
+        self._commit(operation, guard)
         return outcome
 
-    def _commit(self, operation: Any) -> None:
+    def barrier(self) -> None:
+        """Commits a version that changes nothing and that every commit in flight conflicts with, or comes before.
+
+        Whoever makes such a commit again opens the new version first, and is asked by its guard whether it may.
+        """
+        if self.exists():
+            self._commit(lambda dataset: lance.LanceOperation.Project(dataset.lance_schema))
+
+    def _gone(self, files: Sequence[ColumnFile]) -> list[ColumnFile]:
+        """Those of the files that storage says are not there."""
+        fs, root = fsspec.core.url_to_fs(self.uri)
+
+        def there(file: ColumnFile) -> bool:
+            return outlast(lambda: is_there(fs, data_file_uri(root, file.path)), f"looking for {file.path}")
+
+        if len(files) < 2 or isinstance(fs, LocalFileSystem):
+            return [file for file in files if not there(file)]
+        with ThreadPoolExecutor(min(16, len(files))) as pool:
+            return [file for file, found in zip(files, pool.map(there, files)) if not found]
+
+    def _commit(self, operation: Any, guard: Guard | None = None) -> None:
         """Commits what `operation(newest version)` returns until it lands or is no longer needed (None)."""
-        failure: OSError | None = None
-        for attempt in range(COMMIT_TRIES):
+        failure: Exception | None = None
+        attempt, away_since = 0, time.monotonic()
+        while attempt < COMMIT_TRIES:
             dataset = self.open()
             wanted = operation(dataset)
             if wanted is None:
                 return
+            if guard is not None:
+                guard()
             try:
                 lance.LanceDataset.commit(self.uri, wanted, read_version=dataset.version)
                 return
-            except CommitConflictError as conflict:
-                _wait_or_raise(conflict, attempt)
-            except OSError as error:  # may have landed all the same: the next round looks before it tries again
-                if failure is not None and str(failure) == str(error) and attempt > 3:
+            except CommitConflictError as conflict:  # made anew on the newest version, which it may well go with
+                failure, away_since = conflict, time.monotonic()
+                time.sleep(random.uniform(0, min(1.0, 0.02 * 2**attempt)))
+            except Exception as error:  # may have landed all the same: the next round looks before it tries again
+                if is_away(error) and time.monotonic() - away_since < AWAY_SECONDS:
+                    time.sleep(AWAY_PAUSE)
+                    continue
+                if not isinstance(error, OSError) or (str(failure) == str(error) and attempt > 3):
                     raise
-                failure = error
+                failure, away_since = error, time.monotonic()
                 time.sleep(min(5.0, 0.1 * 2**attempt))
+            attempt += 1
         raise RuntimeError(f"{self.uri}: could not commit in {COMMIT_TRIES} tries; last error: {failure}")
 
     # -- garbage ------------------------------------------------------------------------------------------------------
 
-    def remove_orphans(self, is_dead: Callable[[str], bool]) -> list[str]:
-        """Deletes data files that no version of the table refers to and whose run `is_dead(run_id)`.
+    def remove_orphans(self, over: Callable[[], Collection[str]]) -> list[str]:
+        """Deletes data files that no version of the table refers to and whose run is over.
 
-        Only files named after a run are looked at: whoever else writes to the table is left alone.
+        Args:
+            over: called once the files are listed; ids of the runs whose commits cannot land any more (`Run.end_dead`).
+                Files of others, and files that no run has named, are left alone, whoever they belong to.
         """
-        dataset = self.open()
-        present = dataset.all_files().read_all().column("path").to_pylist()
-        candidates: dict[str, list[str]] = {}
-        for path in present:
-            run_id, _, rest = PurePosixPath(path).name.rpartition("-")
-            if PurePosixPath(path).parent.name == "data" and run_id and ".lance" in rest:
-                candidates.setdefault(run_id, []).append(path)
-        is_dead = functools.cache(is_dead)
         fs, root = fsspec.core.url_to_fs(self.uri)
-        unfinished: list[str] = []
-        if fs.exists(f"{root}/{UNFINISHED}"):
-            for folder in fs.ls(f"{root}/{UNFINISHED}", detail=False):
-                if is_dead(PurePosixPath(folder).name):
-                    unfinished += [path.removeprefix(f"{root}/") for path in fs.find(folder)]
-                    fs.rm(folder, recursive=True)
-        dead = [path for run_id, paths in candidates.items() if is_dead(run_id) for path in paths]
-        if not dead:
-            return unfinished
-        tracked = set(dataset.tracked_files().read_all().column("path").to_pylist())
-        orphans = sorted(set(dead) - tracked)
+        present = outlast(lambda: self.open().all_files().read_all().column("path").to_pylist(), "listing files")
+        candidates = [
+            (match["run"], path)
+            for path in present
+            if PurePosixPath(path).parent.as_posix() == "data" and (match := OURS.fullmatch(PurePosixPath(path).name))
+        ]
+        begun = _folders(fs, f"{root}/{UNFINISHED}")
+        if not candidates and not begun:
+            return []
+        dead = over()
+        unfinished = []
+        for folder in begun:
+            if PurePosixPath(folder).name in dead:
+                unfinished += [path.removeprefix(f"{root}/") for path in fs.find(folder)]
+                fs.rm(folder, recursive=True)
+        tracked = self._tracked()
+        orphans = sorted(path for run_id, path in candidates if run_id in dead and path not in tracked)
+        if orphans:
+            self.barrier()  # the answer to a commit may have been lost, and the commit still be on its way
+            tracked = self._tracked()
+        orphans = [path for path in orphans if path not in tracked]
         for path in orphans:
-            fs.rm_file(f"{root}/{path}")
+            _remove(fs, f"{root}/{path}")
         return [*unfinished, *orphans]
+
+    def _tracked(self) -> set[str]:
+        """Files that some version refers to."""
+        return set(outlast(lambda: self.open().tracked_files().read_all().column("path").to_pylist(), "listing files"))
+
+
+def _remove(fs: Any, path: str) -> None:
+    outlast(lambda: remove_file(fs, path), f"removing {path}")
+
+
+def _folders(fs: Any, path: str) -> list[str]:
+    """What lies in a folder; nothing where it is not there."""
+    fs.invalidate_cache()
+    try:
+        return outlast(lambda: [str(found) for found in fs.ls(path, detail=False)], f"listing {path}")
+    except FileNotFoundError:
+        return []
 
 
 def data_file_uri(table_uri: str, path: str) -> str:
@@ -385,10 +465,11 @@ def _data_paths(dataset: lance.LanceDataset) -> set[str]:
     return {file.path for fragment in dataset.get_fragments() for file in fragment.metadata.files}
 
 
-def _wait_or_raise(conflict: CommitConflictError, attempt: int = 0) -> None:
-    if not conflict.retryable:
-        raise conflict
-    time.sleep(random.uniform(0, min(1.0, 0.02 * 2**attempt)))
+def _wait_or_raise(error: Exception) -> None:
+    """Before another try on the newest version, where that may help."""
+    if not isinstance(error, CommitConflictError) and not is_away(error):
+        raise error
+    time.sleep(random.uniform(0, 0.1) if isinstance(error, CommitConflictError) else AWAY_PAUSE)
 
 
 def _short(value: Any) -> str:

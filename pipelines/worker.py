@@ -16,6 +16,7 @@ import ray
 import torch
 
 from lidit import columns
+from lidit.outage import outlast
 from pipelines.pool import Attempt
 from pipelines.table import ColumnFileWriter, Table, column_holder, field_differences, field_ids, missing_in
 
@@ -83,6 +84,9 @@ class FragmentWorker:
                 )
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
+        return outlast(lambda: self._work(unit), f"fragment {unit['fragment']}")
+
+    def _work(self, unit: dict[str, Any]) -> dict[str, Any]:
         fragment_id, begun = unit["fragment"], time.time()
         dataset = self.table.open()
         fragment, wanted = dataset.get_fragment(fragment_id), unit["wanted"]

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from lidit.alive import HEARTBEAT_SECONDS
-from lidit.lease import Lease, LeaseHeld
+from lidit.lease import Lease, LeaseHeld, LeaseLost
+from lidit.outage import is_away
 from trainer.signals import STOP
 from trainer.storage import Storage
 
@@ -73,8 +74,18 @@ def in_thread(act: Callable[[], Any], lease: Lease) -> Any:
         thread.join(0.2)
         if time.monotonic() - checked > HEARTBEAT_SECONDS:
             checked = time.monotonic()
-            with contextlib.suppress(OSError):  # the storage is away for a moment; how long at most, the lease knows
-                lease.check()
+            _check(lease)
     if made[1] is not None:
         raise made[1]
     return made[0]
+
+
+def _check(lease: Lease) -> None:
+    """Whether this driver is still the one; where the storage cannot tell now, it is asked again, and every save asks too."""
+    try:
+        lease.check(wait=False)
+    except LeaseLost:
+        raise
+    except Exception as error:
+        if not is_away(error) and not isinstance(error, OSError):
+            raise

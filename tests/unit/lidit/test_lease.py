@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lidit import alive
 from lidit import lease as lease_file
-from lidit.alive import DEAD_AFTER_SECONDS, sign_of_life
-from lidit.lease import Lease, LeaseHeld, LeaseLost, create_exclusively
+from lidit.alive import DEAD_AFTER_SECONDS, make_heartbeat
+from lidit.lease import Lease, LeaseHeld, LeaseLost, check_number
 
 pytestmark = pytest.mark.unit
 
@@ -29,12 +30,14 @@ def store(tmp_path):
     return str(tmp_path / "store")
 
 
-def put(store, number, **changes):
-    """The file of a holder, as another host might have left it."""
+def put(store, number, silent=0.0, **changes):
+    """The file of a holder, as another host might have left it, `silent` seconds ago by the storage's clock."""
     folder = os.path.join(store, "job")
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, f"lease-{number:08d}"), "w") as file:
-        json.dump({**sign_of_life(), **changes}, file)
+    path = os.path.join(folder, f"lease-{number:08d}")
+    with open(path, "w") as file:
+        json.dump({**make_heartbeat(), **changes}, file)
+    os.utime(path, (time.time() - silent,) * 2)
 
 
 def sign(store, number):
@@ -48,7 +51,7 @@ def files(store):
 def test_one_at_a_time(store):
     with Lease(store, "job") as held:
         held.check()
-        with pytest.raises(LeaseHeld, match=rf"worked on by process {os.getpid()} on \S+, last sign of life 0 s ago$"):
+        with pytest.raises(LeaseHeld, match=rf"worked on by process {os.getpid()} on \S+, last heartbeat -?0 s ago$"):
             Lease(store, "job").__enter__()
         with Lease(store, "other job") as other:
             other.check()
@@ -78,11 +81,13 @@ def test_killed_on_this_host_is_gone_at_once(store):
         lease.check()
 
 
-def test_silent_on_another_host_is_gone_after_a_while(store):
-    put(store, 3, host="far away", beat=time.time() - DEAD_AFTER_SECONDS + 60)
-    with pytest.raises(LeaseHeld, match="on far, last sign of life 840 s ago"):
+@pytest.mark.parametrize("ahead", [-3600.0, 0.0, 3600.0])
+def test_silent_on_another_host_is_gone_after_a_while(store, ahead):
+    """By the clock of the storage, whatever the hosts' clocks say."""
+    put(store, 3, DEAD_AFTER_SECONDS - 60, host="far away", beat=time.time() - DEAD_AFTER_SECONDS + 60 + ahead)
+    with pytest.raises(LeaseHeld, match="on far, last heartbeat 840 s ago"):
         Lease(store, "job").__enter__()
-    put(store, 3, host="far away", beat=time.time() - DEAD_AFTER_SECONDS - 1)
+    put(store, 3, DEAD_AFTER_SECONDS + 1, host="far away", beat=time.time() - DEAD_AFTER_SECONDS - 1 + ahead)
     with Lease(store, "job"):
         assert files(store)[-1] == "lease-00000004"
 
@@ -122,15 +127,43 @@ def test_who_was_taken_for_dead_finds_out(store):
     assert "released" not in sign(store, 2)
 
 
-def test_who_cannot_show_that_it_lives_finds_out(store):
+def test_who_was_silent_and_was_not_replaced_goes_on(store):
+    """Silence alone takes nothing away: the store tells whether another one has taken over."""
     with Lease(store, "job") as lease:
-        lease._last_beat -= DEAD_AFTER_SECONDS / 2 + 1
-        with pytest.raises(LeaseLost, match="could not show that it lives for 45"):
+        os.utime(os.path.join(store, "job", "lease-00000001"), (0, 0))
+        lease.check()
+        check_number(store, "job", lease.number)
+        put(store, 2)
+        for check in (lease.check, lambda: check_number(store, "job", lease.number)):
+            with pytest.raises(LeaseLost, match="lease 2"):
+                check()
+
+
+def test_folder_that_was_emptied_by_hand(store):
+    with Lease(store, "job") as lease:
+        os.unlink(os.path.join(store, "job", "lease-00000001"))
+        with pytest.raises(LeaseLost, match=r"is empty: expected this process's lease 1; was it removed by hand\?"):
             lease.check()
 
 
+def test_full_disk_leaves_nothing_behind(store, monkeypatch):
+    with Lease(store, "job") as lease:
+        honest = Path.write_bytes
+
+        def full(self, content):
+            honest(self, content[:3])
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            for _ in range(3):
+                with pytest.raises(OSError, match="No space"):
+                    lease._beat()
+        assert files(store) == ["lease-00000001"] and sign(store, 1)["pid"] == os.getpid()
+
+
 def test_shows_that_it_lives(store, monkeypatch):
-    monkeypatch.setattr(lease_file, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(alive, "HEARTBEAT_SECONDS", 0.01)
     with Lease(store, "job"):
         first = sign(store, 1)["beat"]
         deadline = time.monotonic() + 30
@@ -139,42 +172,19 @@ def test_shows_that_it_lives(store, monkeypatch):
     assert sign(store, 1)["released"] is True
 
 
-def test_a_store_that_is_away_for_a_moment_ends_no_heartbeat(store, monkeypatch):
-    monkeypatch.setattr(lease_file, "HEARTBEAT_SECONDS", 0.01)
-    honest, calls = lease_file._replace, []
+def test_no_error_ends_the_heartbeat(store, monkeypatch):
+    monkeypatch.setattr(alive, "HEARTBEAT_SECONDS", 0.01)
+    honest, calls = Lease._beat, []
 
-    def fails_twice(fs, path, content):
-        calls.append(path)
+    def fails_twice(self):
+        calls.append(None)
         if len(calls) <= 2:
-            raise OSError("no route to the store")
-        honest(fs, path, content)
+            raise [OSError("no route to the store"), ZeroDivisionError()][len(calls) - 1]
+        honest(self)
 
-    monkeypatch.setattr(lease_file, "_replace", fails_twice)
+    monkeypatch.setattr(Lease, "_beat", fails_twice)
     with Lease(store, "job") as lease:
         deadline = time.monotonic() + 30
         while len(calls) < 4:
             assert time.monotonic() < deadline
         lease.check()
-
-
-def test_of_many_at_once_one_creates(tmp_path):
-    import fsspec
-
-    fs = fsspec.filesystem("file")
-    barrier, made = threading.Barrier(16), []
-
-    def create(number):
-        barrier.wait()
-        try:
-            create_exclusively(fs, str(tmp_path / "file"), str(number).encode())
-        except FileExistsError:
-            return
-        made.append(number)
-
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) == 1 and (tmp_path / "file").read_text() == str(made[0])
-    assert os.listdir(tmp_path) == ["file"], "nothing is left beside it"

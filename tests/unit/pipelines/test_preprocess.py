@@ -128,6 +128,7 @@ def test_stops_where_another_run_has_taken_over(store, ran, monkeypatch):
     monkeypatch.setattr(preprocess.recaption, "main", suspended)
     result = main(PreprocessConfig(store, ingest=SCENES))
     assert result.failed_stage == "embed" and "another one has taken over" in result.error and ran.stages == ["ingest"]
+    assert not Path(store, "preprocess", "last.json").exists(), "it is the other one's to write"
 
 
 def test_from_yaml_and_flags(tmp_path):

@@ -1,4 +1,4 @@
-"""A run's sign of life: who may delete whose unfinished files."""
+"""A run's marks in the store: who is alive, who may commit, and whose unfinished files may go."""
 
 import json
 import os
@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from lidit import alive
 from lidit.alive import DEAD_AFTER_SECONDS
-from pipelines import runs
-from pipelines.runs import Run
+from pipelines.runs import Fenced, Run
+from pipelines.table import ColumnFileWriter, Table
 
 pytestmark = pytest.mark.unit
 
@@ -22,6 +25,7 @@ run = Run(sys.argv[1], "embed").__enter__()
 print(run.id, flush=True)
 os._exit(9)
 """
+ROWS = pa.schema([pa.field("id", pa.string())])
 
 
 @pytest.fixture
@@ -29,24 +33,51 @@ def store(tmp_path):
     return str(tmp_path / "store")
 
 
-def put_sign(store, run_id, beat):
-    """Writes the sign of a run on another host as it might have been left."""
+@pytest.fixture
+def table(store):
+    made = Table(f"{store}/samples.lance")
+    made.create(ROWS)
+    return made
+
+
+def put_heartbeat(store, run_id, silent=0.0, clock=0.0):
+    """Writes the heartbeat of a run on another host as it might have been left, `silent` seconds ago by the storage's clock.
+
+    `clock`: what the writer's own clock is ahead.
+    """
     folder = os.path.join(store, "runs", run_id)
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "alive"), "w") as file:
-        json.dump({"host": "elsewhere 123", "pid": 1, "started": "1", "beat": beat}, file)
+    path = os.path.join(folder, "alive")
+    now = time.time()
+    with open(path, "w") as file:
+        json.dump({"host": "elsewhere 123", "pid": 1, "started": "1", "beat": now - silent + clock}, file)
+    os.utime(path, (now - silent, now - silent))
     return run_id
+
+
+def write_rows(table, run, *ids):
+    writer = ColumnFileWriter(table.uri, ROWS, run.id)
+    writer.write(pa.record_batch([list(ids)], schema=ROWS))
+    return writer.finish(table.open())
+
+
+def ids_of(table):
+    return sorted(table.open().to_table().column("id").to_pylist())
+
+
+def names(store, run_id):
+    return sorted(os.listdir(os.path.join(store, "runs", run_id)))
 
 
 def test_two_runs(store):
     with Run(store, "embed") as one:
         with Run(store, "ingest") as other:
-            assert not one.is_dead(other.id) and not other.is_dead(one.id)
+            assert one.state(other.id) == other.state(one.id) == "alive"
             assert one.alive() == [other.id] and other.alive() == [one.id]
-            assert one.is_dead(one.id), "its own files are no longer needed when it asks"
-        assert one.is_dead(other.id) and one.alive() == []
+            assert one.alive(["ingest"]) == [other.id] and one.alive(["embed", "latents"]) == []
+        assert one.state(other.id) == "over" and one.alive() == []
     with Run(store, "embed") as third:
-        assert third.is_dead(one.id) and third.is_dead(other.id) and third.alive() == []
+        assert third.states() == {one.id: "over", other.id: "over"} and third.alive() == []
 
 
 def test_ids_are_unique_and_begin_with_the_job(store):
@@ -60,38 +91,57 @@ def test_files_of_a_run(store):
     assert path == os.path.join(store, "runs", run.id, "summary.json")
     with open(path, encoding="utf-8") as file:
         assert json.load(file) == {"a": "\u732b"}
-    assert sorted(os.listdir(os.path.dirname(path))) == ["summary.json"], "its sign of life is gone"
+    assert names(store, run.id) == ["over", "summary.json"], "its heartbeat is gone"
 
 
-def test_run_that_fails_is_over(store):
+def test_a_run_that_fails_is_over_behind_a_barrier(store, table):
+    """Its last commit may still be on its way."""
     with pytest.raises(KeyError), Run(store, "embed") as run:
         raise KeyError
-    assert Run(store, "embed").is_dead(run.id)
+    version = table.open().version
+    with Run(store, "embed") as next_one:
+        assert next_one.state(run.id) == "dead" and next_one.alive() == []
+        assert next_one.end_dead(table) == {run.id} and table.open().version == version + 1
+        assert next_one.state(run.id) == "over"
+        assert next_one.end_dead(table) == {run.id} and table.open().version == version + 1
 
 
 def test_killed_process_is_dead(store):
     process = subprocess.run([sys.executable, "-c", KILLED, store], capture_output=True, text=True)
     assert process.returncode == 9, process.stderr
     run_id = process.stdout.strip()
-    assert os.path.exists(os.path.join(store, "runs", run_id, "alive"))
+    assert names(store, run_id) == ["alive"]
     with Run(store, "embed") as run:
-        assert run.is_dead(run_id) and run.alive() == []
+        assert run.state(run_id) == "dead" and run.alive() == []
 
 
-def test_sign_of_another_host_ages(store):
+def test_runs_of_earlier_versions(store):
+    """They left no mark when they ended, and a heartbeat when they were killed."""
+    for run_id, left in {"embed-ended": "summary.json", "embed-failed": "config.yaml"}.items():
+        os.makedirs(os.path.join(store, "runs", run_id))
+        Path(store, "runs", run_id, left).write_text("{}")
+    put_heartbeat(store, "embed-killed", silent=DEAD_AFTER_SECONDS + 60)
     with Run(store, "embed") as run:
-        silent = put_sign(store, "embed-1", beat=time.time() - DEAD_AFTER_SECONDS - 60)
-        fresh = put_sign(store, "embed-2", beat=time.time())
-        assert run.is_dead(silent) and run.alive() == [fresh]
+        assert run.states() == {"embed-ended": "over", "embed-failed": "over", "embed-killed": "dead"}
 
 
-def test_unknown_run_is_dead(store):
+def test_a_run_that_the_store_does_not_know_is_unknown(store):
+    os.makedirs(os.path.join(store, "runs", "embed-empty"))
     with Run(store, "embed") as run:
-        assert run.is_dead("embed-that-never-was")
+        assert run.state("embed-that-never-was") == run.state("embed-empty") == "unknown"
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 0.0, 3600.0])
+def test_silence_is_judged_by_the_clock_of_the_store(store, ahead):
+    """Whatever the clocks of the hosts say."""
+    with Run(store, "embed") as run:
+        silent = put_heartbeat(store, "embed-1", silent=DEAD_AFTER_SECONDS + 60, clock=ahead)
+        fresh = put_heartbeat(store, "embed-2", silent=DEAD_AFTER_SECONDS - 60, clock=ahead)
+        assert run.state(silent) == "dead" and run.alive() == [fresh]
 
 
 def test_run_never_looks_dead_while_it_beats(store):
-    """A reader that meets the sign half written must not delete a living run's files."""
+    """A reader that meets the heartbeat half written must not fence a living run."""
     over = threading.Event()
     with Run(store, "embed") as run:
         other = Run(store, "ingest")
@@ -103,25 +153,89 @@ def test_run_never_looks_dead_while_it_beats(store):
         thread = threading.Thread(target=beat)
         thread.start()
         try:
-            seen_dead = sum(other.is_dead(run.id) for _ in range(2000))
+            states = {other.state(run.id) for _ in range(1000)}
         finally:
             over.set()
             thread.join()
-    assert seen_dead == 0
+    assert states == {"alive"}
 
 
-def test_run_that_was_silent_too_long_stops_itself(store):
-    with Run(store, "embed") as run:
-        run.check_alive()
-        run._last_beat -= DEAD_AFTER_SECONDS
-        with pytest.raises(RuntimeError, match=r"could not show that it is alive for 9[0-9]{2} s"):
-            run.check_alive()
-        run._beat()
-        run.check_alive()
+# -- fences -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_live_run_that_was_taken_for_dead_commits_nothing_any_more(store, table):
+    """Its finished files are removed by the run that took it for dead; what it had committed stays; the table can be read."""
+    with Run(store, "ingest") as silent:
+        table.append([write_rows(table, silent, "a")], silent.check)
+        finished = write_rows(table, silent, "b", "c")
+        put_heartbeat(store, silent.id, silent=DEAD_AFTER_SECONDS + 1)
+        with Run(store, "embed") as other:
+            assert table.remove_orphans(lambda: other.end_dead(table)) == [f"data/{finished.path}"]
+        silent._beat()  # it is back
+        with pytest.raises(
+            Fenced, match=r"silent for so long .* run the same command again: what is committed is kept"
+        ):
+            table.append([write_rows(table, silent, "d")], silent.check)
+        assert ids_of(table) == ["a"]
+    with Run(store, "ingest") as later:
+        assert later.state(silent.id) == "over"
+
+
+def test_taken_for_dead_between_its_look_and_its_commit(store, table):
+    """The fence comes after the run has looked for one: the barrier stops the commit, which looks again."""
+    looks = []
+    with Run(store, "ingest") as silent, Run(store, "embed") as other:
+        file = write_rows(table, silent, "b")
+
+        def guard():
+            silent.check()
+            looks.append(None)
+            if len(looks) == 1:
+                put_heartbeat(store, silent.id, silent=DEAD_AFTER_SECONDS + 1)
+                other.end_dead(table)
+
+        with pytest.raises(Fenced):
+            table.append([file], guard)
+        assert len(looks) == 1 and ids_of(table) == []
+
+
+def test_a_fence_without_its_barrier_is_finished_by_the_next_run(store, table):
+    """Who fenced it was killed before the barrier."""
+    run_id = put_heartbeat(store, "ingest-1", silent=DEAD_AFTER_SECONDS + 1)
+    Path(store, "runs", run_id, "fence").write_text("{}")
+    version = table.open().version
+    with Run(store, "ingest") as run:
+        assert run.end_dead(table) == {run_id}
+    assert table.open().version == version + 1 and "over" in names(store, run_id)
+
+
+def test_two_stores_that_share_a_table_share_its_runs(store, table, tmp_path):
+    other_store = tmp_path / "other"
+    other_store.mkdir()
+    (other_store / "samples.lance").symlink_to(table.uri)
+    with Run(store, "ingest") as one, Run(str(other_store), "ingest") as other:
+        assert other.alive(["ingest"]) == [one.id] and one.alive() == [other.id]
+        file = write_rows(table, one, "a")
+        assert table.remove_orphans(lambda: other.end_dead(table)) == []
+        table.append([file], one.check)
+    assert ids_of(table) == ["a"]
+
+
+def test_files_of_a_run_of_another_store_are_left_alone(store, table, tmp_path):
+    """Whose runs this store does not know: they may be alive."""
+    with Run(str(tmp_path / "elsewhere"), "ingest") as stranger:
+        file = write_rows(table, stranger, "a")
+        with Run(store, "embed") as run:
+            assert table.remove_orphans(lambda: run.end_dead(table)) == []
+        table.append([file], stranger.check)
+    assert ids_of(table) == ["a"]
+
+
+# -- heartbeats -------------------------------------------------------------------------------------------------------
 
 
 def test_it_beats_by_itself(store, monkeypatch):
-    monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(alive, "HEARTBEAT_SECONDS", 0.01)
     beaten = threading.Event()
     first = Run._beat
 
@@ -135,34 +249,39 @@ def test_it_beats_by_itself(store, monkeypatch):
         assert beaten.wait(30)
 
 
-def test_a_store_that_is_away_for_a_moment_ends_no_heartbeat(store, monkeypatch):
-    monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0.01)
+@pytest.mark.parametrize("error", [OSError("no route to the store"), KeyError("anything else"), MemoryError()])
+def test_no_error_ends_the_heartbeat(store, monkeypatch, error, capsys):
+    monkeypatch.setattr(alive, "HEARTBEAT_SECONDS", 0.01)
+    honest, calls = Run._beat, []
+
+    def fails_at_first(self):
+        calls.append(None)
+        if 1 < len(calls) <= 1 + alive.TELL_AFTER_MISSED:
+            raise error
+        honest(self)
+
+    monkeypatch.setattr(Run, "_beat", fails_at_first)
     with Run(store, "embed") as run:
-        honest, calls = run._beat, []
-
-        def fails_twice():
-            calls.append(None)
-            if len(calls) <= 2:
-                raise OSError("no route to the store")
-            honest()
-
-        monkeypatch.setattr(run, "_beat", fails_twice)
         deadline = time.monotonic() + 30
-        while len(calls) < 4:
+        while len(calls) < alive.TELL_AFTER_MISSED + 3:
             assert time.monotonic() < deadline
-    assert run.is_dead(run.id) and not os.path.exists(os.path.join(store, "runs", run.id, "alive"))
+    assert "4 heartbeats in a row could not be written" in capsys.readouterr().err
+    assert names(store, run.id) == ["over"]
 
 
-def test_the_sign_is_gone_when_a_run_is_over(store, monkeypatch):
+def test_the_heartbeat_is_gone_when_a_run_is_over(store, monkeypatch):
     """Also where a beat was in hand at that moment: the process may go on to other work."""
-    monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0.0005)
+    monkeypatch.setattr(alive, "HEARTBEAT_SECONDS", 0.0005)
     for _ in range(20):
         with Run(store, "embed") as run:
             time.sleep(0.005)
-        assert not os.path.exists(os.path.join(store, "runs", run.id, "alive"))
+        assert names(store, run.id) == ["over"]
 
 
 def test_a_store_that_is_gone_does_not_hide_what_ended_the_run(store, monkeypatch):
+    def expired(*args):
+        raise PermissionError("expired")
+
     with pytest.raises(KeyError), Run(store, "embed") as run:
-        monkeypatch.setattr(run._fs, "exists", lambda path: (_ for _ in ()).throw(PermissionError("expired")))
+        monkeypatch.setattr(run, "_mark", expired)
         raise KeyError("the reason")

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from lidit import columns
 from pipelines import stage
 from pipelines.pool import ActorsConfig
-from pipelines.runs import Run
+from pipelines.runs import Fenced, Run
 from pipelines.stage import (
     CommitConfig,
     ErrorRateExceeded,
@@ -269,11 +270,14 @@ def test_commit_shows_a_few_examples_only(make_pass, table):
     assert made.summary.examples == {"ok": ["caption 0", "caption 1", "caption 2", "caption 3", "caption 0"]}
 
 
-def test_run_that_may_be_taken_for_dead_commits_nothing(make_pass, table):
+def test_run_that_was_taken_for_dead_commits_nothing(make_pass, table):
     made = make_pass()
     made.pending = [result(column_file(table, 0))]
-    made.run_._last_beat -= 10_000
-    with pytest.raises(RuntimeError, match="could not show that it is alive"):
+    with Run(made.run_.store, "latents") as other:
+        Path(made.run_.store, "runs", made.run_.id).mkdir(parents=True)
+        Path(made.run_.store, "runs", made.run_.id, "fence").touch()
+        assert other.end_dead(table) == {made.run_.id}
+    with pytest.raises(Fenced, match="was silent for so long"):
         made._commit()
     assert 0 in todo(table)[0]
 

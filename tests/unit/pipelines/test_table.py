@@ -466,53 +466,130 @@ def test_declares_at_once(table):
 # -- garbage ----------------------------------------------------------------------------------------------------------
 
 
+DEAD, DEAD_INGEST, ALIVE = (f"{name}-20260101T000000-{n:06x}" for n, name in enumerate(("embed", "ingest", "embed")))
+
+
 def test_orphans(filled):
-    committed = write_columns(filled, 0, run="embed-dead")
+    committed = write_columns(filled, 0, run=DEAD)
     filled.attach([committed])
-    dead, dead_rows = write_columns(filled, 1, run="embed-dead"), write_rows(filled, 50, run="ingest-dead")
-    alive = write_columns(filled, 2, run="embed-alive")
-    writers = [ColumnFileWriter(filled.uri, pa.schema([LENGTH]), run) for run in ("embed-dead", "embed-alive")]
+    dead, dead_rows = write_columns(filled, 1, run=DEAD), write_rows(filled, 50, run=DEAD_INGEST)
+    alive = write_columns(filled, 2, run=ALIVE)
+    writers = [ColumnFileWriter(filled.uri, pa.schema([LENGTH]), run) for run in (DEAD, ALIVE)]
     before, asked = rows_of(filled), []
 
-    def is_dead(run_id):
-        asked.append(run_id)
-        return run_id != "embed-alive"
+    def over():
+        asked.append(None)
+        return {DEAD, DEAD_INGEST}
 
-    removed = filled.remove_orphans(is_dead)
+    removed = filled.remove_orphans(over)
     whole = {path for path in removed if path.startswith("data/")}
     assert whole == {f"data/{dead.path}", f"data/{dead_rows.path}"}
-    assert all(path.startswith("_unfinished/embed-dead/") for path in set(removed) - whole)
-    assert [path.name for path in (Path(filled.uri) / "_unfinished").iterdir()] == ["embed-alive"]
+    assert all(path.startswith(f"_unfinished/{DEAD}/") for path in set(removed) - whole)
+    begun = {path.name for path in (Path(filled.uri) / "_unfinished").iterdir()}
+    assert begun == {ALIVE, "ingest-1"}, "the second one is nobody's that this store knows"
     writers[1].write(pa.record_batch([pa.array([1], pa.int32())], pa.schema([LENGTH])))
     assert writers[1].finish(filled.open()).rows == 1, "the living run's file can be finished"
-    assert len(asked) == len(set(asked)), "each run is asked about once"
+    assert len(asked) == 1, "other runs are looked at once"
     assert f"data/{alive.path}" in files(filled) and f"data/{committed.path}" in files(filled)
     assert rows_of(filled) == before
-    assert filled.remove_orphans(is_dead) == []
+    assert filled.remove_orphans(over) == []
     assert verdicts(filled.attach([alive])) == (1, 0, 0)
 
 
+def everything(filled):
+    """All runs that have files in the table, as if all were over."""
+    return {Path(path).name.rpartition("-")[0] for path in files(filled)}
+
+
 def test_orphans_spare_files_of_old_versions(filled):
-    file = write_columns(filled, 0)
+    file = write_columns(filled, 0, run=DEAD)
     filled.attach([file])
     version = filled.open().version
     filled.drop(["embeds", "length"])
-    assert filled.remove_orphans(lambda run_id: True) == []
+    assert filled.remove_orphans(lambda: everything(filled)) == []
     assert [row["embeds"] for row in rows_of(filled, version)[:2]] == [b"e\0", b"e\1"]
 
 
 def test_orphans_spare_replaced_and_deleted(filled):
-    first = write_columns(filled, 0, fields=[ERROR], error="first")
+    first = write_columns(filled, 0, fields=[ERROR], error="first", run=DEAD)
     filled.attach([first])
-    filled.attach([write_columns(filled, 0, fields=[LENGTH, ERROR], replaces={"embed_error": first.path})])
+    replaces = {"embed_error": first.path}
+    filled.attach([write_columns(filled, 0, fields=[LENGTH, ERROR], replaces=replaces, run=DEAD)])
     filled.open().delete("id < '004'")
-    assert filled.remove_orphans(lambda run_id: True) == []
+    assert filled.remove_orphans(lambda: everything(filled)) == []
 
 
 def test_orphans_spare_files_that_lance_itself_wrote(filled):
     lance.write_dataset(pa.table({"id": ["x"], "text": ["y"]}), filled.uri, mode="append")
-    assert filled.remove_orphans(lambda run_id: True) == []
+    assert filled.remove_orphans(lambda: everything(filled)) == []
     assert filled.open().count_rows() == 13
+
+
+def test_orphans_spare_files_that_no_run_has_named(filled):
+    """A writer with UUID names, a copy kept by hand, a file of a run that this store does not know."""
+    data = Path(filled.uri) / "data"
+    unknown = write_columns(filled, 0, run=ALIVE).path
+    strangers = ["6fdbd3ab-ef9b-4b1c-9b0e-0f4dbb0a3a1f.lance", "my-backup.lance.bak", f"{DEAD}-0.lance.bak", unknown]
+    for name in strangers[:-1]:
+        (data / name).write_bytes(b"kept")
+    assert filled.remove_orphans(lambda: everything(filled) - {ALIVE} | {DEAD}) == []
+    assert all((data / name).exists() for name in strangers)
+
+
+def test_a_commit_in_flight_conflicts_with_the_barrier(filled):
+    """What was prepared on an earlier version never lands unasked: neither rows nor columns, whoever cleaned up meanwhile."""
+    rows, column = write_rows(filled, 50), write_columns(filled, 0)
+    asked = []
+
+    def guard():
+        asked.append(filled.open().version)
+        if len(asked) == 1:
+            filled.barrier()  # at this moment another run fences this one
+
+    filled.append([rows], guard)
+    assert len(asked) == 2, "asked again on the version behind the barrier"
+    del asked[:]
+    assert verdicts(filled.attach([column], guard)) == (1, 0, 0) and len(asked) == 2
+    before, version = rows_of(filled), filled.open().version
+
+    def fenced():
+        filled.barrier()
+        if filled.open().version > version + 1:
+            raise InterruptedError("fenced")
+
+    with pytest.raises(InterruptedError):
+        filled.append([write_rows(filled, 60)], fenced)
+    assert rows_of(filled) == before
+
+
+def test_the_barrier_keeps_what_lands_beside_it(filled):
+    """Rows and columns that are committed while it is on its way."""
+    honest, landed = lance.LanceDataset.commit, []
+
+    def late(uri, operation, **options):
+        if isinstance(operation, lance.LanceOperation.Project) and not landed:
+            landed.append(True)
+            filled.append([write_rows(filled, 50)])
+            filled.attach([write_columns(filled, 0)])
+        return honest(uri, operation, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lance.LanceDataset, "commit", staticmethod(late))
+        schema = filled.open().schema
+        filled.barrier()
+    assert landed and filled.open().schema.equals(schema, check_metadata=True)
+    assert filled.open().count_rows() == 16 and rows_of(filled)[0]["embeds"] == b"e\0"
+
+
+def test_files_that_are_gone_are_not_committed(filled):
+    """Whoever removed them: a manifest that names them would make the table unreadable."""
+    rows, kept, gone = write_rows(filled, 50), write_columns(filled, 0), write_columns(filled, 1)
+    for file in (rows, gone):
+        Path(data_file_uri(filled.uri, file.path)).unlink()
+    with pytest.raises(RuntimeError, match=r"1 are not there any more, such as ingest-1-\w+.lance: did somebody"):
+        filled.append([rows])
+    assert verdicts(filled.attach([kept, gone])) == (1, 0, 1)
+    assert filled.open().count_rows() == len(rows_of(filled)) == 12
 
 
 # -- digests ----------------------------------------------------------------------------------------------------------

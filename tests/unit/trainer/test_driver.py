@@ -30,7 +30,7 @@ def test_a_driver_that_lost_its_lease_does_not_wait_for_its_workers(tmp_path: Pa
     over = threading.Event()
     storage = Storage(str(tmp_path))
     with driver.only_driver(storage) as held:
-        monkeypatch.setattr(lease, "shows_life", lambda sign: False)
+        monkeypatch.setattr(lease, "is_alive", lambda heartbeat, fs, path: False)
         with Lease(storage.uri, "driver"), pytest.raises(LeaseLost, match="another one has taken over, lease 2"):
             driver.in_thread(over.wait, held)
     over.set()

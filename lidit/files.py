@@ -1,0 +1,100 @@
+"""Small files on any storage: created by one of several, replaced in one step, and known to be there or not.
+
+A lease, a heartbeat, a fence: each is a file of a few bytes, and each must be whole whenever it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+CREATE_TRIES = 3  # of a file that is refused and yet not there
+
+
+def is_there(fs: Any, path: str) -> bool:
+    """Whether a file or folder is there now, as storage itself says.
+
+    fsspec's own `exists` is False after any error; here only "not found" is no.
+
+    Raises:
+        OSError: storage does not answer, or refuses to.
+    """
+    fs.invalidate_cache()
+    try:
+        fs.info(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def create_exclusively(fs: Any, path: str, content: bytes) -> None:
+    """Writes a file that must not be there; of several at once, one succeeds, and nobody sees half a file.
+
+    Raises:
+        FileExistsError: it is there already.
+    """
+    if isinstance(fs, LocalFileSystem):
+        with _beside(path, content) as beside:
+            Path(path).hardlink_to(beside)
+        return
+    for attempt in range(CREATE_TRIES):
+        try:
+            fs.pipe_file(path, content, mode="create")
+            return
+        except OSError as error:  # PreconditionFailed (412), or ConditionalRequestConflict (409) of two at one moment
+            if is_there(fs, path):
+                raise FileExistsError(path) from error
+            if attempt == CREATE_TRIES - 1:
+                raise
+            time.sleep(random.uniform(0, 0.2))
+
+
+def replace_file(fs: Any, path: str, content: bytes) -> None:
+    """Writes a file anew in one step: who reads never meets half of it. An object store does so by itself."""
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, content)
+        return
+    with _beside(path, content) as beside:
+        beside.replace(path)
+
+
+def remove_file(fs: Any, path: str) -> None:
+    """Deletes a file; one that is gone already is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def seconds_since_written(fs: Any, path: str) -> float:
+    """How long ago a file was written by the clock of its storage, whatever the clocks of its writer and reader say.
+
+    A file is written beside it and the two times are compared: to the second on S3.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        NotImplementedError: this storage keeps no times.
+    """
+    probe = f"{path}.{secrets.token_hex(4)}"
+    fs.pipe_file(probe, b"")
+    try:
+        fs.invalidate_cache()
+        return (fs.modified(probe) - fs.modified(path)).total_seconds()
+    finally:
+        with contextlib.suppress(Exception):  # it harms nobody, and the answer counts
+            remove_file(fs, probe)
+
+
+@contextlib.contextmanager
+def _beside(path: str, content: bytes) -> Any:
+    """A whole file of that content in the same folder, gone in the end: a full disk must not fill up with pieces."""
+    beside = Path(f"{path}.{secrets.token_hex(4)}")
+    try:
+        beside.write_bytes(content)
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
