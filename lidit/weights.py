@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lidit.config import LIDiTConfig
+from lidit.durable import flush
 from lidit.model import LIDiT
 from lidit.model_files import ModelFiles, resolve_model
 
@@ -189,7 +189,7 @@ def _appears_whole(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(old)
         beside.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     finally:
         if old.exists() and not folder.exists():  # the second rename failed
             old.rename(folder)
@@ -207,7 +207,7 @@ def _write_shards(
     for shard in _cut(tensors, dtype, shard_bytes):
         file = folder / f"{len(shards)}.part"  # how many there will be is known at the end
         save_file(shard, file, metadata={"format": "pt"})
-        _flush(file)
+        flush(file)
         if twice := shapes.keys() & shard.keys():
             raise ValueError(f"state: expected every weight once, received {', '.join(sorted(twice))} twice")
         shapes |= {name: tuple(tensor.shape) for name, tensor in shard.items()}
@@ -274,13 +274,4 @@ def _check_tensors(
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text + "\n")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file's content, or a folder's names, are on the disk: a rename must not come before it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(path)

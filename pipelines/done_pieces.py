@@ -7,6 +7,7 @@ and the options that choose rows are the same.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from typing import Any
@@ -33,7 +34,8 @@ class DonePieces:
         if is_there(self._fs, self._folder):
             paths = [path for path in self._fs.ls(self._folder, detail=False) if path.endswith(".json")]
             for path in paths:
-                self._keys.update(json.loads(self._fs.cat_file(path)))
+                with contextlib.suppress(ValueError):  # emptied by a power cut: its pieces are read again
+                    self._keys.update(json.loads(self._fs.cat_file(path)))
 
     def __contains__(self, piece: Piece) -> bool:
         return self.key(piece) in self._keys

@@ -26,6 +26,7 @@ import fsspec
 import yaml
 
 from lidit import columns
+from lidit.durable import flushed_commit
 from lidit.files import replace_file
 from lidit.lease import Lease, LeaseHeld, LeaseLost
 from lidit.outage import outlast
@@ -227,10 +228,11 @@ def _verify(config: PreprocessConfig) -> Any:
     since = config.verify.since or ("" if config.verify_all or VERIFIED_TAG not in tags.list() else VERIFIED_TAG)
     report = verify.main(dataclasses.replace(config.verify, store=config.store, since=since))
     if report.ok:
-        if VERIFIED_TAG in tags.list():
-            tags.update(VERIFIED_TAG, report.version)
-        else:
-            tags.create(VERIFIED_TAG, report.version)
+        with flushed_commit(table.uri):
+            if VERIFIED_TAG in tags.list():
+                tags.update(VERIFIED_TAG, report.version)
+            else:
+                tags.create(VERIFIED_TAG, report.version)
     return report
 
 

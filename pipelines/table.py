@@ -27,17 +27,17 @@ import lance
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from lance.commit import CommitConflictError
-from lance.file import LanceFileReader, LanceFileWriter
+from lance.file import LanceFileWriter
 from lance.fragment import DataFile, FragmentMetadata
 
+from lidit.checksum import DIGEST, MADE_FOR, ColumnDigest, data_file_uri, image_ids_digest, made_for, read_notes
+from lidit.durable import flushed_commit, make_folders, publish
 from lidit.files import is_there, remove_file
 from lidit.outage import AWAY_SECONDS, is_away, make_lance_patient, outlast
-from pipelines.checksum import ColumnDigest
 
 # Chosen by measurement, docs/storage.md: large_binary without compression.
 STORAGE_VERSION: Literal["2.0"] = "2.0"
 UNCOMPRESSED = {"lance-encoding:compression": "none"}
-DIGEST = "lidit:digest:"  # + column name: key of the file's own metadata
 UNFINISHED = "_unfinished"  # folder in the table, one folder per run in it: files being written
 TOMBSTONE = -2  # Lance's mark for a field of a data file that a later file has replaced
 COMMIT_TRIES = 20
@@ -82,18 +82,18 @@ class Attached:
 
 
 class ColumnFileWriter:
-    """Writes a column file batch by batch, with a content digest of every column in the file's own metadata."""
+    """Writes a column file batch by batch; digests and the place that it is made for go into the file's own metadata."""
 
     def __init__(self, table_uri: str, schema: pa.Schema, run_id: str):
         self.path = f"{run_id}-{uuid.uuid4().hex}.lance"
-        self._schema = schema
+        self._table_uri, self._schema = table_uri, schema
         self._final = self._begun = data_file_uri(table_uri, self.path)
         self._fs, root = fsspec.core.url_to_fs(table_uri)
         if isinstance(self._fs, LocalFileSystem):  # an object store shows a file once it is whole, a disk at once
             self._final = data_file_uri(root, self.path)
             self._begun = f"{root}/{UNFINISHED}/{run_id}/{uuid.uuid4().hex}/{self.path}"
-            for path in (self._begun, self._final):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.makedirs(os.path.dirname(self._begun), exist_ok=True)
+            make_folders(os.path.dirname(self._final))
         self._writer = LanceFileWriter(self._begun, schema, version=STORAGE_VERSION)
         self._digests = {name: ColumnDigest() for name in schema.names}
         self.rows = 0
@@ -108,12 +108,14 @@ class ColumnFileWriter:
     def finish(
         self, dataset: lance.LanceDataset, fragment_id: int | None = None, replaces: dict[str, str] | None = None
     ) -> ColumnFile:
-        """Closes the file; only now it is whole. `dataset` is the table that it is meant for."""
+        """Closes the file; only now it is whole, and on the disk. `dataset` is the table that it is meant for."""
         for name, digest in self._digests.items():
             self._writer.add_schema_metadata(DIGEST + name, digest.hexdigest())
+        ids = None if fragment_id is None else image_ids_digest(dataset, self._table_uri, fragment_id)
+        self._writer.add_schema_metadata(MADE_FOR, made_for(self.path, self.rows, fragment_id, ids))
         self._writer.close()
         if self._begun != self._final:
-            os.replace(self._begun, self._final)
+            publish(self._begun, self._final)  # on the disk before anybody can commit it
             os.rmdir(os.path.dirname(self._begun))
         made = DataFile.create(dataset, self.path)
         layout = {
@@ -163,7 +165,10 @@ class Table:
             if self.exists():
                 break
             try:
-                lance.write_dataset(schema.empty_table(), self.uri, mode="create", data_storage_version=STORAGE_VERSION)
+                with flushed_commit(self.uri):
+                    lance.write_dataset(
+                        schema.empty_table(), self.uri, mode="create", data_storage_version=STORAGE_VERSION
+                    )
             except (
                 OSError
             ) as error:  # "exists", of a store that refused for a moment, is tried again where there is none
@@ -199,7 +204,8 @@ class Table:
         def insert() -> None:
             dataset = self.open()
             rows = pa.Table.from_pylist([row], schema=dataset.schema)
-            dataset.merge_insert(key).when_matched_update_all().when_not_matched_insert_all().execute(rows)
+            with flushed_commit(self.uri, also=("data",)):
+                dataset.merge_insert(key).when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
         outlast(insert, f"writing a row of {self.uri}")
 
@@ -232,7 +238,8 @@ class Table:
             if not present:
                 return
             try:
-                dataset.drop_columns(present)
+                with flushed_commit(self.uri):
+                    dataset.drop_columns(present)
             except Exception as error:
                 _wait_or_raise(error)
         raise RuntimeError(f"{self.uri}: could not drop {present} in {COMMIT_TRIES} tries")
@@ -244,7 +251,8 @@ class Table:
             if not new:
                 return
             try:
-                dataset.add_columns(pa.schema([wanted.with_nullable(True) for wanted in new]))
+                with flushed_commit(self.uri):
+                    dataset.add_columns(pa.schema([wanted.with_nullable(True) for wanted in new]))
             except Exception as error:
                 _wait_or_raise(error)
         raise RuntimeError(f"{self.uri}: could not add {[f.name for f in fields]} in {COMMIT_TRIES} tries")
@@ -321,7 +329,8 @@ class Table:
             if guard is not None:
                 guard()
             try:
-                lance.LanceDataset.commit(self.uri, wanted, read_version=dataset.version)
+                with flushed_commit(self.uri):
+                    lance.LanceDataset.commit(self.uri, wanted, read_version=dataset.version)
                 return
             except CommitConflictError as conflict:  # made anew on the newest version, which it may well go with
                 failure, away_since = conflict, time.monotonic()
@@ -390,11 +399,6 @@ def _folders(fs: Any, path: str) -> list[str]:
         return []
 
 
-def data_file_uri(table_uri: str, path: str) -> str:
-    """Where a table keeps the data file of that name."""
-    return f"{table_uri.rstrip('/')}/data/{path}"
-
-
 def field_ids(dataset: lance.LanceDataset) -> dict[str, int]:
     """Top-level column name -> Lance's id of the field."""
     return {field.name(): field.id() for field in dataset.lance_schema.fields()}
@@ -418,12 +422,7 @@ def is_ours(path: str) -> bool:
 
 def file_digests(table_uri: str, path: str) -> dict[str, str]:
     """Column -> content digest, as the writer left it in the file's metadata; empty where another tool wrote it."""
-    metadata = LanceFileReader(data_file_uri(table_uri, path)).metadata().schema.metadata or {}
-    return {
-        key.decode().removeprefix(DIGEST): value.decode()
-        for key, value in metadata.items()
-        if key.startswith(DIGEST.encode())
-    }
+    return read_notes(data_file_uri(table_uri, path)).digests
 
 
 def field_differences(present: pa.Field, wanted: pa.Field, key: str) -> list[str]:

@@ -27,6 +27,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from lidit.durable import make_folders, publish
 from trainer import universal
 from trainer.config import CheckpointConfig
 from trainer.ema import EMA
@@ -42,7 +43,7 @@ from trainer.manifest import (
 )
 from trainer.ranks import Ranks
 from trainer.rng import save_rng
-from trainer.storage import Storage, flush
+from trainer.storage import Storage
 
 ENGINE, EMA_FOLDER, RNG_FOLDER, STATE = "engine", "ema", "rng", "state.json"
 WRITING = f"{CHECKPOINTS}/.writing-"  # of a local storage: what ranks have begun; moved from there
@@ -135,11 +136,9 @@ class Checkpoints:
             self.storage.upload(source, name)
             source.unlink()
             return
-        flush(source)
         target = Path(self.storage.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, target)
-        flush(target.parent)
+        make_folders(target.parent)
+        publish(source, target)
 
     def _finish(self, step: int, outcomes: list[tuple[dict[str, File], str | None]]) -> None:
         """Rank 0: writes the manifest if everybody has written everything, then deletes what is no longer wanted."""

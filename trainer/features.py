@@ -16,7 +16,9 @@ import pyarrow as pa
 
 from lidit import columns
 from lidit.buckets import parse_bucket
+from lidit.checksum import no_panic
 from lidit.codec import bytes_per_token
+from lidit.durable import flushed_commit
 
 METADATA_CACHE = 256 << 20  # bytes that Lance may keep of the files' metadata
 LATENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -110,10 +112,11 @@ class Features:
     def pin(self, tag: str) -> None:
         """Tags the version, so that a clean-up keeps it for as long as the tag is there; a tag of that name is moved."""
         tags = self.table.tags.list()
-        if tag not in tags:
-            self.table.tags.create(tag, self.version)
-        elif tags[tag]["version"] != self.version:
-            self.table.tags.update(tag, self.version)
+        with flushed_commit(self.table.uri):
+            if tag not in tags:
+                self.table.tags.create(tag, self.version)
+            elif tags[tag]["version"] != self.version:
+                self.table.tags.update(tag, self.version)
 
     def unpin(self, tag: str) -> None:
         """Takes the tag away, if it is there."""
@@ -162,11 +165,12 @@ class Features:
     def take(self, fragment: int, rows: np.ndarray, names: Sequence[str]) -> pa.Table:
         """Columns of ascending rows of a fragment, as `locate` gives them. Rows that are neighbours cost one request."""
         try:
-            return self._fragments[fragment].take(rows.tolist(), columns=list(names))
+            with no_panic():
+                return self._fragments[fragment].take(rows.tolist(), columns=list(names))
         except (OSError, ValueError) as error:
             raise RuntimeError(
                 f"cannot read version {self.version} of {self.table.uri}: {str(error).splitlines()[0]}. Were its files "
-                f"removed by a clean-up? A run that is pinned by a tag keeps them"
+                f"removed by a clean-up? A run that is pinned by a tag keeps them. Or damaged? `lidit verify` finds which"
             ) from error
 
     # -- inside -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lidit.durable import publish
 from trainer.config import MetricsConfig
 from trainer.ray_metrics import RayGauges
 from trainer.storage import Storage
@@ -118,7 +118,7 @@ class MetricsWriter:
         self.before = [line for line in read_lines(path) if line["step"] <= step] if path.exists() else []
         beside = path.with_suffix(".new")
         beside.write_text("".join(f"{json.dumps(line)}\n" for line in self.before))
-        os.replace(beside, path)
+        publish(beside, path)
         return open(path, "a")
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from lidit.durable import make_folders, publish
+
 
 class Storage:
     """The files under one URI; paths are relative to it, with forward slashes."""
@@ -62,13 +64,11 @@ class Storage:
             self.fs.pipe_file(self.path(name), content)
             return
         path = Path(self.path(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             beside.write_bytes(content)
-            flush(beside)
-            beside.replace(path)
-            flush(path.parent)
+            publish(beside, path)
         finally:
             beside.unlink(missing_ok=True)
 
@@ -100,12 +100,3 @@ class Storage:
 def absolute(uri: str) -> str:
     """A path -> the absolute one (workers have another working directory); a URI with a protocol stays."""
     return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
-
-
-def flush(path: Path) -> None:
-    """Waits until a file's content, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,7 +8,7 @@ import lance
 import pyarrow as pa
 import pytest
 
-from pipelines.checksum import ColumnDigest
+from lidit.checksum import ColumnDigest
 from pipelines.table import (
     TOMBSTONE,
     UNCOMPRESSED,

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.checksum import ColumnDigest
+from lidit.checksum import ColumnDigest
 
 pytestmark = pytest.mark.unit
 
