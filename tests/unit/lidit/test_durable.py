@@ -202,5 +202,5 @@ def test_a_commit_that_does_not_reach_the_disk_is_told(tmp_path: Path, monkeypat
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(RuntimeError, match="did not reach the disk .*Input/output error"):
+    with pytest.raises(RuntimeError, match=r"did not reach the disk .*Input/output error"):
         table.append([file])
