@@ -11,7 +11,7 @@ from lidit import cli
 from lidit.cli import parse_config
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGES = [ROOT / "docs" / name for name in ("cluster.md", "operations.md")]
+PAGES = [ROOT / "docs" / name for name in ("cluster.md", "operations.md", "security.md")]
 CONFIGS = {"embed.yaml": "embed-config.yaml", "preprocess.yaml": "preprocess-config.yaml"}
 pytestmark = pytest.mark.unit
 
