@@ -29,12 +29,12 @@ from transformers import LogitsProcessorList
 from lidit.batches import plan_batches
 from lidit.caption_image import blank_image, shown_image, shown_size
 from lidit.caption_request import GREY, CaptionAnswer, CaptionRequest, conversation
-from lidit.model_files import digest_of_files, resolve_model, tokenizer_digest, weights_digest
+from lidit.loading import load_config, load_model, load_processor
+from lidit.model_files import config_digest, processor_digest, resolve_model, tokenizer_digest, weights_digest
 from lidit.pixels import ImageError
 from lidit.row_sampling import RowSampler
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.json")
 DECODE_THREADS = 4
 KNOWN_SIZES = 65536  # image sizes whose number of tokens is remembered
 
@@ -84,12 +84,12 @@ class Captioner:
 
     def fingerprint(self) -> dict[str, Any]:
         """What captions depend on, as JSON-able values. Reads the weight files once to digest them; loads no weights."""
-        files = [self.folder / name for name in PROCESSOR_FILES if (self.folder / name).is_file()]
         return {
-            "model_type": transformers.AutoConfig.from_pretrained(self.folder).model_type,
+            "model_type": load_config(self.folder).model_type,
+            "model_config": config_digest(self.folder),
             "weights": weights_digest(self.folder),
             "tokenizer": tokenizer_digest(self.folder),
-            "processor": digest_of_files(files),
+            "processor": processor_digest(self.folder),
             "dtype": self.config.dtype,
         }
 
@@ -99,7 +99,7 @@ class Captioner:
     def processor(self) -> Any:
         """Image processor, tokenizer and chat template; pads on the left."""
         try:
-            processor = transformers.AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
+            processor = load_processor(self.folder)
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"model {self.folder}: expected a processor for images and text: {error}") from error
         if not hasattr(processor, "image_processor"):
@@ -118,13 +118,7 @@ class Captioner:
         """The model, frozen, on the device. Loaded at first use."""
         loader: Any = transformers.AutoModelForImageTextToText
         try:
-            model, report = loader.from_pretrained(
-                self.folder,
-                dtype=DTYPES[self.config.dtype],
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            model, report = load_model(loader, self.folder, dtype=DTYPES[self.config.dtype], output_loading_info=True)
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(
                 f"model {self.folder}: expected a vision-language model (image and text to text) whose weights fit its "

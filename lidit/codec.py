@@ -37,6 +37,26 @@ FP8_MAX = 448.0  # largest finite float8_e4m3fn
 # half a unit in the last place of the format, and for fp8 also half the spacing of its subnormals.
 TOLERANCE = {"fp32": (0.0, 0.0), "bf16": (2.0**-8, 0.0), "fp8_e4m3": (2.0**-4, 2.0**-10 / FP8_MAX * 1.01)}
 
+# Rounding of a model's own arithmetic when batches and prefix are cut differently, as a share of a token's largest value.
+ARITHMETIC = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+def excess(value: np.ndarray, again: np.ndarray, codec: str, dtype: str) -> float:
+    """How far two (L, E) arrays differ beyond what codec and arithmetic explain, as a share of a token's largest value.
+
+    Args:
+        value: as stored and decoded.
+        again: the same made once more.
+        codec: that `value` was stored by.
+        dtype: that the model computes in, a key of `ARITHMETIC`.
+    """
+    if not value.size:
+        return 0.0
+    relative, of_largest = TOLERANCE[codec]
+    largest = np.abs(again).max(axis=1, keepdims=True)
+    allowed = relative * np.abs(again) + (of_largest + ARITHMETIC[dtype]) * largest
+    return float(((np.abs(value - again) - allowed) / np.maximum(largest, 1e-30)).max())
+
 
 def check_codec(codec: str) -> str:
     """Returns `codec`, or raises ValueError naming the ones that exist."""

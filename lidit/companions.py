@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lidit.fingerprints import comparable, warn_unrecorded
+from lidit.model_files import resolve_model
 from lidit.text import EncoderConfig, PromptEncoder
 from lidit.weights import read_config
 
@@ -28,10 +30,11 @@ class Companions:
     Args:
         folder: of `save_weights`.
         check: refuse what is not the same as in training. Digesting the files of a large LLM takes a while.
+        download: whether hub ids that the weights name, not the caller, may be fetched where they are not in the local cache.
     """
 
-    def __init__(self, folder: str | Path, check: bool = True):
-        self.folder, self.check = Path(folder), check
+    def __init__(self, folder: str | Path, check: bool = True, download: bool = False):
+        self.folder, self.check, self.download = Path(folder), check, download
         saved = read_config(folder)
         self._encoders: dict[str, Any] = saved.get("encoders", {})
         self._vae: dict[str, Any] = saved.get("vae", {})
@@ -53,9 +56,15 @@ class Companions:
         if isinstance(instead, PromptEncoder):
             encoder = instead
         else:
-            encoder = PromptEncoder(self._encoder_config(name, instead, saved.get("config")), device)
+            config = self._encoder_config(name, instead, saved.get("config"))
+            encoder = PromptEncoder(config, device, download=self.download or instead is not None)
         self._compare(f"encoder {name}", saved.get("fingerprint"), encoder, f"encoders={{{name!r}: ...}}")
         return encoder
+
+    def encoder_folder(self, name: str, instead: str | EncoderConfig | None) -> Path:
+        """Where the encoder of that name lies; arguments and errors as of `encoder`, but nothing is compared."""
+        config = self._encoder_config(name, instead, self._encoders.get(name, {}).get("config"))
+        return resolve_model(config.model, config.revision, download=self.download or instead is not None)
 
     def vae(self, instead: str | VAE | None, device: str | torch.device) -> VAE:
         """The VAE; arguments and errors as of `encoder`."""
@@ -66,7 +75,8 @@ class Companions:
         vae = instead
         if vae is None or isinstance(vae, str):
             model, revision = split_revision(vae) if vae else (self._vae["model"], self._vae.get("revision"))
-            vae = load_vae(self._located(model), revision, self._vae.get("dtype", "fp32"), device)
+            download = self.download or bool(vae)
+            vae = load_vae(self._located(model), revision, self._vae.get("dtype", "fp32"), device, download)
         self._compare("VAE", self._vae.get("fingerprint"), vae, "vae=...")
         return vae
 
@@ -90,7 +100,7 @@ class Companions:
     def _compare(self, what: str, expected: Mapping[str, Any] | None, part: PromptEncoder | VAE, argument: str) -> None:
         if not self.check or expected is None:
             return
-        received = part.fingerprint()
+        expected, received, unrecorded = comparable(expected, part.fingerprint())
         keys = sorted((expected.keys() | received.keys()) - ROUNDING)
         differing = [
             f"  {key}: expected {expected.get(key)!r}, received {received.get(key)!r}"
@@ -101,6 +111,7 @@ class Companions:
             head = f"{what} is not the one that the weights in {self.folder} were trained with:"
             foot = f"give the right one by {argument}, or check=False to use it all the same"
             raise ValueError("\n".join([head, *differing, foot]))
+        warn_unrecorded(f"{what} of the weights in {self.folder}", unrecorded)
 
 
 def split_revision(model: str) -> tuple[str, str | None]:

@@ -9,6 +9,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -19,6 +20,20 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model",
 )  # fmt: skip
+OTHER_TOKENIZER_FILES = (
+    "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes", "*.tokenizer", "*.jinja", "additional_chat_templates/*.jinja",
+    "tokenizer*.json", "*vocab*.json", "*vocab*.txt", "merges*", "tekken.json", "dict.txt", "emoji.json", "byte_maps.json",
+    "normalizer.json", "word_*.json",
+)  # fmt: skip
+"""Patterns of what the tokenizer classes of transformers read besides."""
+HARMLESS_KEYS = {
+    "_name_or_path", "_commit_hash", "transformers_version",  # where it came from, who wrote it
+    "dtype", "torch_dtype",  # the precision is always asked for, and is in the fingerprint
+    "use_cache", "output_attentions", "output_hidden_states",  # likewise given with each call
+    "initializer_range", "initializer_factor",  # no weight is drawn: missing ones are refused
+}  # fmt: skip
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.json")
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -44,12 +59,16 @@ AUTOENCODER = ModelFiles(
 )  # diffusers' own names; its `.fp16` variants and single-file checkpoints beside them are not read
 
 
-def resolve_model(model: str, revision: str | None, files: ModelFiles = LANGUAGE_MODEL) -> Path:
+def resolve_model(model: str, revision: str | None, files: ModelFiles = LANGUAGE_MODEL, download: bool = True) -> Path:
     """A local folder, or a hub id with a pinned commit -> the folder that holds the model's files.
 
     A relative path is looked up from the working directory, then from the project's root. A hub id is `owner/name`
     (of an autoencoder also `owner/name/folder`) and needs `revision` to be a full commit hash: a branch name would let two
     runs of one job read two different models.
+
+    Args:
+        download: whether a hub id may be fetched; off where data names the model (a store, the config of weights), not the
+            user: then it must be in the local hub cache.
 
     Raises:
         ValueError: nothing is there, files are missing or cut short, or the revision is not pinned.
@@ -70,12 +89,20 @@ def resolve_model(model: str, revision: str | None, files: ModelFiles = LANGUAGE
     from huggingface_hub import snapshot_download
 
     owner, name, *inner = model.split("/")
-    patterns = [*files.weights, "*.json", *(TOKENIZER_FILES if files.tokenizer else ())]
+    patterns = [*files.weights, "*.json", *((*TOKENIZER_FILES, *OTHER_TOKENIZER_FILES) if files.tokenizer else ())]
     try:
         path = snapshot_download(
-            f"{owner}/{name}", revision=revision, allow_patterns=["/".join([*inner, pattern]) for pattern in patterns]
+            f"{owner}/{name}",
+            revision=revision,
+            allow_patterns=["/".join([*inner, pattern]) for pattern in patterns],
+            local_files_only=not download,
         )
     except Exception as error:  # the hub client raises its own, its HTTP library's and OSError: all mean the same here
+        if not download:
+            raise ValueError(
+                f"model {model!r} at {revision[:12]} is named by data, not by you, and is not in the local hub cache: pass "
+                f"--download_models (download_models=True) to fetch it, or say where it is"
+            ) from error
         raise ValueError(
             f"model {model!r} at {revision[:12]}: expected to find it in the local hub cache or on the hub, "
             f"received {type(error).__name__}: {error}; check the name and the network, or give the path of a folder"
@@ -91,7 +118,12 @@ def check_model_folder(folder: Path, files: ModelFiles = LANGUAGE_MODEL) -> None
     """Raises ValueError unless config.json, a tokenizer and whole safetensors files (every shard) are there."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder {folder}: expected config.json, received {_listing(folder)}")
-    if files.tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"model folder {folder}: expected whole weights, received an adapter beside them ({ADAPTER}), which counts or not "
+            f"by what is installed: merge it into the weights, or take the file away"
+        )
+    if files.tokenizer and not tokenizer_files(folder):
         raise ValueError(
             f"model folder {folder}: expected a tokenizer (tokenizer.json or the like), {_listing(folder)}"
         )
@@ -120,9 +152,53 @@ def weights_digest(folder: Path, files: ModelFiles = LANGUAGE_MODEL) -> str:
     return digest_of_files(_weight_files(folder, files))
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """All files that a tokenizer may be read from, chat templates included: the common ones first, then others by name."""
+    common = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    others = {path for pattern in OTHER_TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
+    return common + sorted(others - set(common))
+
+
 def tokenizer_digest(folder: Path) -> str:
     """sha256 over the tokenizer's files, chat template included."""
-    return digest_of_files([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()])
+    return digest_of_files(tokenizer_files(folder))
+
+
+def processor_digest(folder: Path) -> str:
+    """sha256 over what a processor, and the generation after it, read besides the tokenizer's files."""
+    return digest_of_files([folder / name for name in PROCESSOR_FILES if (folder / name).is_file()])
+
+
+def config_digest(folder: Path) -> str:
+    """sha256 of what config.json says of a model's values, its sub-configs included.
+
+    Taken of the file, not of the config object that transformers makes of it: the object changes while a model is loaded (the
+    blocks that are left out), and every release fills in further defaults, so that one folder would have several digests.
+    What a release assumes where the file is silent, the attention implementation too, is told by the library versions that
+    are kept with each column. Order and white space of the file do not count, nor do `HARMLESS_KEYS`. That list is short on
+    purpose: a harmless key that counts costs one `--stamp`, a harmful one that does not costs a spoiled column.
+
+    Raises:
+        ValueError: config.json is not a JSON object.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: expected JSON, received something else: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'}: expected a JSON object, received {type(config).__name__}")
+    return hashlib.sha256(json.dumps(_values_only(config), sort_keys=True).encode()).hexdigest()
+
+
+def _values_only(config: dict[str, Any]) -> dict[str, Any]:
+    """A config and its sub-configs without the keys that change no value."""
+    return {
+        key: _values_only(value)
+        if isinstance(value, dict) and key.endswith("_config") and key != "quantization_config"
+        else value
+        for key, value in config.items()
+        if key not in HARMLESS_KEYS
+    }
 
 
 def digest_of_files(paths: list[Path]) -> str:

@@ -44,6 +44,9 @@ class SampleConfig(SamplerConfig):
     """Where encoders are now, by name: folder or `owner/name@commit`. Default: where they were in training."""
     vae: str | None = None
     """Where the VAE is now: folder or `owner/name@commit`. Default: where it was in training."""
+    download_models: bool = False
+    """Fetch encoders and a VAE that the weights name by a hub id and that are not in the local hub cache: the weights' author
+    chose them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +91,12 @@ def main(config: SampleConfig) -> Sampled:
     started = time.perf_counter()
     weights, revision = split_revision(config.weights)
     pipe = TextToImage.from_pretrained(
-        weights, revision=revision, device=config.device, encoders=config.encoders, vae=config.vae
+        weights,
+        revision=revision,
+        device=config.device,
+        encoders=config.encoders,
+        vae=config.vae,
+        download_models=config.download_models,
     )
     loaded = time.perf_counter()
     images = pipe(

@@ -30,7 +30,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from lidit import codec
 from lidit.batches import EncodedBatch, finish_batch, plan_batches, to_host
 from lidit.cut import BlockReached, SharedPrefixLayer, context_length, last_block, no_load_report, stop_here
-from lidit.model_files import resolve_model, tokenizer_digest, weights_digest
+from lidit.loading import load_config, load_model, load_tokenizer
+from lidit.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
 
 PAPER_INSTRUCTION = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -88,19 +89,20 @@ class PromptEncoder:
     Args:
         config: which model, and how prompts are put to it.
         device: where it runs; default: the GPU if there is one.
+        download: whether a hub id that is not in the local cache may be fetched.
 
     Raises:
         ValueError: the model's files are missing, damaged or do not fit its config; the layer does not exist; the
             prefix alone fills the model's context.
     """
 
-    def __init__(self, config: EncoderConfig, device: str | torch.device | None = None):
+    def __init__(self, config: EncoderConfig, device: str | torch.device | None = None, download: bool = True):
         self.config = config
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.folder = resolve_model(config.model, config.revision)
-        self.model_config = transformers.AutoConfig.from_pretrained(self.folder)
+        self.folder = resolve_model(config.model, config.revision, download=download)
+        self.model_config = load_config(self.folder)
         self.text_config = self.model_config.get_text_config(decoder=True)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
+        self.tokenizer = load_tokenizer(self.folder)
         self.is_decoder = self.model_config.model_type not in ENCODER_ONLY
         self.width: int = self.text_config.hidden_size
         self.num_blocks: int = self.text_config.num_hidden_layers
@@ -115,9 +117,13 @@ class PromptEncoder:
             )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything the embeddings depend on, as JSON-able values. Reads the weight files once to digest them."""
+        """Everything the embeddings depend on beyond rounding, as JSON-able values. Reads the weight files once.
+
+        Left out, since they change rounding alone: the device, and which implementation of attention runs.
+        """
         return {
             "model_type": self.model_config.model_type,
+            "model_config": config_digest(self.folder),
             "weights": weights_digest(self.folder),
             "tokenizer": tokenizer_digest(self.folder),
             "template": self.config.template if self.is_decoder else None,
@@ -207,12 +213,8 @@ class PromptEncoder:
             config = self.text_config
         try:
             with no_load_report():  # of the blocks left out; what is missing is looked at below
-                model, report = loader.from_pretrained(
-                    self.folder,
-                    config=config,
-                    dtype=DTYPES[self.config.dtype],
-                    use_safetensors=True,
-                    output_loading_info=True,
+                model, report = load_model(
+                    loader, self.folder, config=config, dtype=DTYPES[self.config.dtype], output_loading_info=True
                 )
         except (RuntimeError, OSError) as error:
             raise ValueError(f"weights in {self.folder} do not fit its config.json: {error}") from error

@@ -83,6 +83,7 @@ class TextToImage:
         encoder_device: str | torch.device | None = None,
         vae: str | VAE | None = None,
         check: bool = True,
+        download_models: bool = False,
     ) -> TextToImage:
         """Loads weights and what they were trained with, and checks that it is that.
 
@@ -97,13 +98,15 @@ class TextToImage:
             encoder_device: of the encoders; default: `device`.
             vae: the same for the VAE.
             check: refuse encoders and a VAE that are not those of training. Their files are read once to digest them.
+            download_models: fetch encoders and a VAE that the weights name by a hub id and that are not in the local hub
+                cache. Off: whoever made the weights chose them, not you. What `encoders` and `vae` name is always fetched.
 
         Raises:
             ValueError: something is not there, damaged, or not what the weights were trained with; names the difference.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         folder = resolve_weights(path, revision)
-        saved, companions = read_config(folder), Companions(folder, check)
+        saved, companions = read_config(folder), Companions(folder, check, download_models)
         if "objective" not in saved:
             raise ValueError(
                 f"{folder}: its config.json does not name the objective; save the weights with extra={{'objective': ...}}"

@@ -25,7 +25,11 @@ CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 
 
 def load_vae(
-    model: str, revision: str | None = None, dtype: str = "fp32", device: str | torch.device | None = None
+    model: str,
+    revision: str | None = None,
+    dtype: str = "fp32",
+    device: str | torch.device | None = None,
+    download: bool = True,
 ) -> VAE:
     """The autoencoder, its weights loaded and checked.
 
@@ -35,11 +39,12 @@ def load_vae(
         revision: full commit hash, for hub ids.
         dtype: precision of weights and arithmetic: bf16, fp16 or fp32.
         device: where it runs; default: the GPU if there is one.
+        download: whether a hub id that is not in the local cache may be fetched.
 
     Raises:
         ValueError: the files are missing, damaged, of a class not known here, or do not fit their config.
     """
-    vae = VAE(model, revision, dtype, device)
+    vae = VAE(model, revision, dtype, device, download)
     vae.weights  # noqa: B018 - loads them, and complains
     return vae
 
@@ -56,14 +61,19 @@ class VAE:
     """
 
     def __init__(
-        self, model: str, revision: str | None = None, dtype: str = "fp32", device: str | torch.device | None = None
+        self,
+        model: str,
+        revision: str | None = None,
+        dtype: str = "fp32",
+        device: str | torch.device | None = None,
+        download: bool = True,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"autoencoder dtype: expected one of {', '.join(DTYPES)}, received {dtype!r}")
         self.dtype = dtype
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._taef2 = _taef2_file(model)
-        self.folder = self._taef2.parent if self._taef2 else resolve_model(model, revision, AUTOENCODER)
+        self.folder = self._taef2.parent if self._taef2 else resolve_model(model, revision, AUTOENCODER, download)
         self.config = {} if self._taef2 else _read_config(self.folder)
         self.kind = "TAEF2" if self._taef2 else self.config["_class_name"]
         self.has_deviation = self.kind == "AutoencoderKL"

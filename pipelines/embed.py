@@ -22,11 +22,13 @@ import pyarrow as pa
 import torch
 
 from lidit import columns
-from lidit.codec import bytes_per_token
+from lidit.codec import bytes_per_token, decode_bytes, excess
+from lidit.fingerprints import comparable
 from lidit.text import EncoderConfig, PromptEncoder
+from pipelines.field_prints import field_differences
 from pipelines.stage import StageConfig, run_stage
 from pipelines.summary import Summary
-from pipelines.table import UNCOMPRESSED, Table, field_differences
+from pipelines.table import UNCOMPRESSED, Table
 from pipelines.worker import READS, Columns
 
 WINDOW_BYTES = 512 << 20  # of embeddings that one window may make, at `TYPICAL_TOKENS` a prompt
@@ -73,15 +75,31 @@ class EmbedPrompts:
 
     name = "embed"
 
-    def __init__(self, config: EmbedConfig):
+    def __init__(self, config: EmbedConfig, publish: bool = True):
         self.config = config
         device = "cuda" if config.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
         self.encoders = [PromptEncoder(encoder, device) for encoder in config.encoders]
         self.window_rows = window_rows(config, self.encoders)
-        table = Table(f"{config.store.rstrip('/')}/{columns.ENCODERS_TABLE}")
+        table = _encoders_table(config)
         table.create(ENCODERS_SCHEMA)
-        for encoder in self.encoders:
+        for encoder in self.encoders if publish else ():
             _publish(table, encoder)
+
+    @classmethod
+    def for_stamp(cls, config: EmbedConfig) -> EmbedPrompts:
+        """The stage, nothing published. ValueError where an encoder's row, but for its age, is not what the encoder gives."""
+        stage = cls(config, publish=False)
+        for encoder in stage.encoders:
+            row = _published(_encoders_table(config), encoder.config.name)
+            if row is not None:
+                _check_row(row, encoder)
+        return stage
+
+    @classmethod
+    def stamped(cls, config: EmbedConfig) -> None:
+        """Brings the encoders' rows up to date, each after a check."""
+        for encoder in map(PromptEncoder, config.encoders):
+            _publish(_encoders_table(config), encoder)
 
     @classmethod
     def writes(cls, config: EmbedConfig) -> list[pa.Field]:
@@ -204,11 +222,29 @@ def window_rows(config: EmbedConfig, encoders: Sequence[PromptEncoder]) -> int:
     return int(np.clip(WINDOW_BYTES // (per_token * TYPICAL_TOKENS), *WINDOW_ROWS))
 
 
+def _encoders_table(config: EmbedConfig) -> Table:
+    return Table(f"{config.store.rstrip('/')}/{columns.ENCODERS_TABLE}")
+
+
+def _published(table: Table, name: str) -> dict[str, Any] | None:
+    """The row of the encoder of that name, if there is one."""
+    if not table.exists():
+        return None
+    rows = table.open().to_table(filter=f"{columns.ENCODER} = '{name}'").to_pylist()
+    return rows[0] if rows else None
+
+
 def _publish(table: Table, encoder: PromptEncoder) -> None:
-    """Puts the encoder's row into the encoders table, unless it is there."""
+    """Puts the encoder's row into the encoders table, unless it is there.
+
+    A row that differs by what it does not record alone keeps its states, after a check (ValueError where they differ).
+    """
     fingerprint = json.dumps(encoder.fingerprint(), sort_keys=True)
-    present = table.open().to_table(columns=[columns.ENCODER, columns.FINGERPRINT]).to_pylist()
-    if {columns.ENCODER: encoder.config.name, columns.FINGERPRINT: fingerprint} in present:
+    present = _published(table, encoder.config.name)
+    if present is not None and present[columns.FINGERPRINT] == fingerprint:
+        return
+    if present is not None and _check_row(present, encoder):
+        table.upsert(columns.ENCODER, {**present, columns.FINGERPRINT: fingerprint})
         return
     row: dict[str, Any] = {
         columns.ENCODER: encoder.config.name,
@@ -219,6 +255,29 @@ def _publish(table: Table, encoder: PromptEncoder) -> None:
         columns.NULL_EMBEDS: encoder.null_embeds.tobytes(),
     }
     table.upsert(columns.ENCODER, row)
+
+
+def _check_row(row: dict[str, Any], encoder: PromptEncoder) -> bool:
+    """Whether a row is this encoder's but for what it does not record.
+
+    Raises:
+        ValueError: it is, and its states are not those that the encoder gives.
+    """
+    old, new, unrecorded = comparable(json.loads(row[columns.FINGERPRINT]), encoder.fingerprint())
+    if old != new or not unrecorded:
+        return False
+    for name, again in (
+        (columns.INSTRUCTION_EMBEDS, encoder.instruction_embeds),
+        (columns.NULL_EMBEDS, encoder.null_embeds),
+    ):
+        stored = decode_bytes(row[name], "fp32", row[columns.EMBED_WIDTH])
+        if stored.shape != again.shape or excess(stored, again, "fp32", encoder.config.dtype) > 0:
+            raise ValueError(
+                f"encoder {encoder.config.name!r}: its {name} in {columns.ENCODERS_TABLE} were made before "
+                f"{', '.join(unrecorded)} was recorded, and are not what the model in {encoder.folder} gives now: put the "
+                f"model's right files back, or give the encoder another name"
+            )
+    return True
 
 
 def make_demo_world(config: EmbedConfig) -> None:
@@ -244,7 +303,7 @@ def make_demo_world(config: EmbedConfig) -> None:
 
 def main(config: EmbedConfig) -> Summary:
     """Runs the job. With the demo's encoders it makes the demo world first, where that is missing."""
-    if tuple(config.encoders) == DEMO_ENCODERS and not config.dry_run:
+    if tuple(config.encoders) == DEMO_ENCODERS and not (config.dry_run or config.stamp):
         make_demo_world(config)
     return run_stage(EmbedPrompts, config)
 

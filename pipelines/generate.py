@@ -25,7 +25,7 @@ import torch
 
 from lidit import columns
 from lidit.companions import Companions, split_revision
-from lidit.model_files import weights_digest
+from lidit.model_files import config_digest, weights_digest
 from lidit.sampler import SamplerConfig
 from lidit.weights import FILES, read_config, resolve_weights
 from pipelines.layouts import LAYOUTS, check_folder, image_files, write_layout
@@ -79,6 +79,9 @@ class GenerateConfig(StageConfig):
     """Where encoders are now, by name: folder or `owner/name@commit`. Default: where they were in training."""
     vae: str | None = None
     """Where the VAE is now: folder or `owner/name@commit`. Default: where it was in training."""
+    download_models: bool = False
+    """Fetch encoders and a VAE that the weights name by a hub id and that are not in the local hub cache: the weights' author
+    chose them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,7 +185,12 @@ def open_pipe(config: GenerateConfig, device: str) -> TextToImage:
 
     weights, revision = split_revision(config.weights)
     return TextToImage.from_pretrained(
-        weights, revision=revision, device=device, encoders=config.encoders, vae=config.vae
+        weights,
+        revision=revision,
+        device=device,
+        encoders=config.encoders,
+        vae=config.vae,
+        download_models=config.download_models,
     )
 
 
@@ -193,11 +201,20 @@ def fingerprint(config: GenerateConfig) -> dict[str, Any]:
     return {
         "weights": weights_digest(folder, FILES),
         "objective": saved.get("objective"),
-        "encoders": {name: one.get("fingerprint") for name, one in saved.get("encoders", {}).items()},
+        "encoders": {name: _encoder_print(config, name, one) for name, one in saved.get("encoders", {}).items()},
         "vae": saved.get("vae", {}).get("fingerprint"),
         "size": list(config.size()),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config.sampler).items()},
     }
+
+
+def _encoder_print(config: GenerateConfig, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The encoder's fingerprint in training, and the digest of its config as it is now where training recorded none."""
+    recorded = saved.get("fingerprint") or {}
+    if "model_config" in recorded:
+        return recorded
+    companions = Companions(config.folder(), download=config.download_models)
+    return {**recorded, "model_config": config_digest(companions.encoder_folder(name, config.encoders.get(name)))}
 
 
 def check_input(config: GenerateConfig, prompts: Sequence[Prompt]) -> int:
@@ -207,7 +224,7 @@ def check_input(config: GenerateConfig, prompts: Sequence[Prompt]) -> int:
         ValueError: encoders or VAE are not those of training, the size cannot be made, or prompts are too long.
     """
     folder = config.folder()
-    saved, companions = read_config(folder), Companions(folder)
+    saved, companions = read_config(folder), Companions(folder, download=config.download_models)
     unknown = sorted(set(config.encoders) - set(saved["model"]["encoders"]))
     if unknown:
         raise ValueError(f"encoders: expected names among {', '.join(saved['model']['encoders'])}, received {unknown}")

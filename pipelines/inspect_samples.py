@@ -110,18 +110,18 @@ def open_decoder(store: str, dataset: lance.LanceDataset, model: str | None, rev
     candidates = _models_of_runs(store) if model is None else [(model, revision)]
     decoder = Decoder(problem="no run says which autoencoder made the latents; name it with --vae")
     for candidate in candidates:
-        decoder = _decoder_of(*candidate, wanted)
+        decoder = _decoder_of(*candidate, wanted, download=model is not None)
         if decoder.vae is not None:
             break
     return decoder
 
 
-def _decoder_of(model: str, revision: str | None, wanted: dict[str, Any]) -> Decoder:
-    """The autoencoder, if it is the one of a fingerprint."""
+def _decoder_of(model: str, revision: str | None, wanted: dict[str, Any], download: bool) -> Decoder:
+    """The autoencoder, if it is the one of a fingerprint. `download`: whether it may be fetched, if it is a hub id."""
     from lidit.vae import load_vae
 
     try:
-        vae = load_vae(model, revision, wanted.get("dtype", "fp32"))
+        vae = load_vae(model, revision, wanted.get("dtype", "fp32"), download=download)
         differing = [name for name, value in vae.fingerprint().items() if wanted.get(name) != value]
     except (ValueError, OSError) as error:
         return Decoder(problem=f"the autoencoder {model} cannot be loaded here: {error}")

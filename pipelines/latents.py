@@ -320,7 +320,7 @@ def _stack(waiting: list[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray
 def main(config: LatentsConfig) -> Summary:
     """Runs the job. The demo world is ingested first where its store is empty."""
     samples = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
-    if config.model == DEMO_VAE and not samples.exists() and not config.dry_run:
+    if config.model == DEMO_VAE and not samples.exists() and not (config.dry_run or config.stamp):
         from pipelines import ingest
         from pipelines.embed import DEMO_SCENES
 

@@ -278,7 +278,7 @@ def _check_part(name: str, part: Any, store: str) -> None:
     """Refuses what a schedule must not say of a stage."""
     if part.store not in (DEFAULT_STORE, store):
         raise ValueError(f"{name}.store: expected none, for it is the job's own ({store}); received {part.store!r}")
-    for switch in ("dry_run", "overwrite", "reread"):
+    for switch in ("dry_run", "overwrite", "stamp", "reread"):
         if getattr(part, switch, False):
             raise ValueError(
                 f"{name}.{switch}: not for a job that runs by a schedule; run `lidit {name.partition('.')[0]}` by hand"

@@ -17,7 +17,8 @@ import torch
 
 from lidit import columns
 from lidit.companions import split_revision
-from lidit.model_files import resolve_model, weights_digest
+from lidit.loading import load_model, load_processor
+from lidit.model_files import config_digest, processor_digest, resolve_model, tokenizer_digest, weights_digest
 from pipelines.score_intervals import estimate
 
 SCORE = "clip_score"
@@ -31,18 +32,24 @@ class ClipScore:
     fields = {SCORE: pa.float32()}
 
     def __init__(self, config: Any, device: str):
-        from transformers import AutoProcessor, CLIPModel
+        from transformers import CLIPModel
 
         folder = clip_folder(config)
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.model = load_model(CLIPModel, folder, dtype=torch.float32).eval().to(device)
+        self.processor = load_processor(folder)
         self.batch_size = config.batch_size
         self.max_tokens = self.model.config.text_config.max_position_embeddings
 
     @classmethod
     def fingerprint(cls, config: Any) -> dict[str, Any]:
-        """The CLIP's weights."""
-        return {"clip": weights_digest(clip_folder(config))}
+        """Digests of the CLIP's weights, config.json, tokenizer and image processor."""
+        folder = clip_folder(config)
+        return {
+            "clip": weights_digest(folder),
+            "model_config": config_digest(folder),
+            "tokenizer": tokenizer_digest(folder),
+            "processor": processor_digest(folder),
+        }
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str | None]) -> dict[str, list[Any]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lidit import columns
 from lidit.companions import split_revision
+from lidit.loading import load_model, load_processor
 from lidit.model_files import resolve_model
 from pipelines.table import Table
 
@@ -31,8 +32,8 @@ class ClipFeatures(nn.Module):
         from transformers import AutoImageProcessor, CLIPModel
 
         folder = resolve_model(*split_revision(model))
-        self.clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-        self.processor = AutoImageProcessor.from_pretrained(folder)
+        self.clip = load_model(CLIPModel, folder, dtype=torch.float32).eval()
+        self.processor = load_processor(folder, AutoImageProcessor)
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:  # B 3 height width

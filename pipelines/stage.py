@@ -20,11 +20,13 @@ import ray
 import yaml
 
 from lidit import columns
+from pipelines.field_prints import field_differences, unrecorded_keys
 from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
 from pipelines.progress import JobProgress
 from pipelines.runs import Run
+from pipelines.stamp import stamp
 from pipelines.summary import Summary
-from pipelines.table import ColumnFile, Table, field_differences, is_ours
+from pipelines.table import ColumnFile, Table, is_ours
 from pipelines.worker import EXAMPLES, MAY_BE_NULL, READS, FragmentWorker, Stage, add_examples, columns_read
 
 COMMIT_SHARE = 0.005  # of the time at most, the last commit apart
@@ -61,6 +63,9 @@ class StageConfig:
     """Share of rows that may fail (0 to 1); above it the job stops and says so."""
     overwrite: bool = False
     """Replace columns that were made with another fingerprint, or anew if they are complete."""
+    stamp: bool = False
+    """For columns made before something was part of the fingerprint: make a sample of their rows again, record what was not
+    recorded where all agrees, and exit."""
     dry_run: bool = False
     """Print the plan (fragments, rows, resources, bytes) and exit."""
 
@@ -89,6 +94,8 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
     start = time.monotonic()
     if config.dry_run:
         return _plan(stage, config, table, fields[:-1])
+    if config.stamp:
+        return stamp(stage, config, table, fields[:-1])
     with Run(config.store, stage.name) as run:
         run.write("config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
         if config.overwrite:
@@ -301,10 +308,10 @@ def _plan(stage: type[Stage], config: StageConfig, table: Table, fields: list[pa
     for wanted in fields:
         state = "new"
         if wanted.name in schema.names:
-            differences = field_differences(schema.field(wanted.name), wanted, columns.META_FINGERPRINT)
-            state = (
-                f"REFUSED unless --overwrite: {'; '.join(differences)}" if differences else "there, same fingerprint"
-            )
+            present, key = schema.field(wanted.name), columns.META_FINGERPRINT
+            remedy = "--stamp" if unrecorded_keys(present, wanted, key) else "--overwrite"
+            differences = field_differences(present, wanted, key)
+            state = f"REFUSED unless {remedy}: {'; '.join(differences)}" if differences else "there, same fingerprint"
         plan.append(f"column     {wanted.name}: {state}")
     plan.append(
         f"to do      {len(units):,} fragments, {rows:,} rows{f'; {waiting:,} fragments wait' if waiting else ''}"

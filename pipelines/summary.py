@@ -16,7 +16,7 @@ class Summary:
     run: str = ""
     ok: bool = False
     dry_run: bool = False
-    plan: list[str] = field(default_factory=list)  # of a dry run
+    plan: list[str] = field(default_factory=list)  # of a dry run; of a stamp, what was recorded
     fragments: int = 0  # committed by this run
     fragments_waiting: int = 0  # that lack the column to read
     rows: int = 0
@@ -89,6 +89,7 @@ class Summary:
         if self.errors:
             lines.append(f"  errors     {self.errors:,} rows have nulls and a reason in `{self.job}_error`; such as")
             lines += [f"             {example['error']}" for example in self.error_examples]
+        lines += [f"  {line}" for line in self.plan]
         if self.orphans_removed:
             lines.append(f"  cleaned    {self.orphans_removed} unfinished files of killed runs")
         lines.append(f"  table      {self.store.rstrip('/')}/samples.lance")

@@ -9,14 +9,13 @@ next successful run removes (`remove_orphans`).
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
@@ -34,6 +33,7 @@ from lidit.checksum import DIGEST, MADE_FOR, ColumnDigest, data_file_uri, image_
 from lidit.durable import flushed_commit, make_folders, publish
 from lidit.files import is_there, remove_file
 from lidit.outage import AWAY_SECONDS, is_away, make_lance_patient, outlast
+from pipelines.field_prints import field_differences, made_before, unrecorded_keys
 
 # Chosen by measurement, docs/storage.md: large_binary without compression.
 STORAGE_VERSION: Literal["2.0"] = "2.0"
@@ -222,6 +222,8 @@ class Table:
         schema = self.open().schema
         for wanted in fields:
             if wanted.name in schema.names:
+                if unrecorded := unrecorded_keys(schema.field(wanted.name), wanted, compare):
+                    raise ValueError(made_before(wanted, self.uri, unrecorded))
                 differences = field_differences(schema.field(wanted.name), wanted, compare)
                 if differences:
                     raise ValueError(
@@ -229,6 +231,19 @@ class Table:
                         f"Pass --overwrite to replace it, or give the encoder another name to keep both"
                     )
         self._add_fields(fields)
+
+    def record(self, metadata: Mapping[str, Mapping[str, str]]) -> None:
+        """Writes entries into the metadata of columns, name -> key -> value; their other entries stay."""
+        for _ in range(COMMIT_TRIES if metadata else 0):
+            dataset = self.open()
+            try:
+                with flushed_commit(self.uri):
+                    dataset.update_field_metadata({name: dict(entries) for name, entries in metadata.items()})
+                return
+            except Exception as error:
+                _wait_or_raise(error)
+        if metadata:
+            raise RuntimeError(f"{self.uri}: could not write metadata of {', '.join(metadata)} in {COMMIT_TRIES} tries")
 
     def drop(self, names: Iterable[str]) -> None:
         """Removes columns from the newest version; older versions keep them until they are cleaned up."""
@@ -425,18 +440,6 @@ def file_digests(table_uri: str, path: str) -> dict[str, str]:
     return read_notes(data_file_uri(table_uri, path)).digests
 
 
-def field_differences(present: pa.Field, wanted: pa.Field, key: str) -> list[str]:
-    """What makes two fields different columns: type, then every entry of the JSON under `key`; empty if nothing."""
-    if present.type != wanted.type:
-        return [f"type: the table has {present.type}, this run makes {wanted.type}"]
-    old, new = (json.loads((f.metadata or {}).get(key.encode(), b"{}")) for f in (present, wanted))
-    return [
-        f"{name}: the table has {_short(old.get(name))}, this run makes {_short(new.get(name))}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-
-
 def _place(file: ColumnFile, fragment: FragmentMetadata | None, ids: dict[str, int]) -> str | None:
     """Puts the file into the fragment's metadata and returns None; or the verdict why not."""
     if fragment is None or fragment.physical_rows != file.rows:
@@ -469,8 +472,3 @@ def _wait_or_raise(error: Exception) -> None:
     if not isinstance(error, CommitConflictError) and not is_away(error):
         raise error
     time.sleep(random.uniform(0, 0.1) if isinstance(error, CommitConflictError) else AWAY_PAUSE)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"

@@ -28,8 +28,10 @@ import transformers
 
 from lidit import columns
 from lidit.checksum import no_panic
-from lidit.codec import TOLERANCE, bytes_per_token, decode, decode_bytes, finite_values
-from lidit.model_files import resolve_model, tokenizer_digest, weights_digest
+from lidit.codec import bytes_per_token, decode, decode_bytes, excess, finite_values
+from lidit.fingerprints import comparable, warn_unrecorded
+from lidit.loading import load_config, load_model, load_tokenizer
+from lidit.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
 from lidit.text import DTYPES, ENCODER_ONLY, EncoderConfig
 from pipelines.table import Table
 from pipelines.verify_files import wrong_content, wrong_places
@@ -39,8 +41,6 @@ from pipelines.worker import READS
 
 READ_ROWS = 256
 SHOWN = 5  # problems of one check that are listed
-# Rounding of the model's own arithmetic when batches and prefix are cut differently, as a share of a token's largest value.
-ARITHMETIC = {"fp32": 1e-4, "bf16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class VerifyConfig:
     since: str = ""
     """Tag or version of the table: content, embeddings and latents are looked at in fragments that have changed since, and no
     others. Default: in all."""
+    download_models: bool = False
+    """Fetch encoders that the store names by a hub id and that are not in the local hub cache: the store's author chose
+    them."""
 
 
 @dataclass
@@ -185,12 +188,20 @@ def _again(
             yield f"encoder {encoder!r} has no row in {columns.ENCODERS_TABLE}"
             continue
         try:
-            plain = PlainEncoder(EncoderConfig(**json.loads(rows_of[encoder][columns.ENCODER_CONFIG])))
+            made_by = EncoderConfig(**json.loads(rows_of[encoder][columns.ENCODER_CONFIG]))
+            plain = PlainEncoder(made_by, config.download_models)
         except ValueError as error:
             yield f"encoder {encoder!r} cannot be loaded here: {error}"
             continue
         wanted = json.loads(fields[0].metadata[columns.META_FINGERPRINT.encode()])
-        if (weights_digest(plain.folder), tokenizer_digest(plain.folder)) != (wanted["weights"], wanted["tokenizer"]):
+        found = {
+            "weights": weights_digest(plain.folder),
+            "tokenizer": tokenizer_digest(plain.folder),
+            "model_config": config_digest(plain.folder),
+        }
+        wanted, found, unrecorded = comparable(wanted, found)
+        warn_unrecorded(f"encoder {encoder!r}", unrecorded)
+        if any(wanted.get(key) != digest for key, digest in found.items()):
             yield f"encoder {encoder!r}: the model in {plain.folder} is not the one that the embeddings were made with"
             continue
         yield from _compare_prefix(plain, rows_of[encoder])
@@ -201,7 +212,7 @@ def _again(
 def _compare_prefix(plain: PlainEncoder, row: dict[str, Any]) -> Iterator[str]:
     stored = decode_bytes(row[columns.INSTRUCTION_EMBEDS], "fp32", row[columns.EMBED_WIDTH])
     again = plain.states(plain.prefix_ids) if plain.prefix_ids else np.zeros_like(stored)
-    if stored.shape != again.shape or _excess(stored, again, "fp32", plain.config.dtype) > 0:
+    if stored.shape != again.shape or excess(stored, again, "fp32", plain.config.dtype) > 0:
         yield f"{columns.INSTRUCTION_EMBEDS} of {plain.config.name!r} differ from the model's"
 
 
@@ -218,31 +229,21 @@ def _compare_rows(
         again = plain.encode(prompt, limit)
         if again.shape != value.shape:
             yield f"{stored.name} of {image_id!r}: {value.shape[0]} tokens stored, {again.shape[0]} made again"
-        elif again.size and (excess := _excess(value, again, codec, plain.config.dtype)) > 0:
-            yield f"{stored.name} of {image_id!r}: {excess:.2g} of the token's largest value beyond the tolerance of {codec}"
-
-
-def _excess(value: np.ndarray, again: np.ndarray, codec: str, dtype: str) -> float:
-    """How far two (L, E) arrays differ beyond what codec and arithmetic explain, as a share of a token's largest value."""
-    if not value.size:
-        return 0.0
-    relative, of_largest = TOLERANCE[codec]
-    largest = np.abs(again).max(axis=1, keepdims=True)
-    allowed = relative * np.abs(again) + (of_largest + ARITHMETIC[dtype]) * largest
-    return float(((np.abs(value - again) - allowed) / np.maximum(largest, 1e-30)).max())
+        elif again.size and (beyond := excess(value, again, codec, plain.config.dtype)) > 0:
+            yield f"{stored.name} of {image_id!r}: {beyond:.2g} of the token's largest value beyond the tolerance of {codec}"
 
 
 class PlainEncoder:
     """The same states by the longest way: the whole model with its head, one text at a time, prefix and prompt together."""
 
-    def __init__(self, config: EncoderConfig):
+    def __init__(self, config: EncoderConfig, download: bool = False):
         self.config = config
-        self.folder = resolve_model(config.model, config.revision)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
-        model_type = transformers.AutoConfig.from_pretrained(self.folder).model_type
+        self.folder = resolve_model(config.model, config.revision, download=download)
+        self.tokenizer = load_tokenizer(self.folder)
+        model_type = load_config(self.folder).model_type
         self.is_decoder = model_type not in ENCODER_ONLY
         loader: Any = transformers.AutoModelForCausalLM if self.is_decoder else ENCODER_ONLY[model_type]
-        self.model = loader.from_pretrained(self.folder, dtype=DTYPES[config.dtype], use_safetensors=True).eval()
+        self.model = load_model(loader, self.folder, dtype=DTYPES[config.dtype]).eval()
         self.prefix_ids = self._prefix() if self.is_decoder else []
         self.index = config.layer_index if config.layer_index is not None else (-3 if self.is_decoder else -1)
 

@@ -17,8 +17,9 @@ import torch
 
 from lidit import columns
 from lidit.outage import outlast
+from pipelines.field_prints import field_differences
 from pipelines.pool import Attempt
-from pipelines.table import ColumnFileWriter, Table, column_holder, field_differences, field_ids, missing_in
+from pipelines.table import ColumnFileWriter, Table, column_holder, field_ids, missing_in
 
 READS = "lidit:reads"  # field metadata: the column that a column is made from; without it there is nothing to do
 ALSO_READS = "lidit:also_reads"  # field metadata: a column that is looked at too where it is there
@@ -43,7 +44,11 @@ class Unavailable(RuntimeError):
 
 
 class Stage(Protocol):
-    """A step of the pipeline: columns in, columns out. See `pipelines/embed.py` for one."""
+    """A step of the pipeline: columns in, columns out. See `pipelines/embed.py` for one.
+
+    A stage that keeps something beside its columns also has the class methods `for_stamp(config)`, which gives the stage and
+    changes nothing, and `stamped(config)`: see `pipelines/stamp.py`.
+    """
 
     name: str
     window_rows: int  # rows handed to it at a time: what bounds an actor's memory

@@ -19,6 +19,7 @@ from lidit.buckets import parse_bucket
 from lidit.checksum import no_panic
 from lidit.codec import bytes_per_token
 from lidit.durable import flushed_commit
+from lidit.fingerprints import comparable, warn_unrecorded
 
 METADATA_CACHE = 256 << 20  # bytes that Lance may keep of the files' metadata
 LATENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -134,7 +135,9 @@ class Features:
 
     def check_same(self, saved: Mapping[str, Any]) -> None:
         """Raises ValueError, naming what differs, where a checkpoint was trained on other features than these."""
-        if differences := _differences(saved, self.fingerprint()):
+        saved, now, unrecorded = comparable(saved, self.fingerprint())
+        warn_unrecorded(f"the checkpoint and {self.store}", unrecorded)
+        if differences := _differences(saved, now):
             raise ValueError(
                 f"the features in {self.table.uri}, version {self.version}, are not those that the checkpoint was trained "
                 f"on: {'; '.join(differences[:5])}. Train under another `name`, or restore the columns"
@@ -206,7 +209,9 @@ class Features:
         column = columns.embeds(text, name)
         metadata = self._metadata(column, columns.META_CODEC, columns.META_WIDTH, columns.META_FINGERPRINT)
         made_with = json.loads(metadata[columns.META_FINGERPRINT])
-        if differences := _differences(self.encoders[name].fingerprint, made_with):
+        encoder, made_with, unrecorded = comparable(self.encoders[name].fingerprint, made_with)
+        warn_unrecorded(f"column {column!r} of {self.store} and its encoder", unrecorded)
+        if differences := _differences(encoder, made_with):
             raise ValueError(
                 f"column {column!r} and encoder {name!r} of {self.store}/{columns.ENCODERS_TABLE} were made differently: "
                 f"{'; '.join(differences[:5])}. Embed the column again with `--overwrite`"

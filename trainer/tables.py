@@ -12,6 +12,7 @@ import numpy as np
 from lidit.buckets import parse_bucket
 from lidit.config import LIDiTConfig
 from lidit.diffusion import Objective
+from lidit.fingerprints import comparable, warn_unrecorded
 from trainer.batches import plan_phase
 from trainer.config import PhaseConfig, TrainConfig
 from trainer.features import Features
@@ -104,7 +105,9 @@ class Tables:
         first = self._features[0]
         for number, features in self._features.items():
             for name, states in features.encoders.items():
-                if states.fingerprint != first.encoders[name].fingerprint:
+                this, other, unrecorded = comparable(states.fingerprint, first.encoders[name].fingerprint)
+                warn_unrecorded(f"encoder {name!r} of {features.store} and {first.store}", unrecorded)
+                if this != other:
                     raise ValueError(
                         f"phases: encoder {name!r} of {features.store} is not the one of {first.store}: all phases of a run "
                         f"need the same encoders"

@@ -20,6 +20,7 @@ from torch import Tensor
 from lidit import columns
 from lidit.codec import decode
 from lidit.diffusion import Objective, loss_per_sample, sample_rng
+from lidit.fingerprints import comparable, warn_unrecorded
 from lidit.sampler import PromptBatch, SamplerConfig, initial_noise, sample
 from trainer.assemble import Assembler
 from trainer.config import TrainConfig
@@ -211,7 +212,9 @@ def _read_prompts(store: str, features: Features, most: int) -> dict[str, list[n
         )
     for name, column in zip(features.encoders, wanted):
         made_with = (table.schema.field(column).metadata or {}).get(columns.META_FINGERPRINT.encode(), b"{}")
-        if {**json.loads(made_with), "codec": None} != {**features.encoders[name].fingerprint, "codec": None}:
+        prompts, trained, unrecorded = comparable(json.loads(made_with), features.encoders[name].fingerprint)
+        warn_unrecorded(f"validation.prompts: {column} of {uri} and encoder {name!r}", unrecorded)
+        if {**prompts, "codec": None} != {**trained, "codec": None}:
             raise ValueError(
                 f"validation.prompts: {column} of {uri} was made by another encoder than {name!r} of {features.store}: embed "
                 f"the prompts with the same encoders as the training table"

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -129,3 +132,40 @@ def test_revision_of_a_hub_id(tmp_path):
     folder.mkdir()
     assert split_revision(str(folder)) == (str(folder), None)
     assert split_revision("") == ("", None)
+
+
+def test_weights_trained_before_a_key_was_recorded_are_used_with_a_warning(weights, encoder, own_llama, edit_json):
+    saved = json.loads((weights / "config.json").read_text())["encoders"]
+    del saved["one"]["fingerprint"]["model_config"]
+    edit_json(weights / "config.json", encoders=saved)
+    with pytest.warns(UserWarning, match=r"encoder one of the weights in .*: model_config could not be compared"):
+        Companions(weights).encoder("one", None, "cpu")
+    with pytest.raises(ValueError, match="weights: expected"):
+        Companions(weights).encoder("one", str(own_llama(seed=5)), "cpu")
+
+
+def test_an_encoder_whose_config_was_edited_is_refused(weights, encoder, tmp_path, edit_json):
+    folder = shutil.copytree(encoder.folder, tmp_path / "edited")
+    edit_json(folder / "config.json", rms_norm_eps=1e-2)
+    with pytest.raises(ValueError, match=r"\n  model_config: expected '[0-9a-f]{64}', received '[0-9a-f]{64}'\n"):
+        Companions(weights).encoder("one", str(folder), "cpu")
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_a_hub_id_that_the_weights_name_is_fetched_only_where_that_is_asked_for(weights, tmp_path, download):
+    """Offline, with an empty cache: what is tried shows in what is said."""
+    code = (
+        "import sys; from lidit.companions import Companions\n"
+        f"Companions(sys.argv[1], download={download}).encoder('one', sys.argv[2] or None, 'cpu')"
+    )
+    commit = "a" * 40
+    saved = json.loads((weights / "config.json").read_text())
+    saved["encoders"]["one"]["config"] |= {"model": "owner/name", "revision": commit}
+    (weights / "config.json").write_text(json.dumps(saved))
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    for instead in ("", f"owner/name@{commit}"):
+        command = [sys.executable, "-c", code, str(weights), instead]
+        said = subprocess.run(command, env=env, capture_output=True, text=True).stderr
+        fetched = "expected to find it in the local hub cache or on the hub" in said
+        assert fetched == (download or bool(instead)), said
+        assert fetched or ("is named by data, not by you" in said and "--download_models" in said)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from lidit.checksum import ColumnDigest
+from pipelines.field_prints import field_differences
 from pipelines.table import (
     TOMBSTONE,
     UNCOMPRESSED,
@@ -17,7 +18,6 @@ from pipelines.table import (
     Table,
     column_holder,
     data_file_uri,
-    field_differences,
     field_ids,
     file_digests,
     is_ours,

@@ -149,6 +149,21 @@ def test_features_other_than_the_checkpoints_are_named(store: Any) -> None:
         Features(store.uri, ["one"], MIX).check_same(Features(store.uri, ["one", "two"], MIX).fingerprint())
 
 
+def test_a_key_that_one_side_did_not_record_is_said_and_hides_nothing_else(store: Any) -> None:
+    """A checkpoint of an earlier version, a store that was brought up to date since; or the other way round."""
+    features = Features(store.uri, ["one"], MIX)
+    saved = json.loads(json.dumps(features.fingerprint()))
+    saved["encoders"]["one"]["model_config"] = "abc"
+    with pytest.warns(UserWarning, match=r"encoders.one.model_config could not be compared"):
+        features.check_same(saved)
+    saved["encoders"]["one"]["layer"] = -1
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="layer: -1 became -3"):
+        features.check_same(saved)
+    saved = {**features.fingerprint(), "encoders": {"one": {"model": "one"}}}
+    with pytest.raises(ValueError, match="layer: null became -3"):
+        features.check_same(saved)
+
+
 def test_a_phase_of_another_resolution_is_refused(store: Any) -> None:
     features = Features(store.uri, ["one"], MIX)
     features.check_resolution(["64x64", "48x80"], 64)
