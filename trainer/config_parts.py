@@ -74,6 +74,9 @@ class DataConfig:
     """Steps whose batches wait ready-made."""
     buffer_mb: int = 2048
     """Memory of a rank for rows that were read and not used yet. Less than `block_steps` asks for: smaller reads."""
+    verify: bool = True
+    """Read each data file once while the run trains, slowly and in the background, against the digests in it, and stop where
+    one is damaged. Stores on local or mounted disks alone: object stores check their own content."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoders", tuple(self.encoders))

@@ -99,9 +99,10 @@ class Features:
         self.shares = np.array([text_mix[text] for text in self.texts]) / sum(text_mix.values())
         self.table = _open(f"{self.store}/{columns.SAMPLES_TABLE}", version)
         self.version: int = self.table.version
-        self._check_columns(
-            [columns.embeds(text, name) for text in self.texts for name in encoders] + [latents, bucket]
-        )
+        embeds = [columns.embeds(text, name) for text in self.texts for name in encoders]
+        self._check_columns([*embeds, latents, bucket])
+        lengths = [columns.length(text, name) for text in self.texts for name in encoders]
+        self.columns = (*embeds, *lengths, latents, bucket)  # all that a run reads
         self.encoders = self._read_encoders(encoders)
         self.embeds = {text: {name: self._embeds_format(text, name) for name in encoders} for text in self.texts}
         self.latents = self._latents_format(latents)

@@ -19,6 +19,7 @@ from lidit.diffusion import loss_per_sample, objective_to_dict
 from trainer.batches import Batches
 from trainer.checkpoint import Checkpoints, Observe
 from trainer.config import PhaseConfig, TrainConfig
+from trainer.data_check import DataCheck
 from trainer.ema import EMA
 from trainer.engine import set_learning_rate
 from trainer.partitions import discard_gradients, squared_norm
@@ -74,6 +75,7 @@ class Loop:
         stop: whether somebody has asked the run to stop; rank 0 has it.
         progress: how far it is.
         observe: told what begins.
+        check: reads the data files once more; what it finds stops the run like a request.
     """
 
     def __init__(
@@ -89,15 +91,17 @@ class Loop:
         stop: StopFile | None,
         progress: Progress,
         observe: Observe,
+        check: DataCheck | None = None,
     ):
         self.config, self.model_config, self.ranks, self.tables = config, model_config, ranks, tables
         self.engine, self.ema, self.checkpoints = engine, ema, checkpoints
         self.report, self.stop, self.progress, self.observe = report, stop, progress, observe
+        self.check = check
         self.last_step = min(config.total_steps, config.stop_after_steps or config.total_steps)
         self._saved_while_draining = False
 
     def run(self) -> bool:
-        """Trains to the last step, saved. Returns whether it got there: False if somebody asked it to stop.
+        """Trains to the last step, saved. Returns whether it got there: not if it was asked to stop, or data are damaged.
 
         Raises:
             NotFinite: too many skipped steps in a row.
@@ -143,7 +147,7 @@ class Loop:
             self.ranks,
             squared_norm(engine),
             wait_seconds=phase.batches.wait_seconds - waited,
-            stop=self.stop is not None and self.stop.requested,
+            stop=self._asked_to_stop(),
             terminated=terminated(),
             draining=draining(),
         )
@@ -213,6 +217,10 @@ class Loop:
             objective=table.objective,
         ) as batches:
             yield Phase(number, config, grad_accum_steps, table, batches, meter, validation)
+
+    def _asked_to_stop(self) -> bool:
+        damaged = self.check is not None and bool(self.check.found)
+        return damaged or (self.stop is not None and self.stop.requested)
 
     def _step_in_phase(self) -> int:
         return self.config.phase_at(self.progress.step)[1]

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.checkpoint import Checkpoints, Observe, SaveFailed
 from trainer.config import TrainConfig
+from trainer.data_check import DamagedData, DataCheck
 from trainer.engine import build_engine, prepare_process
 from trainer.loop import Loop, NotFinite, Progress
 from trainer.metrics import MetricsWriter
@@ -38,7 +39,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     prepare_process(config)
     try:
         return train(config, settings["versions"], settings.get("observe") or _nothing)
-    except (SaveFailed, NotFinite, WrongInput) as error:
+    except (SaveFailed, NotFinite, WrongInput, DamagedData) as error:
         return {"status": "failed", "error": str(error), "input": isinstance(error, WrongInput)}
 
 
@@ -64,11 +65,17 @@ def train(config: TrainConfig, versions: dict[str, int], observe: Observe = lamb
             report = Report(writer, config.total_steps)
             stop = stack.enter_context(StopFile(storage))
             _say_begin(report, config, model_config, progress, changes)
+        check = None
+        if config.data.verify:
+            features = [tables.features(number) for number in range(len(config.phases))]
+            check = stack.enter_context(DataCheck(features, ranks.rank, ranks.world_size))
         loop = Loop(
-            config, model_config, ranks, tables, engine, ema, checkpoints, report, stop, progress, observe
+            config, model_config, ranks, tables, engine, ema, checkpoints, report, stop, progress, observe, check
         )  # fmt: skip
         started = progress.step
         done = loop.run()
+        if check is not None:
+            _check_data(check, ranks, report, progress.step)
     engine.destroy()
     return {
         "status": "done" if done else "stopped",
@@ -92,6 +99,17 @@ def _check(config: TrainConfig, found: Found | None, tables: Tables, ranks: Rank
         return check_resumable(config, found.state, tables, table) if found is not None else []
     except ValueError as error:
         raise WrongInput(str(error)) from error
+
+
+def _check_data(check: DataCheck, ranks: Ranks, report: Report | None, step: int) -> None:
+    """Raises DamagedData, on all ranks, where one has found a file that is not what was written."""
+    if report is not None and check.files:
+        report.say(check.words())
+    if damaged := [found for found in ranks.gather(check.found) if found]:
+        raise DamagedData(
+            f"data are damaged, the run is saved at step {step:,}: {'; '.join(damaged)}. Restore these files, or make their "
+            f"columns anew, and run the same command again; `lidit verify` reads all files, data.verify=false trains on"
+        )
 
 
 def _progress(found: Found | None) -> Progress:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lance
 import numpy as np
 import pytest
 import torch
@@ -169,3 +170,23 @@ def test_phases_change_batch_size_and_accumulation(training: Any, tmp_path: Path
     assert [outcome["images_seen"] for outcome in outcomes] == [4 * 8 + 5 * 12, 4 * 8 + 2 * 12, 4 * 8 + 5 * 12]
     assert training.losses(broken[1]) == training.losses(config)
     assert [line["phase"] for line in training.lines(config).values()] == [0] * 4 + [1] * 5
+
+
+def test_a_damaged_data_file_stops_the_run_saved_and_it_goes_on_once_mended(training: Any, tmp_path: Path) -> None:
+    store = training.make_store(tmp_path / "store", codec="fp32")
+    config = training.steps(training.make_config(store, tmp_path / "runs", checkpoint=ONE_SAVE), 60)
+    table = lance.dataset(f"{store}/samples.lance")
+    path = Path(table.uri, "data", table.get_fragments()[2].metadata.files[0].path)
+    whole = path.read_bytes()
+    latents = table.to_table(columns=["latents"], limit=1, offset=33)["latents"][0].as_py()
+    at = whole.index(latents)
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+    outcomes = [outcome for (outcome,) in training.run_ranks(2, "train_all", [config])]
+    assert {outcome["status"] for outcome in outcomes} == {"failed"}
+    assert outcomes[0]["error"] == outcomes[1]["error"]
+    assert f"fragment 2, file {path.name}: column latents is not what was written" in outcomes[0]["error"]
+    stopped = training.checkpoints(config)
+    assert len(stopped) == 1 and f"saved at step {stopped[0]}" in outcomes[0]["error"] and stopped[0] < 60
+    path.write_bytes(whole)
+    outcome = training.run_ranks(2, "train_all", [config])[0][0]
+    assert outcome["status"] == "done" and outcome["resumed_from"] == stopped[0] and outcome["step"] == 60
