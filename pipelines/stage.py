@@ -26,7 +26,7 @@ from pipelines.progress import JobProgress
 from pipelines.runs import Run
 from pipelines.stamp import stamp
 from pipelines.summary import Summary
-from pipelines.table import ColumnFile, Table, is_ours
+from pipelines.table import ColumnFile, Guard, Table, is_ours
 from pipelines.worker import EXAMPLES, MAY_BE_NULL, READS, FragmentWorker, Stage, add_examples, columns_read
 
 COMMIT_SHARE = 0.005  # of the time at most, the last commit apart
@@ -99,7 +99,7 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
     with Run(config.store, stage.name) as run:
         run.write("config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
         if config.overwrite:
-            _overwrite(table, fields)
+            _overwrite(table, fields, run.check)
         table.declare(fields, columns.META_FINGERPRINT)
         summary = Summary(stage.name, config.store, run.id)
         for _ in range(PASSES):
@@ -275,7 +275,7 @@ def _has_gaps(fragment: lance.LanceFragment, stored: pa.Field) -> bool:
     return fragment.count_rows(filter=gaps) > 0
 
 
-def _overwrite(table: Table, fields: list[pa.Field]) -> None:
+def _overwrite(table: Table, fields: list[pa.Field], guard: Guard | None = None) -> None:
     """Drops the columns that were made differently, or are complete; half-done ones of this fingerprint go on.
 
     What other stages made from a dropped column goes with it: it would no longer be true.
@@ -292,7 +292,7 @@ def _overwrite(table: Table, fields: list[pa.Field]) -> None:
             f"dropped with {', '.join(sorted(drop))}, being made from it: {', '.join(sorted(made_from))}",
             file=sys.stderr,
         )
-    table.drop(drop | made_from if kept else drop | made_from | {fields[-1].name})
+    table.drop(drop | made_from if kept else drop | made_from | {fields[-1].name}, guard)
 
 
 def _plan(stage: type[Stage], config: StageConfig, table: Table, fields: list[pa.Field]) -> Summary:

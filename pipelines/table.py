@@ -245,13 +245,15 @@ class Table:
         if metadata:
             raise RuntimeError(f"{self.uri}: could not write metadata of {', '.join(metadata)} in {COMMIT_TRIES} tries")
 
-    def drop(self, names: Iterable[str]) -> None:
+    def drop(self, names: Iterable[str], guard: Guard | None = None) -> None:
         """Removes columns from the newest version; older versions keep them until they are cleaned up."""
         for _ in range(COMMIT_TRIES):
             dataset = self.open()
             present = [name for name in names if name in dataset.schema.names]
             if not present:
                 return
+            if guard is not None:
+                guard()
             try:
                 with flushed_commit(self.uri):
                     dataset.drop_columns(present)

@@ -581,6 +581,17 @@ def test_the_barrier_keeps_what_lands_beside_it(filled):
     assert filled.open().count_rows() == 16 and rows_of(filled)[0]["embeds"] == b"e\0"
 
 
+def test_columns_are_dropped_by_who_may(filled):
+    filled.attach([write_columns(filled, 0)])
+
+    def fenced():
+        raise InterruptedError("fenced")
+
+    with pytest.raises(InterruptedError):
+        filled.drop(["embeds"], fenced)
+    assert rows_of(filled)[0]["embeds"] == b"e\0"
+
+
 def test_files_that_are_gone_are_not_committed(filled):
     """Whoever removed them: a manifest that names them would make the table unreadable."""
     rows, kept, gone = write_rows(filled, 50), write_columns(filled, 0), write_columns(filled, 1)
