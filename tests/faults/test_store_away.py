@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,9 +52,10 @@ def Switched(cloud: Any, folder: Path) -> Any:
         def away(self, seconds: float) -> None:
             """Nobody listens for so long."""
             self.service.process.send_signal(signal.SIGUSR1)
-            with pytest.raises(OSError):
+            with pytest.raises(ConnectionRefusedError):
                 while True:
-                    self.filesystem().ls("away")
+                    socket.create_connection(("127.0.0.1", self.port)).close()
+                    time.sleep(0.01)
             time.sleep(seconds)
             self.service.process.send_signal(signal.SIGUSR2)
             self.service.wait_for(self.url)
