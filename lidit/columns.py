@@ -50,7 +50,7 @@ META_SHIFT_FACTOR = "lidit:shift_factor"  # what was subtracted from the VAE's o
 META_MOMENTS = "lidit:moments"  # mean | mean,deviation
 META_STAGE = "lidit:stage"
 META_FINGERPRINT = "lidit:fingerprint"  # JSON: everything the values depend on
-META_VERSIONS = "lidit:versions"  # JSON: library versions at the time; informative, never compared
+META_VERSIONS = "lidit:versions"  # JSON: library versions when the column was begun; a job that goes on compares
 
 
 def embeds(text: str, encoder: str) -> str:

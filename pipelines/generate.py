@@ -137,7 +137,9 @@ class GenerateImages:
             ALSO_READS: columns.SEED,
             columns.META_STAGE: cls.name,
             columns.META_FINGERPRINT: json.dumps(fingerprint(config), sort_keys=True),
-            columns.META_VERSIONS: json.dumps({name: version(name) for name in ("torch", "transformers", "diffusers")}),
+            columns.META_VERSIONS: json.dumps(
+                {name: version(name) for name in ("torch", "transformers", "tokenizers", "diffusers")}
+            ),
         }
         return [
             pa.field(columns.IMAGE, pa.large_binary(), metadata={**metadata, **UNCOMPRESSED}),

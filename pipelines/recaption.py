@@ -125,7 +125,11 @@ class Recaption:
     @classmethod
     def writes(cls, config: RecaptionConfig) -> list[pa.Field]:
         """Caption, status and length, each with the fingerprint of what made it."""
-        used = ("transformers", "torch", "pillow") if config.engine == "transformers" else ("openai", "pillow")
+        used = (
+            ("transformers", "tokenizers", "torch", "pillow")
+            if config.engine == "transformers"
+            else ("openai", "pillow")
+        )
         metadata = {
             READS: columns.IMAGE,
             **({ALSO_READS: columns.CAPTION_ORIGINAL} if config.hint else {}),

@@ -110,7 +110,7 @@ class ScoreImages:
     @classmethod
     def writes(cls, config: ScoreConfig) -> list[pa.Field]:
         """The metrics' columns."""
-        versions = json.dumps({name: version(name) for name in ("torch", "transformers", "pillow")})
+        versions = json.dumps({name: version(name) for name in ("torch", "transformers", "tokenizers", "pillow")})
         fields = []
         for metric in config.of_images:
             metadata = {

@@ -27,6 +27,7 @@ from pipelines.runs import Run
 from pipelines.stamp import stamp
 from pipelines.summary import Summary
 from pipelines.table import ColumnFile, Guard, Table, is_ours
+from pipelines.versions import check_versions
 from pipelines.worker import EXAMPLES, MAY_BE_NULL, READS, FragmentWorker, Stage, add_examples, columns_read
 
 COMMIT_SHARE = 0.005  # of the time at most, the last commit apart
@@ -66,6 +67,9 @@ class StageConfig:
     stamp: bool = False
     """For columns made before something was part of the fingerprint: make a sample of their rows again, record what was not
     recorded where all agrees, and exit."""
+    strict_versions: bool = False
+    """Refuse to go on with columns that were begun with another minor version of transformers, tokenizers, torch, diffusers or
+    Pillow, instead of a warning."""
     dry_run: bool = False
     """Print the plan (fragments, rows, resources, bytes) and exit."""
 
@@ -82,7 +86,8 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
     """Brings the stage's columns up to date on every fragment of `<store>/samples.lance`.
 
     Raises:
-        ValueError: no table, no column to read, or columns made with another fingerprint.
+        ValueError: no table, no column to read, or columns made with another fingerprint (or, with `strict_versions`, other
+            versions of libraries).
         ErrorRateExceeded: too many rows failed; fragments without errors up to then are committed.
         RuntimeError: an actor failed, or fragments stayed missing; what is committed is kept.
     """
@@ -102,10 +107,12 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
             _overwrite(table, fields, run.check)
         table.declare(fields, columns.META_FINGERPRINT)
         summary = Summary(stage.name, config.store, run.id)
-        for _ in range(PASSES):
+        for number in range(PASSES):
             units, summary.fragments_waiting = _units(table, fields[:-1])
             if not units:
                 break
+            if number == 0:
+                check_versions(table.open().schema, fields[:-1], config.strict_versions)
             _Pass(stage, config, table, run, summary).run(units)
         else:
             raise RuntimeError(

@@ -82,9 +82,10 @@ class Attached:
 
 
 class ColumnFileWriter:
-    """Writes a column file batch by batch; digests and the place that it is made for go into the file's own metadata."""
+    """Writes a column file batch by batch; digests and the place that it is made for go into the file's own metadata, and
+    `notes` beside them."""
 
-    def __init__(self, table_uri: str, schema: pa.Schema, run_id: str):
+    def __init__(self, table_uri: str, schema: pa.Schema, run_id: str, notes: Mapping[str, str] | None = None):
         self.path = f"{run_id}-{uuid.uuid4().hex}.lance"
         self._table_uri, self._schema = table_uri, schema
         self._final = self._begun = data_file_uri(table_uri, self.path)
@@ -96,6 +97,7 @@ class ColumnFileWriter:
             make_folders(os.path.dirname(self._final))
         self._writer = LanceFileWriter(self._begun, schema, version=STORAGE_VERSION)
         self._digests = {name: ColumnDigest() for name in schema.names}
+        self._notes = dict(notes or {})
         self.rows = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
@@ -111,6 +113,8 @@ class ColumnFileWriter:
         """Closes the file; only now it is whole, and on the disk. `dataset` is the table that it is meant for."""
         for name, digest in self._digests.items():
             self._writer.add_schema_metadata(DIGEST + name, digest.hexdigest())
+        for key, note in self._notes.items():
+            self._writer.add_schema_metadata(key, note)
         ids = None if fragment_id is None else image_ids_digest(dataset, self._table_uri, fragment_id)
         self._writer.add_schema_metadata(MADE_FOR, made_for(self.path, self.rows, fragment_id, ids))
         self._writer.close()

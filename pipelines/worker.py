@@ -20,6 +20,7 @@ from lidit.outage import outlast
 from pipelines.field_prints import field_differences
 from pipelines.pool import Attempt
 from pipelines.table import ColumnFileWriter, Table, column_holder, field_ids, missing_in
+from pipelines.versions import check_versions, made_with
 
 READS = "lidit:reads"  # field metadata: the column that a column is made from; without it there is nothing to do
 ALSO_READS = "lidit:also_reads"  # field metadata: a column that is looked at too where it is there
@@ -80,7 +81,11 @@ class FragmentWorker:
         self.table, self.run_id, self.tracker = Table(table_uri), run_id, tracker
         self.error_column = columns.error(stage.name)
         schema = self.table.open().schema
-        for made_here in stage.writes(config):
+        fields = stage.writes(config)
+        self.made_with = made_with(fields, config)
+        if config.strict_versions:
+            check_versions(schema, fields, strict=True)
+        for made_here in fields:
             differences = field_differences(schema.field(made_here.name), made_here, columns.META_FINGERPRINT)
             if differences:
                 raise ValueError(
@@ -134,7 +139,7 @@ class _Task:
         self.earlier_errors = self._earlier_errors() if self.error_column in self.replaces else {}
         self.schema = pa.schema([dataset.schema.field(name) for name in [*wanted, self.error_column]])
         self.reads = columns_read([self.schema.field(name) for name in wanted], dataset.schema.names)
-        self.writer = ColumnFileWriter(worker.table.uri, self.schema, worker.run_id)
+        self.writer = ColumnFileWriter(worker.table.uri, self.schema, worker.run_id, worker.made_with)
         self.errors: dict[int, str] = {}
         self.counts: Counter[str] = Counter()
         self.kinds: dict[str, list[str]] = {}
