@@ -280,7 +280,7 @@ class Table:
 
     def missing(self, names: Sequence[str], dataset: lance.LanceDataset | None = None) -> dict[int, list[str]]:
         """Fragment id -> those of the columns that it has no file for; fragments that have all are left out."""
-        dataset = dataset or self.open()
+        dataset = self.open() if dataset is None else dataset  # an empty one is false
         ids = field_ids(dataset)
         found: dict[int, list[str]] = {}
         for fragment in dataset.get_fragments():
