@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -221,3 +222,17 @@ def test_scores_as_text_and_json():
 def test_config_refuses_unknown_metrics():
     with pytest.raises(ValueError, match="metrics: expected some of"):
         ScoreConfig(metrics=("psnr",))
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("config.json", "model_config"), ("tokenizer.json", "tokenizer"), ("processor_config.json", "processor")],
+)
+def test_clip_score_knows_all_that_its_values_depend_on(clip_folder, tmp_path, file, key):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    before = ClipScore.fingerprint(ScoreConfig(metrics=("clip_score",), clip=str(folder), actors=CPU))
+    assert before == ClipScore.fingerprint(ScoreConfig(metrics=("clip_score",), clip=clip_folder, actors=CPU))
+    name = file if (folder / file).is_file() else "preprocessor_config.json"
+    (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), "other": 1}))
+    after = ClipScore.fingerprint(ScoreConfig(metrics=("clip_score",), clip=str(folder), actors=CPU))
+    assert {name for name in before if before[name] != after[name]} == {key}

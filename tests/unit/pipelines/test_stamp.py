@@ -4,17 +4,21 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import lance
 import pyarrow as pa
 import pytest
 from lance.commit import CommitConflictError
 
+from demo.scenes import example
 from lidit import columns
+from lidit.captioner import VlmConfig
 from lidit.text import EncoderConfig
 from pipelines import verify
 from pipelines.embed import EmbedConfig, EmbedPrompts
 from pipelines.pool import ActorsConfig
+from pipelines.recaption import Recaption, RecaptionConfig
 from pipelines.stage import run_stage
 from pipelines.table import ColumnFileWriter, Table
 
@@ -45,12 +49,12 @@ def samples(config):
     return Table(f"{config.store}/{columns.SAMPLES_TABLE}")
 
 
-def write(table, stage, fields):
+def write(table, stage, fields, reads="caption"):
     """All fragments by one stage, as its workers would."""
-    error, files = pa.field(columns.error("embed"), pa.string()), []
+    error, files = pa.field(columns.error(stage.name), pa.string()), []
     table.declare([*fields, error], columns.META_FINGERPRINT)
     for fragment in table.open().get_fragments():
-        batch = fragment.to_table(columns=["caption"]).combine_chunks().to_batches()[0]
+        batch = fragment.to_table(columns=[reads]).combine_chunks().to_batches()[0]
         made = stage(batch, [f.name for f in fields])
         schema = pa.schema([*fields, error])
         writer = ColumnFileWriter(table.uri, schema, "embed-1")
@@ -196,3 +200,56 @@ def test_metadata_written_while_another_job_attaches(config, old_store):
     with contextlib.suppress(CommitConflictError):  # attach reads anew and tries again
         lance.LanceDataset.commit(old_store.uri, merge, read_version=dataset.version)
     assert old_store.open().schema.field("caption").metadata[b"a"] == b"1"
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """Two fragments of pictures with captions of the demo's VLM, as an earlier version left them; (job, table)."""
+    folder = shutil.copytree(Path(__file__).parents[3] / "demo" / "vlm", tmp_path / "vlm")
+    job = RecaptionConfig(
+        store=str(tmp_path / "store"),
+        vlm=VlmConfig(str(folder), dtype="fp32"),
+        retries=0,
+        max_new_tokens=128,
+        blank_share=0.0,
+        actors=ActorsConfig(num_gpus=0.0),
+    )
+    table = samples(job)
+    schema = pa.schema([pa.field("image_id", pa.string()), pa.field("image", pa.large_binary())])
+    table.create(schema)
+    for number in range(2):
+        writer = ColumnFileWriter(table.uri, schema, "ingest-1")
+        rows = [
+            [f"{number}-{row}" for row in range(2)],
+            [example(2 * number + row, 80, 80)["image_bytes"] for row in range(2)],
+        ]
+        writer.write(pa.record_batch([pa.array(rows[0]), pa.array(rows[1], pa.large_binary())], schema=schema))
+        table.append([writer.finish(table.open())])
+    fields = [
+        f.with_metadata({**f.metadata, columns.META_FINGERPRINT: older(f.metadata[columns.META_FINGERPRINT.encode()])})
+        for f in Recaption.writes(job)
+    ]
+    write(table, Recaption(job), fields, "image")
+    return job, table
+
+
+def test_captions_are_stamped_where_they_come_out_word_for_word(captions):
+    job, table = captions
+    with pytest.raises(
+        ValueError, match=r"before model_config was recorded: run the same `lidit recaption` command with --stamp"
+    ):
+        run_stage(Recaption, job)
+    assert table.open().to_table(columns=["caption"])["caption"].null_count < 4, "nothing was written"
+    assert run_stage(Recaption, dataclasses.replace(job, stamp=True)).counts == {"stamped": 3, "compared": 4}
+    table.declare(Recaption.writes(job), columns.META_FINGERPRINT)
+
+
+def test_captions_of_another_config_are_not_stamped(captions):
+    job, table = captions
+    version, path = table.open().version, Path(job.vlm.model) / "config.json"
+    values = json.loads(path.read_text())
+    values["text_config"]["rms_norm_eps"] = 0.5
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"caption_?\w* in \d of \d rows.*cannot be verified here"):
+        run_stage(Recaption, dataclasses.replace(job, stamp=True))
+    assert table.open().version == version
