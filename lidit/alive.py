@@ -7,6 +7,7 @@ it changes anything (`pipelines/runs.py`, `lidit/lease.py`, docs/consistency.md)
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -26,6 +27,17 @@ def make_heartbeat() -> dict[str, Any]:
     """What a process leaves in the store to show that it is alive: host, process, time (for people to read)."""
     pid = os.getpid()
     return {"host": host_id(), "pid": pid, "started": _process_start(pid), "beat": time.time()}
+
+
+def read_heartbeat(content: bytes) -> dict[str, Any]:
+    """What `make_heartbeat` gave, from its file; where a power cut has emptied that, a process that nobody can see."""
+    try:
+        heartbeat = json.loads(content)
+    except ValueError:
+        heartbeat = None
+    if isinstance(heartbeat, dict) and "host" in heartbeat:
+        return heartbeat
+    return {"host": "unknown", "pid": 0, "started": "", "beat": 0.0}
 
 
 def is_alive(heartbeat: dict[str, Any], fs: Any, path: str) -> bool:

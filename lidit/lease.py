@@ -15,7 +15,7 @@ from typing import Any
 
 import fsspec
 
-from lidit.alive import Heartbeat, is_alive, make_heartbeat, silent_seconds
+from lidit.alive import Heartbeat, is_alive, make_heartbeat, read_heartbeat, silent_seconds
 from lidit.files import create_exclusively, is_there, remove_file, replace_file
 from lidit.outage import is_away, outlast
 
@@ -111,7 +111,7 @@ class Lease:
         return None
 
     def _read(self, number: int) -> dict[str, Any]:
-        return {**json.loads(self._fs.cat_file(self._path(number))), "number": number}
+        return {**read_heartbeat(self._fs.cat_file(self._path(number))), "number": number}
 
     def _path(self, number: int) -> str:
         return f"{self._folder}/{PREFIX}{number:08d}"

@@ -24,7 +24,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lidit import columns
-from lidit.alive import Heartbeat, is_alive, make_heartbeat
+from lidit.alive import Heartbeat, is_alive, make_heartbeat, read_heartbeat
 from lidit.files import is_there, remove_file, replace_file
 from lidit.outage import outlast
 from pipelines.table import Table
@@ -133,7 +133,7 @@ class Run:
     def _judged(self, run_id: str) -> State:
         path = self._path(run_id, ALIVE)
         try:
-            heartbeat = json.loads(self._fs.cat_file(path))
+            heartbeat = read_heartbeat(self._fs.cat_file(path))
         except FileNotFoundError:  # it ended at this moment
             return self.state(run_id)
         return "alive" if is_alive(heartbeat, self._fs, path) else "dead"

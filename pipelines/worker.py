@@ -16,6 +16,7 @@ import ray
 import torch
 
 from lidit import columns
+from lidit.checksum import no_panic
 from lidit.outage import outlast
 from pipelines.field_prints import field_differences
 from pipelines.pool import Attempt
@@ -168,14 +169,16 @@ class _Task:
     def _windows(self) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
         """(position of each row in the fragment, the columns read) in order; deleted rows are not among them."""
         # One window ahead is read here already: Lance's own 16 would hold images by the gigabyte.
-        batches = self.fragment.to_batches(
-            columns=self.reads,
-            batch_size=self.stage.window_rows,
-            with_row_address=True,
-            batch_readahead=1,
-            io_buffer_size=READ_BUFFER_BYTES,
+        batches = iter(
+            self.fragment.to_batches(
+                columns=self.reads,
+                batch_size=self.stage.window_rows,
+                with_row_address=True,
+                batch_readahead=1,
+                io_buffer_size=READ_BUFFER_BYTES,
+            )
         )
-        for batch in batches:
+        while (batch := _next(batches)) is not None:
             if batch.num_rows:
                 positions = batch.column("_rowaddr").to_numpy() & 0xFFFFFFFF
                 yield positions.astype(np.int64), batch.select(self.reads)
@@ -271,6 +274,12 @@ class _Task:
         return (
             "; ".join(text for text in (self.earlier_errors.get(position), self.errors.get(position)) if text) or None
         )
+
+
+def _next(batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
+    """The next batch; Lance's panic over a damaged file is an error of this job, and ends no process."""
+    with no_panic():
+        return next(batches, None)
 
 
 def columns_read(fields: list[pa.Field], present: list[str]) -> list[str]:

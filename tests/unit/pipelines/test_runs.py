@@ -131,6 +131,16 @@ def test_a_run_that_the_store_does_not_know_is_unknown(store):
         assert run.state("embed-that-never-was") == run.state("embed-empty") == "unknown"
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_heartbeat_that_a_power_cut_has_emptied_is_judged_by_its_age(store, content):
+    for run_id, silent in {"embed-1": DEAD_AFTER_SECONDS + 60, "embed-2": 0}.items():
+        path = Path(store, "runs", put_heartbeat(store, run_id, silent), "alive")
+        path.write_text(content)
+        os.utime(path, (time.time() - silent,) * 2)
+    with Run(store, "embed") as run:
+        assert run.states() == {"embed-1": "dead", "embed-2": "alive"}
+
+
 @pytest.mark.parametrize("ahead", [-3600.0, 0.0, 3600.0])
 def test_silence_is_judged_by_the_clock_of_the_store(store, ahead):
     """Whatever the clocks of the hosts say."""
