@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,6 +45,7 @@ CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FILES = ModelFiles(weights=(SINGLE_FILE, "model-*-of-*.safetensors"), index=INDEX_FILE, tokenizer=False)
+WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
 EXTRA_KEYS = ("objective", "encoders", "vae", "image_size", "training")
 SHOWN = 5  # tensors of a kind that an error lists
 
@@ -68,25 +70,49 @@ def save_weights(
             model as they are gathered. Taken one by one: no more than one shard is in memory at a time.
         dtype: that the tensors are stored in; by default as they come.
         shard_bytes: largest file; a tensor above it gets a file of its own.
-        overwrite: replace a folder that is there. The old one is moved aside before and deleted after.
+        overwrite: replace a folder that is there, if it holds weights and nothing else (`check_replaceable`). The old one is
+            moved aside before and deleted after.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the folder is there; `state` is not the model's; `extra` has other keys, or values that are no JSON.
+        ValueError: the folder is there, or is to be replaced and holds something else; `state` is not the model's; `extra` has
+            other keys, or values that are no JSON.
     """
     folder = Path(folder)
     if not overwrite and folder.exists():
         raise ValueError(f"weights folder {folder}: it is there already; give another one, or pass overwrite=True")
+    check_replaceable(folder)
     config = json.dumps(_config(model.config, extra or {}), indent=2)
     wanted = expected_shapes(model.config)
     tensors = model.state_dict().items() if state is None else state
-    with _appears_whole(folder) as beside:
+    with _appears_whole(folder, overwrite) as beside:
         found = _write_shards(beside, tensors, dtype, shard_bytes)
         _check_tensors(found, wanted, f"weights to be saved in {folder}", "does the state belong to this model?")
         _write_text(beside / CONFIG_FILE, config)
     return folder
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError where a folder holds anything but what `save_weights` writes, and must not be deleted; one that is not
+    there, or is empty, is fine."""
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link: name the folder itself, or another one")
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise ValueError(f"{folder} is a file: expected a folder of weights, or a new one") from error
+    strange = [name for name in names if not _is_own(folder / name)]
+    if strange:
+        raise ValueError(
+            f"{folder} is not replaced: it holds {strange[0]!r} ({len(strange)} of {len(names)} entries), which is no weights "
+            f"of lidit's; name the folder of the weights, or another one"
+        )
+    if names and CONFIG_FILE not in names:
+        raise ValueError(f"{folder} is not replaced: it has no {CONFIG_FILE} of lidit's weights; name another folder")
 
 
 def load_weights(
@@ -177,8 +203,31 @@ def _config(model: LIDiTConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def _is_own(path: Path) -> bool:
+    """Whether `save_weights` writes such a file, by its name and by its first bytes."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    if path.name == CONFIG_FILE:
+        try:
+            read_config(path.parent)
+        except ValueError:
+            return False
+        return True
+    if path.name == INDEX_FILE:
+        try:
+            return isinstance(json.loads(path.read_bytes())["weight_map"], dict)
+        except (ValueError, KeyError, TypeError):
+            return False
+    return WEIGHTS_NAME.fullmatch(path.name) is not None and _is_safetensors(path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    with open(path, "rb") as file:  # the length of a JSON object, and the object
+        return 0 < int.from_bytes(file.read(8), "little") <= path.stat().st_size and file.read(1) == b"{"
+
+
 @contextlib.contextmanager
-def _appears_whole(folder: Path) -> Iterator[Path]:
+def _appears_whole(folder: Path, overwrite: bool) -> Iterator[Path]:
     """Gives an empty folder beside `folder`, which becomes `folder` if the block ends well and vanishes if it does not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
@@ -187,14 +236,27 @@ def _appears_whole(folder: Path) -> Iterator[Path]:
     try:
         yield beside
         if folder.exists():
+            if not overwrite:
+                raise ValueError(f"weights folder {folder}: it was made by something else meanwhile; give another one")
+            check_replaceable(folder)  # once more: writing took a while
             folder.rename(old)
         beside.rename(folder)
         flush(folder.parent)
     finally:
         if old.exists() and not folder.exists():  # the second rename failed
             old.rename(folder)
-        for rest in (beside, old):
-            shutil.rmtree(rest, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        _remove_own(old)
+
+
+def _remove_own(folder: Path) -> None:
+    """Deletes a weights folder file by file; what is not ours stays, and the folder with it."""
+    if folder.exists():
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+            if _is_own(path):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _write_shards(

@@ -39,6 +39,7 @@ from trainer.config import (
 )
 from trainer.metrics import read_lines
 from trainer.optimizer import build_optimizer
+from trainer.storage import Storage
 from trainer.tables import Tables
 
 TESTS = Path(__file__).resolve().parent
@@ -309,7 +310,7 @@ def train_while_others_write(config: TrainConfig) -> dict[str, Any]:
     from trainer.worker import train_worker
 
     tables = Tables(config, {})
-    tables.pin()
+    tables.pin(Storage(f"{config.storage}/{config.name}"), {})
     seen = {"step": 0}
 
     def observe(part: str) -> None:

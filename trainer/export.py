@@ -28,10 +28,10 @@ from trainer.checkpoint import EMA_FOLDER, ENGINE
 from trainer.config import OptimizerConfig
 from trainer.fields import from_plain
 from trainer.fragments import FragmentReader
-from trainer.manifest import Damaged, Manifest, check_content, folder_of, read_manifest, steps_in
+from trainer.manifest import Damaged, Manifest, check_content, read_manifest, steps_in
 from trainer.optimizer import parameter_groups
 from trainer.resume import read_state
-from trainer.storage import Storage, absolute
+from trainer.storage import Storage, absolute, inside
 from trainer.universal import restricted_unpickling
 
 VAE_KEYS = (
@@ -140,7 +140,7 @@ def _choose(storage: Storage, step: int | None) -> tuple[Manifest, dict[str, Any
     for candidate in steps:
         try:
             manifest = read_manifest(storage, candidate)
-            return manifest, read_state(storage, candidate, manifest), warnings
+            return manifest, read_state(storage, manifest), warnings
         except Damaged as error:
             warnings.append(f"checkpoint skipped: {error}")
     there = ", ".join(map(str, steps_in(storage))) or "none"
@@ -151,19 +151,19 @@ def _choose(storage: Storage, step: int | None) -> tuple[Manifest, dict[str, Any
 def _files(storage: Storage, manifest: Manifest, prefix: str) -> Iterator[list[Path]]:
     """The checkpoint's files of one kind, here and checked."""
     with tempfile.TemporaryDirectory(prefix="lidit-export-") as temporary:
-        folder = Path(storage.path(folder_of(manifest.step))) if storage.local else Path(temporary)
+        folder = Path(storage.path(manifest.place)) if storage.local else Path(temporary)
         paths = []
         for name, file in sorted(manifest.files.items()):
             if not name.startswith(prefix):
                 continue
-            remote = f"{folder_of(manifest.step)}/{name}"
+            remote, path = f"{manifest.place}/{name}", inside(folder, name)
             if not storage.local:
-                storage.download(remote, folder / name)
+                storage.download(remote, path)
             try:
-                check_content(folder / name, file, remote)
+                check_content(path, file, remote)
             except Damaged as error:
                 raise ValueError(f"{storage.uri}: {error}. Export another step with --step") from error
-            paths.append(folder / name)
+            paths.append(path)
         yield paths
 
 

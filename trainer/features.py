@@ -20,6 +20,7 @@ from lidit.checksum import no_panic
 from lidit.codec import bytes_per_token
 from lidit.durable import flushed_commit
 from lidit.fingerprints import comparable, warn_unrecorded
+from lidit.outage import is_away, outlast
 
 METADATA_CACHE = 256 << 20  # bytes that Lance may keep of the files' metadata
 LATENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -111,19 +112,59 @@ class Features:
 
     # -- pinning ------------------------------------------------------------------------------------------------------
 
-    def pin(self, tag: str) -> None:
-        """Tags the version, so that a clean-up keeps it for as long as the tag is there; a tag of that name is moved."""
-        tags = self.table.tags.list()
-        with flushed_commit(self.table.uri):
-            if tag not in tags:
-                self.table.tags.create(tag, self.version)
-            elif tags[tag]["version"] != self.version:
-                self.table.tags.update(tag, self.version)
+    def pin(self, tag: str, move: bool = False) -> str | None:
+        """Tags the version, so that a clean-up keeps it for as long as the tag is there.
 
-    def unpin(self, tag: str) -> None:
-        """Takes the tag away, if it is there."""
-        if tag in self.table.tags.list():
-            self.table.tags.delete(tag)
+        Args:
+            tag: a name that belongs to this run alone.
+            move: a tag of that name that keeps another version is moved to this one.
+
+        Returns:
+            Why the store takes no tag, where it does not (it may be read-only): a clean-up may then end the run.
+
+        Raises:
+            ValueError: a tag of that name keeps another version, and is not to be moved.
+        """
+        try:
+            there = self.tagged(tag)
+            with flushed_commit(self.table.uri):
+                if there is None:
+                    outlast(lambda: self.table.tags.create(tag, self.version), f"making the tag {tag}")
+                elif there != self.version and move:
+                    outlast(lambda: self.table.tags.update(tag, self.version), f"moving the tag {tag}")
+        except Exception as error:
+            if is_away(error):
+                raise
+            made = self.keeps(tag)  # by a first try whose answer was lost
+            return None if made else f"{self.table.uri} takes no tag ({_first_line(error)})"
+        if there not in (None, self.version) and not move:
+            raise ValueError(
+                f"{self.table.uri}: the tag {tag} keeps version {there}, and this run is to begin at version {self.version}. "
+                f"Was the run's tables.json lost? Put it back, or delete the tag, or train under another `name`"
+            )
+        return None
+
+    def unpin(self, tag: str) -> str | None:
+        """Takes the tag away, if it is there and keeps this version. Returns why the store does not allow it, if so."""
+        try:
+            if self.tagged(tag) == self.version:
+                outlast(lambda: self.table.tags.delete(tag), f"removing the tag {tag}")
+        except Exception as error:
+            if self.keeps(tag):
+                return f"{self.table.uri} keeps the tag {tag} ({_first_line(error)})"
+        return None
+
+    def keeps(self, tag: str) -> bool:
+        """Whether a tag is known to keep this version."""
+        try:
+            return self.tagged(tag) == self.version
+        except Exception:  # it cannot be read: nothing is known
+            return False
+
+    def tagged(self, tag: str) -> int | None:
+        """The version that a tag keeps; None where there is no such tag."""
+        found = outlast(lambda: self.table.tags.list().get(tag), "reading the table's tags")
+        return None if found is None else int(found["version"])
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -267,3 +308,7 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

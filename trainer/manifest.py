@@ -1,29 +1,44 @@
 """What makes a folder a checkpoint: `manifest.json`, written last, with size and sha256 of every file in it.
 
     checkpoints/step_00001000/
-      manifest.json     format, step, files (path -> size, sha256), digest of all that
-      ...               whatever it lists
+      manifest.json     format, step, folder, files (path -> size, sha256), digest of all that
+      g00000007-.../    whatever it lists
+      begun-...         who has begun a save here that is not finished
+
+Every start of the ranks is a *generation*, and writes its files into a folder of its own (`new_generation`), so that no process
+can write over what another one has saved; the manifest names the folder that counts. Generations are ordered by their names:
+by the number of the driver's lease, then by time. Checkpoints of earlier versions have their files beside the manifest.
 
 A folder without a manifest, or whose manifest does not hold, is no checkpoint: the run that wrote it was killed, or somebody
-damaged it. Nothing here knows what the files are.
+damaged it. A manifest may come from a stranger's storage: it is read only if all its names are such as a save makes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+import secrets
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.storage import Storage
+from trainer.storage import Storage, is_relative
 
-FORMAT = 1
+FORMAT = 2  # 1: the files are beside the manifest
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
+BEGUN = "begun-"  # and the generation: a save that is not finished, or is being removed
+REMOVAL = "removal"
 STEP = re.compile(r"step_(\d{8,})")
+GENERATION = re.compile(r"g\d{8}-[0-9a-f]{16}", re.ASCII)
+SAVED = re.compile(  # the files of a checkpoint
+    r"engine/[a-z0-9][a-z0-9_.-]*\.pt|(ema|rng)/rank_\d{5,}\.safetensors|state\.json", re.ASCII | re.IGNORECASE
+)
+OLD_FOLDERS, OLD_FILE = ("engine", "ema", "rng"), "state.json"  # beside the manifest, by earlier versions
 READ_BYTES = 8 << 20
 
 
@@ -59,31 +74,41 @@ class Manifest:
     """Optimizer steps that were done."""
     files: Mapping[str, File]
     """Path inside the checkpoint -> file."""
+    folder: str = ""
+    """Generation that saved it, and folder of its files below the step's; empty: beside the manifest."""
+
+    @property
+    def place(self) -> str:
+        """Folder of the files, relative to the run."""
+        return f"{folder_of(self.step)}/{self.folder}" if self.folder else folder_of(self.step)
 
     def to_json(self) -> bytes:
         """As it is stored, its own digest included."""
         content = {
-            "format": FORMAT,
+            "format": FORMAT if self.folder else 1,
             "step": self.step,
+            **({"folder": self.folder} if self.folder else {}),
             "files": {path: vars(file) for path, file in sorted(self.files.items())},
         }
         return json.dumps({**content, "digest": _digest(content)}, indent=1).encode()
 
     @classmethod
     def from_json(cls, content: bytes, where: str) -> Manifest:
-        """Raises Damaged unless it is what `to_json` gave, unchanged."""
+        """Raises Damaged unless it is what `to_json` gave, unchanged, with no name but those that a save gives."""
         try:
             values = json.loads(content)
             digest = values.pop("digest")
             if digest != _digest(values):
                 raise Damaged(f"{where}: edited or damaged, its own digest does not hold")
             files = {path: File(int(file["size"]), str(file["sha256"])) for path, file in values["files"].items()}
-            step, written = int(values["step"]), int(values["format"])
+            step, written, folder = int(values["step"]), int(values["format"]), values.get("folder", "")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"{where}: no manifest ({error or type(error).__name__}; {len(content)} bytes)") from error
-        if written != FORMAT:
-            raise Damaged(f"{where}: format {written}, this lidit reads {FORMAT}")
-        return cls(step, files)
+        if written not in (1, FORMAT):
+            raise Damaged(f"{where}: format {written}, this lidit reads 1 to {FORMAT}")
+        if (strange := _strange_names(folder, files)) is not None:
+            raise Damaged(f"{where}: names {strange!r}, which no save makes: did somebody else write it?")
+        return cls(step, files, folder)
 
 
 def folder_of(step: int) -> str:
@@ -113,12 +138,12 @@ def read_manifest(storage: Storage, step: int) -> Manifest:
         raise Damaged(f"{where}: missing, so the save was never finished") from None
     if manifest.step != step:
         raise Damaged(f"{where}: is the manifest of step {manifest.step}")
-    sizes = storage.sizes(folder)
+    sizes = storage.sizes(manifest.place)
     for path, file in manifest.files.items():
         if path not in sizes:
-            raise Damaged(f"{folder}/{path}: missing")
+            raise Damaged(f"{manifest.place}/{path}: missing")
         if sizes[path] != file.size:
-            raise Damaged(f"{folder}/{path}: {sizes[path]:,} bytes, expected {file.size:,}")
+            raise Damaged(f"{manifest.place}/{path}: {sizes[path]:,} bytes, expected {file.size:,}")
     return manifest
 
 
@@ -140,10 +165,61 @@ def to_delete(steps: Iterable[int], keep_last: int, keep_every_steps: int) -> li
     return [step for step in ordered if step not in newest and not (keep_every_steps and step % keep_every_steps == 0)]
 
 
+def new_generation(lease: int) -> str:
+    """Name of a start of the ranks under a driver's lease; it comes after those of all earlier starts."""
+    return f"g{lease:08d}-{time.time_ns() // 10**6:012x}{secrets.token_hex(2)}"
+
+
+def mark_begun(storage: Storage, step: int, generation: str) -> None:
+    """Says that a save is under way: without such a mark a folder that has no manifest is never removed."""
+    storage.write(f"{folder_of(step)}/{BEGUN}{generation}", b"")
+
+
+def is_unfinished(storage: Storage, step: int) -> bool:
+    """Whether storage says, asked in two ways, that there is no manifest, and a process of this run has begun a save there."""
+    if storage.read_if_there(f"{folder_of(step)}/{MANIFEST}") is not None:
+        return False
+    there = storage.files(folder_of(step))
+    return MANIFEST not in there and any(name.startswith(BEGUN) for name in there)
+
+
 def remove_checkpoint(storage: Storage, step: int) -> None:
-    """Deletes a checkpoint, its manifest first: what a kill leaves behind is no checkpoint."""
-    storage.remove(f"{folder_of(step)}/{MANIFEST}")
-    storage.remove_folder(folder_of(step))
+    """Deletes a checkpoint, its manifest first: what a kill leaves behind is no checkpoint, and marked as remains."""
+    folder = folder_of(step)
+    if not any(name.startswith(BEGUN) for name in storage.files(folder)):
+        with contextlib.suppress(OSError):  # a full disk: room is made here
+            mark_begun(storage, step, REMOVAL)
+    storage.remove(f"{folder}/{MANIFEST}")
+    for below in storage.folders(folder):
+        storage.remove_folder(f"{folder}/{below}")
+    storage.remove_folder(folder)
+
+
+def remove_save(storage: Storage, step: int, generation: str) -> None:
+    """Deletes what one generation has written at a step, its mark last, and nothing of another's."""
+    folder = folder_of(step)
+    storage.remove_folder(f"{folder}/{generation}")
+    storage.remove(f"{folder}/{BEGUN}{generation}")
+    storage.remove_if_empty(folder)
+
+
+def remove_earlier(storage: Storage, step: int, generation: str) -> None:
+    """Deletes what earlier generations have left at a step beside a checkpoint, or before one is saved; never a manifest."""
+    folder = folder_of(step)
+    for below in storage.folders(folder):
+        if below in OLD_FOLDERS or (GENERATION.fullmatch(below) and below < generation):
+            storage.remove_folder(f"{folder}/{below}")
+    for name in storage.files(folder):
+        begun = name.removeprefix(BEGUN) if name.startswith(BEGUN) else None
+        if name == OLD_FILE or begun == REMOVAL or (begun is not None and begun < generation):
+            storage.remove(f"{folder}/{name}")
+
+
+def _strange_names(folder: Any, files: Iterable[str]) -> Any:
+    """The first name that is none of a save's; None if all are."""
+    if folder != "" and not (isinstance(folder, str) and GENERATION.fullmatch(folder)):
+        return folder
+    return next((name for name in files if not (is_relative(name) and SAVED.fullmatch(name))), None)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

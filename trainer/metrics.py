@@ -9,6 +9,7 @@ Rank 0 writes. A run that resumes at step n first drops the lines of later steps
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
@@ -59,7 +60,7 @@ class MetricsWriter:
 
     def started(self, step: int, world_size: int) -> None:
         """Keeps a line of this start; earlier ones stay, whatever step they were at."""
-        before = self.storage.read(STARTS).decode() if self.storage.exists(STARTS) else ""
+        before = (self.storage.read_if_there(STARTS) or b"").decode()
         line = {"step": step, "time": time.time(), "world_size": world_size}
         self.storage.write(STARTS, f"{before}{json.dumps(line)}\n".encode())
 
@@ -113,9 +114,8 @@ class MetricsWriter:
     def _open_lines(self, step: int) -> Any:
         """The file of lines, those of steps after `step` and a line that a kill cut short left out."""
         path = self.folder / LINES
-        if not self.storage.local and self.storage.exists(LINES):
-            self.storage.download(LINES, path)
-        self.before = [line for line in read_lines(path) if line["step"] <= step] if path.exists() else []
+        content = self.storage.read_if_there(LINES)
+        self.before = [line for line in _lines_of(content or b"") if line["step"] <= step]
         beside = path.with_suffix(".new")
         beside.write_text("".join(f"{json.dumps(line)}\n" for line in self.before))
         publish(beside, path)
@@ -124,15 +124,7 @@ class MetricsWriter:
 
 def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The lines of a metrics file, of one kind if given; a last one that was cut short is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if kind is None or line["kind"] == kind:
-            lines.append(line)
-    return lines
+    return [line for line in _lines_of(path.read_bytes()) if kind is None or line["kind"] == kind]
 
 
 def memory_gb() -> float:
@@ -140,6 +132,14 @@ def memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _lines_of(content: bytes) -> list[dict[str, Any]]:
+    lines = []
+    for text in content.decode().splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def _flat(kind: str, values: dict[str, Any]) -> list[tuple[str, float]]:

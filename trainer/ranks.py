@@ -1,10 +1,14 @@
 """The processes of a run: who I am among them, and how they agree. Everything here is called by all ranks together.
 
-Ray Train has set up torch's process group and the environment when a worker begins.
+Ray Train has set up torch's process group and the environment when a worker begins. What ranks tell each other here is JSON in
+tensors of bytes, and figures: nothing that arrives is unpickled, since gloo and NCCL do not know who sends. That does not make
+a hostile network safe: torch's own store, by which the ranks find each other, asks nobody who he is, and DeepSpeed may exchange
+pickled objects when it starts. Training nodes need a network of their own.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +18,15 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+E = TypeVar("E", bound=type[Exception])
+
+_told: dict[str, type[Exception]] = {"ValueError": ValueError, "RuntimeError": RuntimeError, "OSError": OSError}
+
+
+def told_to_ranks(error: E) -> E:
+    """Decorates an exception that other ranks raise as what it is, when rank 0 raises it in `from_first`."""
+    _told[error.__name__] = error
+    return error
 
 
 @dataclass(frozen=True)
@@ -39,25 +52,53 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, in the order of ranks, on every rank. Values are pickled: small ones."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        """Everybody's value, in the order of ranks, on every rank. Values are JSON, small ones; tuples arrive as lists."""
+        mine = _to_bytes(value)
+        sizes = [int(size) for size in self.gather_tensors(torch.tensor(len(mine)))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(mine)] = mine
+        return [_from_bytes(found[:size]) for found, size in zip(self.gather_tensors(padded), sizes)]
+
+    def gather_tensors(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Everybody's tensor on the CPU, in the order of ranks, on every rank; all of one shape and type."""
+        found = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(found, tensor.contiguous())
+        return found
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank. If it raises there, it raises everywhere."""
-        made: list[Any] = [None, None]
+        """What rank 0 makes, as JSON, on every rank. If it raises there, it raises everywhere: another rank gets the message,
+        as the same class if it is ValueError, RuntimeError, OSError or one that `told_to_ranks` knows."""
+        made, error = None, None
         if self.first:
             try:
-                made[0] = make()
-            except Exception as error:
-                made[1] = error
-        dist.broadcast_object_list(made, src=0)
-        if made[1] is not None:
-            raise made[1]
-        return made[0]
+                made = _to_bytes([make(), None])
+            except Exception as raised:
+                error, made = raised, _to_bytes([None, [_known_class(raised), str(raised)]])
+        size = torch.tensor(len(made) if made is not None else 0)
+        dist.broadcast(size, src=0)
+        made = made if made is not None else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(made, src=0)
+        value, problem = _from_bytes(made)
+        if error is not None:
+            raise error
+        if problem is not None:
+            raise _told[problem[0]](problem[1])
+        return value
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over all ranks, in place."""
         dist.all_reduce(values)
         return values
+
+
+def _known_class(error: Exception) -> str:
+    """Name of the first of the exception's classes that other ranks know."""
+    return next((base.__name__ for base in type(error).__mro__ if _told.get(base.__name__) is base), "RuntimeError")
+
+
+def _to_bytes(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(content: torch.Tensor) -> Any:
+    return json.loads(content.numpy().tobytes())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from trainer import universal
 from trainer.checkpoint import EMA_FOLDER, ENGINE, RNG_FOLDER, STATE, rank_file
 from trainer.manifest import MANIFEST, Damaged, Manifest, check_content, folder_of, read_manifest, steps_in
 from trainer.ranks import Ranks
-from trainer.storage import Storage
+from trainer.storage import Storage, inside
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,11 @@ class Resume:
                 if candidate is None:
                     yield None
                     return
-                step, manifest, state = candidate
+                step, content, state = candidate
+                manifest = Manifest.from_json(content.encode(), f"{folder_of(step)}/{MANIFEST}")
                 found, problem = None, None
                 try:
-                    found = self._fetch(step, manifest, state, stack)
+                    found = self._fetch(manifest, state, stack)
                 except Damaged as error:
                     problem = str(error)
                 problems = sorted({problem for problem in self.ranks.gather(problem) if problem})
@@ -95,73 +95,81 @@ class Resume:
                 for problem in problems:
                     self._warn(problem)
 
-    def _newest_listed(self, refused: set[int]) -> tuple[int, Manifest, dict[str, Any]] | None:
-        """Rank 0: the newest checkpoint whose manifest, sizes and state hold."""
+    def _newest_listed(self, refused: set[int]) -> tuple[int, str, dict[str, Any]] | None:
+        """Rank 0: the newest checkpoint whose manifest (as it is stored), sizes and state hold."""
         for step in reversed(steps_in(self.storage)):
             if step in refused:
                 continue
             try:
                 manifest = read_manifest(self.storage, step)
-                return step, manifest, read_state(self.storage, step, manifest)
+                return step, manifest.to_json().decode(), read_state(self.storage, manifest)
             except Damaged as error:
                 refused.add(step)
                 self._warn(str(error))
         return None
 
-    def _fetch(self, step: int, manifest: Manifest, state: dict[str, Any], stack: contextlib.ExitStack) -> Found:
+    def _fetch(self, manifest: Manifest, state: dict[str, Any], stack: contextlib.ExitStack) -> Found:
         """Brings the files that this rank needs to this machine, checks them, converts them if need be."""
         saved = Layout(state["world_size"], state["zero_stage"])
         if saved == self.layout or self.layout.replicated:
             source = 0 if self.layout.replicated else self.ranks.rank
             names = [name for name in manifest.files if _belongs(name, source)]
-            local = self._local_folder(step, stack)
-            self._bring(step, manifest, names, local)
+            local = self._local_folder(manifest, stack)
+            self._bring(manifest, names, local)
             ema = tuple(local / name for name in names if name.startswith(f"{EMA_FOLDER}/"))
             rng = f"{RNG_FOLDER}/{rank_file(self.ranks.rank)}"
             here = local / rng if rng in names else None
-            return Found(step, state, local, ENGINE, False, ema, here)
+            return Found(manifest.step, state, local, ENGINE, False, ema, here)
         leader = self.ranks.local_rank == 0
         shared = self._shared_folder(stack)
-        local = Path(self.storage.path(folder_of(step))) if self.storage.local else shared
+        local = Path(self.storage.path(manifest.place)) if self.storage.local else shared
         names = [name for name in manifest.files if name.startswith((f"{ENGINE}/", f"{EMA_FOLDER}/"))]
-        problem = None
+        damage = failure = None
         if leader:
             try:
-                self._bring(step, manifest, names, local)
+                self._bring(manifest, names, local)
+                universal.check_names(local / ENGINE)
                 universal.convert(local / ENGINE, shared / "universal")
             except Damaged as error:
-                problem = str(error)
-        if problems := [problem for problem in self.ranks.gather(problem) if problem]:
-            raise Damaged(problems[0])
+                damage = str(error)
+            except Exception as error:  # told, since the others wait
+                failure = str(error)
+        told = self.ranks.gather([damage, failure])
+        if failures := [failure for _, failure in told if failure]:
+            raise RuntimeError(failures[0])
+        if damages := [damage for damage, _ in told if damage]:
+            raise Damaged(damages[0])
         ema = tuple(local / name for name in names if name.startswith(f"{EMA_FOLDER}/"))
-        return Found(step, state, shared, "universal", True, ema, None)
+        return Found(manifest.step, state, shared, "universal", True, ema, None)
 
-    def _bring(self, step: int, manifest: Manifest, names: list[str], local: Path) -> None:
+    def _bring(self, manifest: Manifest, names: list[str], local: Path) -> None:
         for name in names:
-            remote = f"{folder_of(step)}/{name}"
+            remote, path = f"{manifest.place}/{name}", inside(local, name)
             if not self.storage.local:
-                self.storage.download(remote, local / name)
-            check_content(local / name, manifest.files[name], remote)
+                self.storage.download(remote, path)
+            check_content(path, manifest.files[name], remote)
 
-    def _local_folder(self, step: int, stack: contextlib.ExitStack) -> Path:
+    def _local_folder(self, manifest: Manifest, stack: contextlib.ExitStack) -> Path:
         """Where this rank finds its files: in place, or in a temporary folder of its own."""
         if self.storage.local:
-            return Path(self.storage.path(folder_of(step)))
+            return Path(self.storage.path(manifest.place))
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lidit-")))
 
     def _shared_folder(self, stack: contextlib.ExitStack) -> Path:
-        """A temporary folder that the ranks of a node share; its leader deletes it after all have left."""
-        token = self.ranks.from_first(lambda: os.urandom(4).hex())
-        folder = Path(tempfile.gettempdir()) / f"lidit-universal-{token}"
-        folder.mkdir(exist_ok=True)
+        """A temporary folder that the ranks of a node share, and no other user reads; its leader makes it, and deletes it after
+        all have left. The ranks of a node follow each other."""
+        leader = self.ranks.local_rank == 0
+        made = self.ranks.gather(tempfile.mkdtemp(prefix="lidit-universal-") if leader else None)
+        folder = made[self.ranks.rank - self.ranks.local_rank]
+        assert folder is not None, f"rank {self.ranks.rank - self.ranks.local_rank} is not the leader of a node"
 
         def leave() -> None:
             self.ranks.gather(None)
-            if self.ranks.local_rank == 0:
+            if leader:
                 shutil.rmtree(folder, ignore_errors=True)
 
         stack.callback(leave)
-        return folder
+        return Path(folder)
 
     def _warn(self, problem: str) -> None:
         message = f"checkpoint skipped: {problem}"
@@ -179,14 +187,14 @@ def load_engine(found: Found, engine: Any) -> None:
         universal.separate_step_counts(engine)
 
 
-def read_state(storage: Storage, step: int, manifest: Manifest) -> dict[str, Any]:
+def read_state(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     """state.json of a checkpoint. Raises Damaged where it is not what the manifest says."""
-    name = f"{folder_of(step)}/{STATE}"
+    name = f"{manifest.place}/{STATE}"
     with tempfile.TemporaryDirectory(prefix="lidit-") as folder:
         path = Path(folder) / STATE
         storage.download(name, path)
         if STATE not in manifest.files:
-            raise Damaged(f"{folder_of(step)}/{MANIFEST}: does not list {STATE}")
+            raise Damaged(f"{folder_of(manifest.step)}/{MANIFEST}: does not list {STATE}")
         check_content(path, manifest.files[STATE], name)
         return json.loads(path.read_text())
 

@@ -15,6 +15,7 @@ What one rank knows the others learn from the sums of the step (loop.py), so tha
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -74,11 +75,14 @@ class StopFile:
         return self._seen.is_set()
 
     def _watch(self) -> None:
+        told = False
         while not self._over.is_set():
             try:
                 if self.storage.exists(STOP):
                     self._seen.set()
                     return
-            except OSError:
-                pass  # the store is away for a moment: ask again
+            except Exception as error:  # a thread that ended would never see the file: ask again
+                if not told:
+                    print(f"lidit train: the file `{STOP}` cannot be looked for ({error})", file=sys.stderr, flush=True)
+                told = True
             self._over.wait(POLL_SECONDS[self.storage.local])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +23,8 @@ from trainer.plan import Plan
 from trainer.storage import Storage
 from trainer.survey import Survey, survey
 
+TAG = "lidit-train-"  # and the run's name, and what tells it from others of that name
+TOKEN = "tag.token"  # in the run's folder: what its tags are told by
 VERSIONS = "tables.json"  # in the run's folder: store -> version, from the run's first start on
 
 
@@ -82,19 +87,39 @@ class Tables:
         widths = {name: states.width for name, states in first.encoders.items()}
         return self.config.model.build(widths, first.latents.channels)
 
-    def pin(self) -> None:
-        """Tags the versions, so that no clean-up of the store takes them away while the run is unfinished."""
-        for features in self._features.values():
-            features.pin(self._tag)
+    def pin(self, storage: Storage, known: Mapping[str, int]) -> list[str]:
+        """Tags the versions, so that no clean-up of the store takes them away while the run is unfinished.
 
-    def unpin(self) -> None:
-        """Takes the tags away."""
-        for features in self._features.values():
-            features.unpin(self._tag)
+        Args:
+            storage: the run's folder, which the tag's name belongs to.
+            known: store -> version, as an earlier start of the run has written them down.
 
-    @property
-    def _tag(self) -> str:
-        return f"lidit-train-{self.config.name}"
+        Returns:
+            Warnings: stores that take no tag.
+
+        Raises:
+            ValueError: the run's tag keeps another version than this one, and no earlier start has written that down.
+        """
+        tag, warnings = tag_of(storage, self.config.name), []
+        for number, features in self._features.items():
+            store = self.config.phases[number].store or self.config.store
+            problem = features.pin(tag, move=known.get(store) == features.version)
+            if problem is not None:
+                warnings.append(f"{problem}: a clean-up of old versions there may end this run")
+        return list(dict.fromkeys(warnings))
+
+    def unpin(self, storage: Storage) -> list[str]:
+        """Takes this run's tags away, and nobody else's. Returns warnings: stores that keep theirs, or one that may be ours."""
+        tag, shared, warnings = tag_of(storage, self.config.name), f"{TAG}{self.config.name}", []
+        for features in self._features.values():
+            if (problem := features.unpin(tag)) is not None:
+                warnings.append(problem)
+            if features.keeps(shared):
+                warnings.append(
+                    f"{features.table.uri} has the tag {shared}, which earlier versions gave all runs of this name: delete it "
+                    f"if no other run needs version {features.version}"
+                )
+        return list(dict.fromkeys(warnings))
 
     def _open(self, phase: PhaseConfig) -> Features:
         store = phase.store or self.config.store
@@ -119,16 +144,29 @@ class Tables:
                 )
 
 
+def tag_of(storage: Storage, name: str) -> str:
+    """The tag of a run, and of no other one: runs of the same name in another folder, or on another machine, have their own.
+
+    A token is kept in the run's folder; with the folder's URI it makes the tag, so that a copy of a run is another run.
+    """
+    with contextlib.suppress(FileExistsError):
+        storage.create(TOKEN, secrets.token_hex(8).encode())
+    token = storage.read(TOKEN).decode()
+    return f"{TAG}{name}-{hashlib.sha256(f'{token} {storage.uri}'.encode()).hexdigest()[:10]}"
+
+
 def pinned_versions(storage: Storage, config: TrainConfig) -> dict[str, int]:
     """What the run's first start has written down; nothing before that."""
-    if not storage.exists(VERSIONS):
+    content = storage.read_if_there(VERSIONS)
+    if content is None:
         return {}
-    return {str(store): int(version) for store, version in json.loads(storage.read(VERSIONS)).items()}
+    return {str(store): int(version) for store, version in json.loads(content).items()}
 
 
-def write_versions(storage: Storage, tables: Tables) -> None:
-    """Keeps the versions for all later starts of the run."""
-    storage.write(VERSIONS, json.dumps(tables.versions, indent=1).encode())
+def write_versions(storage: Storage, tables: Tables, known: Mapping[str, int]) -> None:
+    """Keeps the versions for all later starts of the run; before they are tagged. `known`: what is written down already."""
+    if tables.versions != known:
+        storage.write(VERSIONS, json.dumps(tables.versions, indent=1).encode())
 
 
 def describe(tables: Tables, number: int, table: PhaseTable) -> dict[str, Any]:

@@ -107,9 +107,10 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
         return dataclasses.replace(summary, ok=True, dry_run=True, plan=_plan(config))
     _check_resume_mode(config, storage)
     with only_driver(storage) as lease:
-        tables = Tables(config, pinned_versions(storage, config))
-        tables.pin()
-        write_versions(storage, tables)
+        known = pinned_versions(storage, config)
+        tables = Tables(config, known)
+        write_versions(storage, tables, known)
+        warnings = _told(tables.pin(storage, known))
         storage.remove(STOP)
         _start_ray(config)
         config = _resolve_hardware(config)
@@ -118,15 +119,23 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
         if outcome["status"] == "failed":
             raise (ValueError if outcome["input"] else RuntimeError)(outcome["error"])
         if outcome["step"] == config.total_steps:
-            tables.unpin()
+            lease.check()  # the tags are the run's: where another driver has taken over, they are its own now
+            warnings += _told(tables.unpin(storage))
     known = {f.name for f in dataclasses.fields(summary)}
     for name, value in outcome.items():
         if name in known:
             setattr(summary, name, value)
+    summary.warnings = [*warnings, *summary.warnings]
     summary.ok, summary.seconds = outcome["status"] == "done", time.monotonic() - start
     export = f"lidit export --run {summary.folder} --out weights"
     summary.next = export if summary.step == summary.total_steps else "the same command goes on from here"
     return summary
+
+
+def _told(warnings: list[str]) -> list[str]:
+    for warning in warnings:
+        print(f"lidit train: WARNING: {warning}", file=sys.stderr, flush=True)
+    return warnings
 
 
 # -- Ray --------------------------------------------------------------------------------------------------------------
@@ -170,7 +179,7 @@ def _fit(
     from trainer.worker import train_worker
 
     assert config.use_gpu is not None
-    settings = {"config": config.to_dict(), "versions": versions, "observe": observe}
+    settings = {"config": config.to_dict(), "versions": versions, "observe": observe, "lease": lease.number}
     trainer = _trainer_class()(
         train_worker,  # type: ignore[arg-type]  # what it returns comes back in the result
         train_loop_config=settings,

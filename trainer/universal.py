@@ -12,13 +12,17 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.manifest import Damaged
+from trainer.storage import is_relative
+
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own switch: `weights_only=True` whatever the caller says
+EXPERTS = ("ds_autoep_layers", "autoep_layers")  # DeepSpeed's mixtures of experts, with names of their own for files
 WORKERS = 4  # processes of a conversion, where there are as many cores
 
 
@@ -35,6 +39,19 @@ def restricted_unpickling() -> Iterator[None]:
             del os.environ[FORCE]
         else:
             os.environ[FORCE] = before
+
+
+def check_names(source: Path) -> None:
+    """Looks whether all names in DeepSpeed's shards are names of parameters and states: its converter makes paths of them.
+
+    Raises:
+        Damaged: one is none, so that a file could be written anywhere; names the shard.
+    """
+    with restricted_unpickling():
+        for path in sorted(source.glob("*.pt")):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            if (strange := _strange_key(content)) is not None:
+                raise Damaged(f"{path.name}: has the name {strange!r}, which no parameter and no state has")
 
 
 def convert(source: Path, target: Path) -> None:
@@ -68,6 +85,20 @@ def separate_step_counts(engine: Any) -> None:
     for param, state in base.state.items():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].detach().clone().to(param.device)
+
+
+def _strange_key(content: Any) -> str | None:
+    """The first key, at any depth, that would be no name of a file or asks for experts' files; the engine's settings, which
+    nothing is made of, left out."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            if isinstance(key, str) and not (is_relative(key) and "/" not in key and key not in EXPERTS):
+                return key
+            if key != "ds_config" and (strange := _strange_key(value)) is not None:
+                return strange
+    elif isinstance(content, (list, tuple)):
+        return next((strange for item in content if (strange := _strange_key(item)) is not None), None)
+    return None
 
 
 def _known_classes() -> list[Any]:

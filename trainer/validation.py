@@ -145,8 +145,8 @@ class SampleGrid:
         noise = initial_noise(generators, self.shape).to(device)
         prompts, negative = (_to(batch, device) for batch in (self.prompts, self.negative))
         latents = sample(engine, self.objective, noise, prompts, negative, self.sampler).cpu()
-        drawn = [row for rows in self.ranks.gather(latents.numpy()) for row in rows][: self.count]
-        return self._picture(torch.from_numpy(np.stack(drawn))) if self.ranks.first else None
+        drawn = torch.cat(self.ranks.gather_tensors(latents))[: self.count]
+        return self._picture(drawn) if self.ranks.first else None
 
     def _picture(self, latents: Tensor) -> np.ndarray:
         pixels = self._decode(latents).clamp(-1, 1)  # B 3 height width

@@ -12,7 +12,7 @@ from trainer.data_check import DamagedData, DataCheck
 from trainer.engine import build_engine, prepare_process
 from trainer.loop import Loop, NotFinite, Progress
 from trainer.metrics import MetricsWriter
-from trainer.ranks import Ranks
+from trainer.ranks import Ranks, told_to_ranks
 from trainer.report import Report
 from trainer.resume import Found, Layout, Resume, load_engine
 from trainer.rng import load_rng
@@ -22,6 +22,7 @@ from trainer.tables import Tables, check_resumable
 from trainer.validation import Validation
 
 
+@told_to_ranks
 class WrongInput(ValueError):
     """Tables, checkpoint and config do not go together; raised on all ranks."""
 
@@ -33,22 +34,25 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     Ray Train starts the ranks again.
 
     Args:
-        settings: `config` (of `TrainConfig.to_dict`), `versions` of the tables, `observe` (may be None).
+        settings: `config` (of `TrainConfig.to_dict`), `versions` of the tables, `observe` (may be None), `lease` (number of the
+            driver's lease; missing: it has none).
     """
     config = TrainConfig.from_dict(settings["config"])
     prepare_process(config)
     try:
-        return train(config, settings["versions"], settings.get("observe") or _nothing)
+        return train(config, settings["versions"], settings.get("observe") or _nothing, settings.get("lease", 0))
     except (SaveFailed, NotFinite, WrongInput, DamagedData) as error:
         return {"status": "failed", "error": str(error), "input": isinstance(error, WrongInput)}
 
 
-def train(config: TrainConfig, versions: dict[str, int], observe: Observe = lambda part: None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, versions: dict[str, int], observe: Observe = lambda part: None, lease: int = 0
+) -> dict[str, Any]:
     """A rank's whole run, in a process group that is there already. Returns the same on all ranks but for figures."""
     ranks, storage = Ranks.here(), Storage(f"{config.storage}/{config.name}")
     tables = Tables(config, versions)
     model_config = tables.model_config()
-    checkpoints = Checkpoints(storage, ranks, config.checkpoint, observe)
+    checkpoints = Checkpoints(storage, ranks, config.checkpoint, observe, lease)
     ranks.from_first(checkpoints.clean_up)
     resume = Resume(storage, ranks, Layout(ranks.world_size, config.zero.stage))
     with resume.newest() as found:

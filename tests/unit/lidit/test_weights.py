@@ -179,6 +179,48 @@ def test_nothing_is_left_of_a_save_that_failed(tmp_path, model, error):
     assert list((tmp_path / "deep").iterdir()) == []
 
 
+@pytest.mark.parametrize("stranger", ["photo.jpg", "README.md", "notes/todo.txt", "model.safetensors.bak", ".git/HEAD"])
+def test_an_overwrite_deletes_nothing_but_weights(folder, model, stranger):
+    path = folder / stranger
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=f"not replaced: it holds '{stranger.partition('/')[0]}'"):
+        save_weights(folder, model, overwrite=True)
+    assert path.read_text() == "mine" and (folder / SINGLE_FILE).exists()
+
+
+def test_an_overwrite_looks_into_files_of_its_own_names(tmp_path, folder, model):
+    """A folder of somebody else's model, of the same file names; a file; a link."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"architectures": ["Other"]}')
+    (other / SINGLE_FILE).write_bytes((folder / SINGLE_FILE).read_bytes())
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(folder)
+    for name, word in (("other", "config.json"), ("file", "is a file"), ("link", "is a link")):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match=word):
+            save_weights(tmp_path / name, model, overwrite=True)
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (folder / SINGLE_FILE).write_text("no safetensors, and maybe all that somebody has")
+    with pytest.raises(ValueError, match="no weights of lidit's"):
+        save_weights(folder, model, overwrite=True)
+
+
+def test_a_folder_made_meanwhile_is_not_replaced(tmp_path, model):
+    def weights():
+        (tmp_path / "weights").mkdir()
+        (tmp_path / "weights" / "mine.txt").write_text("mine")
+        yield from model.state_dict().items()
+
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"made by something else meanwhile|holds 'mine\.txt'"):
+            save_weights(tmp_path / "weights", model, state=weights(), overwrite=overwrite)
+        assert [path.name for path in tmp_path.rglob("*")] == ["weights", "mine.txt"]
+        (tmp_path / "weights" / "mine.txt").unlink()
+        (tmp_path / "weights").rmdir()
+
+
 def test_a_failed_overwrite_leaves_the_old_weights(folder, model):
     with pytest.raises(OSError):
         save_weights(folder, model, state=broken_state(model, OSError("disk full")), overwrite=True)

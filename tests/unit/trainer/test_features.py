@@ -82,14 +82,18 @@ def cleanup(uri: str) -> None:
     )
 
 
-def test_a_tag_is_moved_to_another_version(make_writer: Callable[..., Any]) -> None:
+def test_a_tag_at_another_version_is_moved_only_when_told(make_writer: Callable[..., Any]) -> None:
     writer = make_writer()
     writer.fragment(["64x64"])
     first = Features(writer.store.uri, ["one"], MIX)
     first.pin("run")
     writer.fragment(["64x64"])
     second = Features(writer.store.uri, ["one"], MIX)
-    second.pin("run")
+    with pytest.raises(ValueError, match="the tag run keeps version"):
+        second.pin("run")
+    second.unpin("run")
+    assert lance.dataset(second.table.uri).tags.list()["run"]["version"] == first.version
+    assert second.pin("run", move=True) is None
     assert lance.dataset(second.table.uri).tags.list()["run"]["version"] == second.version > first.version
 
 

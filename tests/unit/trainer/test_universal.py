@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer.universal import FORCE, convert, restricted_unpickling, separate_step_counts
+from trainer.manifest import Damaged
+from trainer.universal import FORCE, check_names, convert, restricted_unpickling, separate_step_counts
 
 pytestmark = pytest.mark.unit
 
@@ -39,6 +40,19 @@ def test_only_tensors_and_deepspeeds_own_classes(tmp_path: Path, monkeypatch: py
 def test_a_conversion_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="could not be converted for another number of ranks"):
         convert(tmp_path / "nothing", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "a/b", "..", "nul\0", "a\\b", "ds_autoep_layers"])
+def test_names_in_shards_that_would_be_paths_are_refused(tmp_path: Path, name: str) -> None:
+    """DeepSpeed's converter makes a folder of each parameter's name, and a file of each state's."""
+    shard = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save(
+        {"optimizer_state_dict": {"param_slice_mappings": [{"blocks.0.weight": 1}]}, "ds_config": {"a/b": 1}}, shard
+    )
+    check_names(tmp_path)
+    torch.save({"optimizer_state_dict": {"param_slice_mappings": [{"blocks.0.weight": 1, name: 2}]}}, shard)
+    with pytest.raises(Damaged, match="which no parameter and no state has"):
+        check_names(tmp_path)
 
 
 def test_every_buffer_counts_its_own_steps() -> None:
