@@ -91,13 +91,14 @@ def main(config: IngestConfig) -> Summary:
     if config.dry_run:
         return _plan(config, source, table)
     with Run(config.store, "ingest") as run:
-        if others := run.alive(["ingest"]):
+        if others := run.rivals(
+            table, ["ingest"]
+        ):  # before it is looked which rows are there: none of theirs may come after
             raise ValueError(
                 f"another ingest works on {config.store} ({others[0]}): two at once could add a row twice. Run this one "
                 f"when that is over"
             )
         run.write("config.yaml", yaml.safe_dump(plain(asdict(config)), sort_keys=False))
-        run.end_dead(table)  # before it is looked which rows are there: none of theirs may come after
         work = outlast(lambda: Work.of(config, source, table), "looking what is new")
         table.create(source.schema)
         summary = Summary("ingest", config.store, run.id, counts=dict(work.counts))

@@ -109,11 +109,10 @@ def add_rows(store: str, wanted: Sequence[Picture], rows_per_fragment: int) -> i
     """
     table = Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}")
     with Run(store, "prompts") as run:
-        if others := run.alive(["prompts"]):
+        if others := run.rivals(table, ["prompts"]):  # before it is looked which rows are there
             raise ValueError(
                 f"another run adds prompts to {store} ({others[0]}): run this one again when that is done, in a moment"
             )
-        run.end_dead(table)  # before it is looked which rows are there: none of theirs may come after
         table.create(SCHEMA)
         missing = {item["image_id"] for item in new_items(table, [{"image_id": one.image_id} for one in wanted])}
         rows = [one.row() for one in wanted if one.image_id in missing]

@@ -91,6 +91,17 @@ class Run:
         """Ids of the other runs that are alive in the store, of these jobs (default: of any)."""
         return [run_id for run_id, state in self.states(jobs).items() if state == "alive"]
 
+    def rivals(self, table: Table, jobs: Iterable[str]) -> list[str]:
+        """Fences the runs that are dead, then looks which other runs of these jobs may still commit.
+
+        In this order: a run that wakes up between two looks is either fenced or a rival, never neither.
+
+        Returns:
+            Their ids. Where there are none, only runs that begin later can still commit, and those find this one.
+        """
+        self.end_dead(table)
+        return [run_id for run_id, state in self.states(jobs).items() if state in ("alive", "dead")]
+
     def end_dead(self, table: Table) -> set[str]:
         """Fences the runs that are dead, for good.
 

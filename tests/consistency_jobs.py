@@ -74,9 +74,8 @@ class Jobs:
     def ingest(self) -> None:
         """As `pipelines.ingest.main`."""
         with Run(self.world.store, "ingest") as run:
-            if others := self._others(run):
+            if others := run.rivals(self.table, ["ingest"]):
                 raise ValueError(f"another ingest works on the store: {others}")
-            self._before_look(run)
             known = set(self.read("id"))
             rng, pending = self.world.rng, []
             for rows in self.source.values():
@@ -142,12 +141,6 @@ class Jobs:
         return self.world.request(
             "scan", lambda: dataset.to_table(columns=[column]).column(0).to_pylist(), lambda: OSError("reset")
         )
-
-    def _others(self, run: Run) -> list[str]:
-        return run.alive(["ingest"])
-
-    def _before_look(self, run: Run) -> None:
-        run.end_dead(self.table)
 
     def _append(self, run: Run, files: list[Any]) -> None:
         self.table.append(files, run.check)

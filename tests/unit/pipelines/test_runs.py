@@ -295,3 +295,14 @@ def test_a_store_that_is_gone_does_not_hide_what_ended_the_run(store, monkeypatc
     with pytest.raises(KeyError), Run(store, "embed") as run:
         monkeypatch.setattr(run, "_mark", expired)
         raise KeyError("the reason")
+
+
+@pytest.mark.parametrize("looks", [(False, True), (True, False)], ids=["wakes_up", "falls_silent"])
+def test_a_run_that_changes_between_two_looks_is_fenced_or_a_rival(store, table, monkeypatch, looks):
+    other = put_heartbeat(store, "ingest-20250101T000000-abcdef", silent=DEAD_AFTER_SECONDS)
+    answers = iter(looks)
+    monkeypatch.setattr("pipelines.runs.is_alive", lambda *args: next(answers, looks[-1]))
+    with Run(store, "ingest") as run:
+        rivals = run.rivals(table, ["ingest"])
+        fenced = os.path.exists(os.path.join(store, "runs", other, "fence"))
+        assert rivals == [other] or fenced, "neither: both would add the same rows"
