@@ -157,7 +157,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(CARD.format(**record))
     (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    shutil.rmtree(values.out, ignore_errors=True)
+    if values.out.exists():
+        written = {path.name for path in partial.iterdir()}
+        if strange := sorted(path.name for path in values.out.iterdir() if path.name not in written):
+            raise SystemExit(
+                f"{values.out} is not replaced: it holds {strange[0]!r}, which is none of the model's; it is in {partial}"
+            )
+        shutil.rmtree(values.out)
     os.replace(partial, values.out)
     print(f"{values.out}: {record['accuracy']:.1%} of held-out masked tokens right, loss {record['loss']:.3f}")
 

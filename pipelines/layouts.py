@@ -13,10 +13,10 @@ Names are pure functions; `write_layout` puts files in place whole, and leaves t
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +140,9 @@ def write_layout(
             if one.image_id in images:
                 _put(out, file, images[one.image_id])
                 written += 1
-    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    (out / UNFINISHED / "file").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it was never made, or somebody keeps something there
+        (out / UNFINISHED).rmdir()
     return written
 
 

@@ -3,6 +3,7 @@ for the engine writes files as DeepSpeed does; real shards: tests/integration/te
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import socket
@@ -265,6 +266,31 @@ def test_a_save_outlasts_an_outage(storage: Storage, ranks: Ranks, monkeypatch: 
         assert found is not None and found.step == 3
     monkeypatch.undo()
     assert steps_in(storage) == [2, 3] and {"cat_file", "ls"} <= refused.keys()
+
+
+# -- what ranks tell each other --------------------------------------------------------------------------------------
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return print, ("unpickled",)
+
+
+def test_ranks_exchange_json_and_never_objects(ranks: Ranks) -> None:
+    values = {"files": {"a": [1, "x"]}, "problem": None}
+    assert ranks.gather(values) == [values] and ranks.from_first(lambda: values) == values
+    for exchange in (ranks.gather, lambda value: ranks.from_first(lambda: value)):
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            exchange(Evil())
+
+
+def test_the_folder_that_a_node_shares_is_for_its_user_alone(storage: Storage, ranks: Ranks) -> None:
+    with contextlib.ExitStack() as stack:
+        folder = Resume(storage, ranks, Layout(1, 0))._shared_folder(stack)
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()
 
 
 # -- a run of a stranger's -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from trainer.storage import Storage, absolute
+from trainer.storage import Storage, absolute, inside
 
 pytestmark = pytest.mark.unit
 
@@ -61,6 +61,40 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
     with pytest.raises(OSError, match="no space"):
         storage.write("a", b"new")
     assert storage.read("a") == b"old" and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("call", ["info", "ls", "cat_file"])
+def test_an_error_is_not_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """A file that is there is never said not to be, whatever the disk says."""
+    storage = Storage(str(tmp_path))
+    storage.write("a/b", b"1")
+
+    def fail(fs: object, path: str, *rest: object, **more: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(type(storage.fs), call, fail)
+    asked = {
+        "info": lambda: storage.exists("a/b"),
+        "ls": lambda: (storage.sizes(""), storage.folders()),
+        "cat_file": lambda: storage.read_if_there("a/b"),
+    }
+    with pytest.raises(OSError, match="Input/output"):
+        asked[call]()
+
+
+def test_a_file_is_created_once(storage: Storage) -> None:
+    storage.create("a/b", b"first")
+    storage.create("a/b", b"first")  # a try whose answer was lost
+    with pytest.raises(FileExistsError):
+        storage.create("a/b", b"second")
+    assert storage.read("a/b") == b"first" and storage.files("a") == ["b"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "a//x", "", "a\\..\\x", "a\0", ".", "a/./b"])
+def test_names_out_of_storage_stay_inside(tmp_path: Path, name: str) -> None:
+    assert inside(tmp_path, "a/b.pt") == tmp_path / "a" / "b.pt"
+    with pytest.raises(ValueError, match="stays below"):
+        inside(tmp_path, name)
 
 
 def test_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
