@@ -58,6 +58,13 @@ def _begin(world: World) -> None:
     hosts = [Host(f"host{number}", rng.choice((0.0, rng.uniform(-7200, 7200)))) for number in range(rng.randint(2, 4))]
     jobs = Jobs(world, 3)
     starts = (lambda: 0.0, lambda: rng.uniform(0, 30), lambda: rng.uniform(900, 2_000), lambda: rng.uniform(0, 5_000))
+    if rng.random() < 0.5:
+        job, nth = rng.choice(("ingest", "ingest", "stage")), rng.randint(0, 2)
+        first = world.spawn(hosts[0], job, getattr(jobs, job), 0.0)
+        first.ambush = rng.choice(
+            (("commit", nth), ("commit", nth), ("scan", 0), ("open", nth), ("", rng.randint(0, 50)))
+        )
+        mix, starts = (job, "ingest"), starts[2:]
     for host in hosts:
         for _ in range(rng.randint(1, 3)):
             job = rng.choice(mix)

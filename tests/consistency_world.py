@@ -44,6 +44,7 @@ class Process:
         self.host, self.pid, self.name = host, pid, name
         self.dead, self.disturbed = False, False
         self.paused_until = self.mute_until = self.stood_still = 0.0
+        self.ambush: tuple[str, int] | None = None  # paused at the n-th request of that name (any, where empty)
 
 
 class Task:
@@ -237,11 +238,18 @@ class World:
         return result
 
     def _draw(self, task: Task, what: str) -> str | None:
+        if task.process.ambush and not task.beats and what.startswith(task.process.ambush[0]):
+            name, left = task.process.ambush
+            task.process.ambush = (name, left - 1) if left else None
+            if not left:
+                return self._begin(task.process, self.rng.choice(("pause", "suspend")), what)
         chance = self._chance * (OFTEN if what.split()[0] in DECIDING else 1)
         if self.calm or self._budget <= 0 or self.now > START + FAULTS_END or self.rng.random() > chance:
             return None
         self._budget -= 1
-        process, kind = task.process, self.rng.choice(self._kinds)
+        return self._begin(task.process, self.rng.choice(self._kinds), what)
+
+    def _begin(self, process: Process, kind: str, what: str) -> str:
         self.counts[kind] += 1
         self.note(f"FAULT {kind} of {process.name} at {what}")
         process.disturbed = True
