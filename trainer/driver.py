@@ -38,9 +38,14 @@ def stopped_by_signals(storage: Storage) -> Iterator[None]:
         yield
         return
 
+    asked = (
+        threading.Event()
+    )  # here, and not in the storage: that may be away, and a second Ctrl-C must not wait for it
+
     def handle(signum: int, frame: Any) -> None:
-        if storage.exists(STOP) and signum == signal.SIGINT:
+        if asked.is_set() and signum == signal.SIGINT:
             raise KeyboardInterrupt
+        asked.set()
         print("lidit train: stopping after this step; it is saved first", file=sys.stderr, flush=True)
         storage.write(STOP, b"")
 

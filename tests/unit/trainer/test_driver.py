@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -41,3 +43,19 @@ def test_what_the_thread_returns_and_raises(tmp_path: Path) -> None:
     assert driver.in_thread(lambda: 7, held) == 7
     with pytest.raises(KeyError, match="gone"):
         driver.in_thread(lambda: {}["gone"], held)
+
+
+def test_a_second_ctrl_c_waits_for_no_storage(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The first one asks the workers to stop by a file in the storage, which is away."""
+    storage, written = Storage(str(tmp_path)), []
+
+    def write(name: str, content: bytes) -> None:
+        written.append(name)
+        if len(written) == 1:
+            os.kill(os.getpid(), signal.SIGINT)  # the second one, while the first is at it
+            raise AssertionError("it went on waiting")
+
+    monkeypatch.setattr(storage, "write", write)
+    with pytest.raises(KeyboardInterrupt), driver.stopped_by_signals(storage):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert len(written) == 1 and "it is saved first" in capsys.readouterr().err
