@@ -6,7 +6,6 @@ Rows come in the order of prompts and images; a wrong one (by the column of `lid
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import lance
 from PIL import Image
 
 from lidit import columns
+from lidit.pixels import open_rgb
 from pipelines.score_scenes import CORRECT
 
 GAP = 4  # pixels between pictures
@@ -39,7 +39,7 @@ def read(store: str, every: int) -> list[tuple[Image.Image, bool]]:
     names = ["prompt_index", columns.SAMPLE_INDEX, columns.IMAGE, *([CORRECT] if scored else [])]
     rows = sorted(table.to_table(columns=names).to_pylist(), key=lambda row: (row["prompt_index"], row["sample_index"]))
     shown = [row for row in rows if row[columns.IMAGE] is not None][::every]
-    return [(Image.open(io.BytesIO(row[columns.IMAGE])).convert("RGB"), row.get(CORRECT) is not False) for row in shown]
+    return [(open_rgb(row[columns.IMAGE]), row.get(CORRECT) is not False) for row in shown]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,7 +9,6 @@ metrics, the tables. What is not there is left out, and said.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import re
 import sys
@@ -19,10 +18,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from demo.report_style import STYLE as OWN_STYLE
 from lidit import columns
+from lidit.pixels import open_image
 from pipelines.inspect_charts import curves, intervals
 from pipelines.inspect_page import POLICY, human
 from pipelines.inspect_samples import Picture, thumbnail
@@ -170,7 +168,7 @@ def _picture(data: bytes) -> Picture | None:
     """Small pictures stay PNG: JPEG would blur what the score is about."""
     import base64
 
-    image = Image.open(io.BytesIO(data))
+    image = open_image(data)
     if max(image.size) > 128:
         return thumbnail(data)
     return Picture(f"data:image/png;base64,{base64.b64encode(data).decode()}", image.height, image.width)

@@ -88,6 +88,19 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
     return image
 
 
+def open_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Bytes -> a decoded RGB image, of the size and as it lies in the file.
+
+    Raises:
+        ImageError: no image, of an unknown format, larger than `max_pixels`, or damaged.
+    """
+    image = open_image(data, max_pixels)
+    try:
+        return image.convert("RGB")
+    except Exception as error:  # whatever a damaged file makes its decoder raise
+        raise ImageError(f"damaged {image.format}: {type(error).__name__}: {error}") from error
+
+
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) to 8; 1 where there is none, no such one, or (TIFF) Pillow itself turns.
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from lidit.pixels import open_rgb
 from pipelines.prompt_sets import Picture
 
 UNFINISHED = ".unfinished"
@@ -160,7 +161,7 @@ def _put(out: Path, name: str, data: bytes) -> None:
 
 def _grid(images: Sequence[bytes]) -> bytes:
     """Four images as one, row by row, PNG."""
-    opened = [Image.open(io.BytesIO(data)).convert("RGB") for data in images]
+    opened = [open_rgb(data) for data in images]
     width, height = opened[0].size
     sheet = Image.new("RGB", (GRID * width, GRID * height))
     for number, image in enumerate(opened):

@@ -9,7 +9,6 @@ all go into `<store>/scores.json`. A stage like the others: the same command goe
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -21,9 +20,9 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 
 from lidit import columns
+from lidit.pixels import ImageError, open_rgb
 from pipelines.score_clip import ClipScore
 from pipelines.score_fid import fid
 from pipelines.score_scenes import Scenes
@@ -136,8 +135,8 @@ class ScoreImages:
         for row, data in enumerate(window.column(columns.IMAGE).to_pylist()):
             try:
                 if data is not None:
-                    images[row] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-            except (OSError, ValueError) as error:
+                    images[row] = np.asarray(open_rgb(data))
+            except ImageError as error:
                 errors[row] = f"image: {error}"
         rows = list(images)
         values: dict[str, list[Any]] = {name: [None] * window.num_rows for name in wanted}

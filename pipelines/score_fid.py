@@ -8,19 +8,18 @@ computed by the driver.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from lidit import columns
 from lidit.companions import split_revision
 from lidit.loading import load_model, load_processor
 from lidit.model_files import resolve_model
+from lidit.pixels import open_rgb
 from pipelines.table import Table
 
 
@@ -106,4 +105,4 @@ def _images(store: str, batch_size: int) -> Iterator[list[np.ndarray]]:
         columns=[columns.IMAGE], filter=f"{columns.IMAGE} IS NOT NULL", batch_size=batch_size, batch_readahead=1
     )
     for batch in batches:
-        yield [np.array(Image.open(io.BytesIO(data)).convert("RGB")) for data in batch.column(0).to_pylist()]
+        yield [np.array(open_rgb(data)) for data in batch.column(0).to_pylist()]
