@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+from lidit.printable import printable
+
 JOBS = {
     "ingest": ("pipelines.ingest", "rows of a source -> the samples table"),
     "recaption": ("pipelines.recaption", "images -> captions by a vision-language model, behind a quality gate"),
@@ -52,17 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_config(argv[0], module, argv[1:])
         with _stdout_to_stderr() as stdout, _ray_of_its_own():
             summary = module.main(config)
-            print(summary.to_text(), file=sys.stderr)
+            print(printable(summary.to_text()), file=sys.stderr)
             print(summary.to_json(), file=stdout, flush=True)
         return 0 if summary.ok else 1
     except ValueError as error:
-        print(f"lidit {argv[0]}: {error}", file=sys.stderr)
+        print(f"lidit {argv[0]}: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"lidit {argv[0]}: stopped; what is committed is kept, the same command goes on", file=sys.stderr)
         return 130
     except (RuntimeError, OSError) as error:
-        print(f"lidit {argv[0]}: {_last_cause(error)}", file=sys.stderr)
+        print(f"lidit {argv[0]}: {printable(_last_cause(error))}", file=sys.stderr)
         return 1
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from lidit import columns
+from lidit.printable import one_line, printable
 from pipelines.inspect_charts import bars, histogram
 from pipelines.inspect_page import Chart, Page, human, render
 from pipelines.inspect_samples import draw_samples, open_decoder
@@ -109,7 +110,7 @@ class Inspection:
             rows = [[reason.stage, f"{reason.count:,}", _cut(reason.text)] for reason in facts.reasons[:REASONS_SHOWN]]
             lines += ["", *_table(["errors of", ">rows", "reason"], rows)]
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([*lines, *([f"page       {self.html}"] if self.html else [])])
+        return printable("\n".join([*lines, *([f"page       {self.html}"] if self.html else [])]))
 
 
 def main(config: InspectConfig) -> Inspection:
@@ -175,7 +176,7 @@ def _stage_rows(facts: Facts) -> Iterator[list[str]]:
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """Rows as aligned lines; a header that begins with `>` is of numbers, to the right."""
     right = [name.startswith(">") for name in header]
-    cells = [[name.lstrip(">") for name in header], *([str(cell) for cell in row] for row in rows)]
+    cells = [[name.lstrip(">") for name in header], *([one_line(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[number]) for row in cells) for number in range(len(header))]
     lines = [
         "  ".join(
@@ -187,7 +188,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def _cut(text: str) -> str:
-    line = " ".join(text.split())
+    line = one_line(text)
     return line if len(line) <= SHORT else line[: SHORT - 1] + "…"
 
 

@@ -30,6 +30,7 @@ from lidit.durable import flushed_commit
 from lidit.files import replace_file
 from lidit.lease import Lease, LeaseHeld, LeaseLost
 from lidit.outage import outlast
+from lidit.printable import printable
 from pipelines import embed, ingest, latents, recaption, verify
 from pipelines.embed import EmbedConfig
 from pipelines.ingest import IngestConfig
@@ -130,7 +131,7 @@ class Result:
             return "\n".join([*self.plan, "dry run: nothing was changed"])
         words = {"done": "done", "busy": "left, another run is at work", "failed": f"FAILED in {self.failed_stage}"}
         lines = [f"preprocess: {words[self.status]}, {self.new_rows:,} new rows, {self.seconds:,.1f} s"]
-        lines += [f"  error      {self.error}"] if self.error else []
+        lines += [f"  error      {printable(self.error)}"] if self.error else []
         if self.retention:
             kept = ", ".join(f"{tag} ({version})" for tag, version in self.retention["tagged"].items())
             removed = (

@@ -23,6 +23,7 @@ import torch
 
 from lidit import columns
 from lidit.pixels import ImageError, open_rgb
+from lidit.printable import one_line
 from pipelines.score_clip import ClipScore
 from pipelines.score_fid import fid
 from pipelines.score_scenes import Scenes
@@ -175,7 +176,7 @@ class Scores:
         """The run's lines, or its plan, then a line for every figure."""
         lines = [self.summary.to_text()] if self.summary else []
         for metric, figures in self.scores.items():
-            for name, figure in figures.items():
+            for name, figure in ((one_line(name), figure) for name, figure in figures.items()):
                 if isinstance(figure, dict):
                     spread = f"[{figure['low']:.3f}, {figure['high']:.3f}]"
                     count = f"{figure['prompts']:,} prompts, {figure['images']:,} images"

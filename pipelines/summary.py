@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lidit.printable import one_line, printable
+
 
 @dataclass
 class Summary:
@@ -54,7 +56,7 @@ class Summary:
     def to_text(self) -> str:
         """A few lines for a person: what was done, how fast, where it is, what to run next."""
         if self.dry_run:
-            return "\n".join([*self.plan, "dry run: nothing was changed"])
+            return printable("\n".join([*self.plan, "dry run: nothing was changed"]))
         lines = [
             f"{self.job}: {'done' if self.ok else 'NOT DONE'}, {self.rows:,} rows in {self.fragments:,} fragments, "
             f"{self.seconds:,.1f} s ({self.work_seconds:,.1f} s of work, {self.commits} commits in {self.commit_seconds:.2f} s)"
@@ -88,14 +90,14 @@ class Summary:
             lines.append(f"  waiting    {self.fragments_waiting:,} fragments lack the column to read")
         if self.errors:
             lines.append(f"  errors     {self.errors:,} rows have nulls and a reason in `{self.job}_error`; such as")
-            lines += [f"             {example['error']}" for example in self.error_examples]
+            lines += [f"             {one_line(example['error'])}" for example in self.error_examples]
         lines += [f"  {line}" for line in self.plan]
         if self.orphans_removed:
             lines.append(f"  cleaned    {self.orphans_removed} unfinished files of killed runs")
         lines.append(f"  table      {self.store.rstrip('/')}/samples.lance")
         if self.next:
             lines.append(f"  next       {self.next}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def _ingest_lines(self) -> list[str]:
         """What an ingest did not take as it came, by reason."""
@@ -122,7 +124,9 @@ class Summary:
         lines = []
         for status, count in sorted(found.items(), key=lambda item: -item[1]):
             said = self.examples.get(status, [])
-            lines.append(f"  {status:<10} {count:,.0f} rows" + (f', such as "{said[0]:.160}"' if said else ""))
+            lines.append(
+                f"  {status:<10} {count:,.0f} rows" + (f', such as "{one_line(said[0])[:160]}"' if said else "")
+            )
         if self.counts.get("blank_checked"):
             lines.append(
                 f"  looked     {self.counts['blank_checked']:,.0f} images were also shown blank: "

@@ -32,6 +32,7 @@ from lidit.codec import bytes_per_token, decode, decode_bytes, excess, finite_va
 from lidit.fingerprints import comparable, warn_unrecorded
 from lidit.loading import load_config, load_model, load_tokenizer
 from lidit.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
+from lidit.printable import one_line
 from lidit.text import DTYPES, ENCODER_ONLY, EncoderConfig
 from pipelines.table import Table
 from pipelines.verify_files import wrong_content, wrong_places
@@ -85,7 +86,7 @@ class Report:
         for name, what in self.checks.items():
             found = self.problems.get(name, [])
             lines.append(f"  {'FAILED' if found else 'ok':7} {name:10} {what}")
-            lines += [f"            - {problem}" for problem in found[:SHOWN]]
+            lines += [f"            - {one_line(problem)}" for problem in found[:SHOWN]]
             lines += [f"            - and {len(found) - SHOWN:,} more"] if len(found) > SHOWN else []
         verdict = "nothing wrong found" if self.ok else "PROBLEMS FOUND: embed the fragments named again (--overwrite)"
         return "\n".join([f"verify {self.store}: {verdict}", *lines])

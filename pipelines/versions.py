@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from lidit import columns
+from lidit.printable import printable
 
 CHANGE_VALUES = ("diffusers", "pillow", "tokenizers", "torch", "transformers")  # with a minor version, a little
 MADE_WITH = "lidit:made_with"  # key of a data file's own metadata: JSON, library -> version, and `device`
@@ -46,7 +47,7 @@ def check_versions(schema: pa.Schema, fields: Sequence[pa.Field], strict: bool) 
         raise ValueError(
             f"{said}. Install those versions, leave --strict_versions off, or make it anew with --overwrite"
         )
-    print(f"warning: {said}. --strict_versions refuses to go on", file=sys.stderr)
+    print(f"warning: {printable(said)}. --strict_versions refuses to go on", file=sys.stderr)
 
 
 def _changes(present: pa.Field, wanted: pa.Field) -> list[str]:
