@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 TRIES = 3  # of starting a local node
@@ -35,6 +38,8 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
         return
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token":
+        _make_token()
     options |= {"include_dashboard": False, "object_store_memory": 256 << 20, **local}
     for number in range(1, TRIES + 1):
         try:
@@ -51,3 +56,21 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
         f"Ray's node did not start within 30 s, {TRIES} times: this machine is too busy. Stop other work, or set RAY_ADDRESS "
         f"to a running cluster"
     )
+
+
+def _make_token() -> None:
+    """The token of local clusters, readable by its owner alone: one that Ray makes may be read by everyone."""
+    path = Path.home() / ".ray" / "auth_token"
+    beside = path.with_name(f".auth_token-{secrets.token_hex(8)}")
+    with contextlib.suppress(OSError):  # no place to write to: Ray says so
+        if path.exists():
+            path.chmod(0o600)
+            return
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+            with contextlib.suppress(FileExistsError):  # of a job that started at the same time
+                os.link(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)

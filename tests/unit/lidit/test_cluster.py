@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,3 +71,37 @@ def test_a_cluster_that_is_there_is_joined(starts: Starts, monkeypatch: pytest.M
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     cluster.start_ray(starts, log_to_driver=False, num_cpus=3)
     assert [set(options) for options in starts.options] == [{"log_to_driver", "logging_level"}]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home of its own, and a umask that lets everyone read."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    before = os.umask(0o022)
+    yield tmp_path
+    os.umask(before)
+
+
+@pytest.mark.parametrize("starts", [(0, "")], indirect=True)
+def test_the_token_is_its_owners_alone(starts: Starts, home: Path) -> None:
+    cluster.start_ray(starts)
+    token = home / ".ray" / "auth_token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    assert len(token.read_text()) == 64 and [file.name for file in token.parent.iterdir()] == ["auth_token"]
+
+
+@pytest.mark.parametrize("starts", [(0, "")], indirect=True)
+def test_a_token_that_is_there_is_kept_and_closed_to_others(starts: Starts, home: Path) -> None:
+    token = home / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("made by Ray")
+    cluster.start_ray(starts)
+    assert token.read_text() == "made by Ray" and stat.S_IMODE(token.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("starts", [(0, "")], indirect=True)
+def test_no_token_where_it_is_turned_off(starts: Starts, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster.start_ray(starts)
+    assert not (home / ".ray").exists()
