@@ -15,11 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from lance.file import LanceFileReader
 
 from lidit import columns
 
@@ -93,13 +91,17 @@ class Notes:
     made_for: dict[str, Any] | None  # None where the file is older than this note, or another tool wrote it
 
 
+Reader = Callable[..., Any]
+"""`lance.file.LanceFileReader`, which the caller hands over: this package depends on no Lance."""
+
+
 def data_file_uri(table_uri: str, path: str) -> str:
     """Where a table keeps the data file of that name."""
     return f"{table_uri.rstrip('/')}/data/{path}"
 
 
-def held_files(dataset: lance.LanceDataset, table_uri: str, fragment: lance.LanceFragment) -> list[HeldFile]:
-    """The data files of a fragment, as this version has them."""
+def held_files(dataset: Any, table_uri: str, fragment: Any) -> list[HeldFile]:
+    """The data files of a fragment (of a Lance dataset), as this version has them."""
     names = {field.id(): field.name() for field in dataset.lance_schema.fields()}
     files = fragment.metadata.files
     current = [tuple(names[number] for number in file.fields if number in names) for file in files]
@@ -129,7 +131,7 @@ def no_panic() -> Iterator[None]:
         raise OSError(f"Lance's reader gave up on damaged bytes: {str(error).splitlines()[0]}") from error
 
 
-def read_notes(uri: str) -> Notes:
+def read_notes(reader: Reader, uri: str) -> Notes:
     """The notes in a data file; few reads, at its end.
 
     Raises:
@@ -137,7 +139,7 @@ def read_notes(uri: str) -> Notes:
         OSError: the file is not there, or cannot be read.
     """
     with no_panic():
-        schema = LanceFileReader(uri).metadata().schema
+        schema = reader(uri).metadata().schema
     found = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
     digests = {key.removeprefix(DIGEST): value for key, value in found.items() if key.startswith(DIGEST)}
     place = json.loads(found[MADE_FOR]) if MADE_FOR in found else None
@@ -164,28 +166,30 @@ def made_for(path: str, rows: int, fragment_id: int | None, image_ids: str | Non
     return json.dumps({"file": path, "rows": rows, "fragment": fragment_id, "image_ids": image_ids})
 
 
-def image_ids_digest(dataset: lance.LanceDataset, table_uri: str, fragment_id: int) -> str | None:
+def image_ids_digest(reader: Reader, dataset: Any, table_uri: str, fragment_id: int) -> str | None:
     """Digest of the `image_id`s of a fragment's rows, in the order of its files and deleted rows included.
 
     So deleting rows changes nothing. None where the fragment is not there, or has no such column.
     """
     fragment = dataset.get_fragment(fragment_id)
     files = held_files(dataset, table_uri, fragment) if fragment is not None else []
-    return held_image_ids(files[0]) if files else None
+    return held_image_ids(reader, files[0]) if files else None
 
 
-def held_image_ids(file: HeldFile) -> str | None:
+def held_image_ids(reader: Reader, file: HeldFile) -> str | None:
     """Digest of the `image_id`s that the file's fragment has now; None where it has no such column."""
     if file.ids_path is None:
         return None
-    return content_digest(data_file_uri(file.table_uri, file.ids_path), columns.IMAGE_ID)
+    return content_digest(reader, data_file_uri(file.table_uri, file.ids_path), columns.IMAGE_ID)
 
 
-def content_digest(uri: str, name: str, rows: int = READ_ROWS, watch: Callable[[int], None] | None = None) -> str:
+def content_digest(
+    reader: Reader, uri: str, name: str, rows: int = READ_ROWS, watch: Callable[[int], None] | None = None
+) -> str:
     """Reads a column of a data file, so many rows at a time; `watch` is told the bytes of each piece."""
     digest = ColumnDigest()
     with no_panic():
-        for batch in LanceFileReader(uri, columns=[name]).read_all(batch_size=rows, batch_readahead=2).to_batches():
+        for batch in reader(uri, columns=[name]).read_all(batch_size=rows, batch_readahead=2).to_batches():
             digest.update(batch.column(0))
             if watch is not None:
                 watch(batch.nbytes)
@@ -193,7 +197,11 @@ def content_digest(uri: str, name: str, rows: int = READ_ROWS, watch: Callable[[
 
 
 def content_problems(
-    file: HeldFile, notes: Notes, names: frozenset[str] | None = None, watch: Callable[[int], None] | None = None
+    reader: Reader,
+    file: HeldFile,
+    notes: Notes,
+    names: frozenset[str] | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> Iterator[str]:
     """Reads the columns that a version has of a file (or those among `names`) against the file's digests."""
     rows = READ_ROWS
@@ -202,14 +210,15 @@ def content_problems(
     for name in file.columns:
         if name not in notes.digests or (names is not None and name not in names):
             continue
-        if content_digest(file.uri, name, rows, watch) != notes.digests[name]:
+        if content_digest(reader, file.uri, name, rows, watch) != notes.digests[name]:
             yield f"column {name} is not what was written"
 
 
-def place_problems(
-    file: HeldFile, notes: Notes, image_ids: Callable[[HeldFile], str | None] = held_image_ids
-) -> Iterator[str]:
-    """Whether a file lies where it was made for; nothing where it does not say for where."""
+def place_problems(file: HeldFile, notes: Notes, image_ids: Callable[[HeldFile], str | None]) -> Iterator[str]:
+    """Whether a file lies where it was made for; nothing where it does not say for where.
+
+    `image_ids`: digest of the ids that the file's fragment has now, as of `held_image_ids`.
+    """
     noted = notes.made_for
     if noted is None:
         return

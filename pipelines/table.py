@@ -26,7 +26,7 @@ import lance
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from lance.commit import CommitConflictError
-from lance.file import LanceFileWriter
+from lance.file import LanceFileReader, LanceFileWriter
 from lance.fragment import DataFile, FragmentMetadata
 
 from lidit.checksum import DIGEST, MADE_FOR, ColumnDigest, data_file_uri, image_ids_digest, made_for, read_notes
@@ -115,7 +115,7 @@ class ColumnFileWriter:
             self._writer.add_schema_metadata(DIGEST + name, digest.hexdigest())
         for key, note in self._notes.items():
             self._writer.add_schema_metadata(key, note)
-        ids = None if fragment_id is None else image_ids_digest(dataset, self._table_uri, fragment_id)
+        ids = None if fragment_id is None else image_ids_digest(LanceFileReader, dataset, self._table_uri, fragment_id)
         self._writer.add_schema_metadata(MADE_FOR, made_for(self.path, self.rows, fragment_id, ids))
         self._writer.close()
         if self._begun != self._final:
@@ -443,7 +443,7 @@ def is_ours(path: str) -> bool:
 
 def file_digests(table_uri: str, path: str) -> dict[str, str]:
     """Column -> content digest, as the writer left it in the file's metadata; empty where another tool wrote it."""
-    return read_notes(data_file_uri(table_uri, path)).digests
+    return read_notes(LanceFileReader, data_file_uri(table_uri, path)).digests
 
 
 def _place(file: ColumnFile, fragment: FragmentMetadata | None, ids: dict[str, int]) -> str | None:

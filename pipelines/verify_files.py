@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import lance
+from lance.file import LanceFileReader
 
 from lidit.checksum import HeldFile, content_problems, held_files, held_image_ids, place_problems, read_notes
 
@@ -15,8 +16,8 @@ def wrong_content(
     """Reads every data file against the digests that its writer left in it."""
     for file in (file for fragment in fragments for file in held_files(dataset, table_uri, fragment)):
         try:
-            notes = read_notes(file.uri)
-            for problem in content_problems(file, notes):
+            notes = read_notes(LanceFileReader, file.uri)
+            for problem in content_problems(LanceFileReader, file, notes):
                 yield f"{file.where}: {problem}"
             if not notes.digests:
                 yield f"{file.where}: no digests; it was written or compacted by another tool"
@@ -40,13 +41,13 @@ def wrong_places(
         known: list[str | None] = []  # the digest of the fragment's ids, once it was asked for
 
         def image_ids(file: HeldFile, known: list[str | None] = known) -> str | None:
-            known[:] = known or [held_image_ids(file)]
+            known[:] = known or [held_image_ids(LanceFileReader, file)]
             return known[0]
 
         for file in held_files(dataset, table_uri, fragment):
             total += 1
             try:
-                notes = read_notes(file.uri)
+                notes = read_notes(LanceFileReader, file.uri)
                 silent += notes.made_for is None
                 for problem in place_problems(file, notes, image_ids):
                     yield f"{file.where}: {problem}"

@@ -7,6 +7,7 @@ reads slowly, at the lowest priority, and holds little memory; a run that ends s
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
@@ -16,8 +17,9 @@ from collections.abc import Sequence
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from lance.file import LanceFileReader
 
-from lidit.checksum import HeldFile, content_problems, held_files, place_problems, read_notes
+from lidit.checksum import HeldFile, content_problems, held_files, held_image_ids, place_problems, read_notes
 from lidit.outage import outlast
 from trainer.features import Features
 
@@ -100,8 +102,14 @@ class DataCheck:
         """What is wrong with a file, empty if nothing is, or if the run is over."""
 
         def read() -> str:
-            notes = read_notes(file.uri)
-            return "; ".join([*place_problems(file, notes), *content_problems(file, notes, names, self._wait)])
+            image_ids = functools.partial(held_image_ids, LanceFileReader)
+            notes = read_notes(LanceFileReader, file.uri)
+            return "; ".join(
+                [
+                    *place_problems(file, notes, image_ids),
+                    *content_problems(LanceFileReader, file, notes, names, self._wait),
+                ]
+            )
 
         try:
             return outlast(read, f"checking {file.path}")

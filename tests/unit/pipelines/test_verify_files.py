@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from lance.file import LanceFileReader
 
 from lidit import checksum, columns
 from pipelines.table import UNCOMPRESSED, ColumnFileWriter, Table, is_ours
@@ -100,8 +102,8 @@ def test_a_file_that_a_version_puts_beside_other_rows(store: Store) -> None:
     """Name, fragment and number of rows fit; the rows do not."""
     dataset = store.table.open()
     held = checksum.held_files(dataset, store.table.uri, dataset.get_fragments()[0])[1]
-    notes = checksum.read_notes(held.uri)
-    assert list(checksum.place_problems(held, notes)) == []
+    notes = checksum.read_notes(LanceFileReader, held.uri)
+    assert list(checksum.place_problems(held, notes, partial(checksum.held_image_ids, LanceFileReader))) == []
     assert list(checksum.place_problems(held, notes, lambda file: "0" * 64)) == [
         "was made for rows of other image_ids than those of the fragment"
     ]
