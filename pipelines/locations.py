@@ -6,15 +6,16 @@ Credentials come from the environment (or the storage library's own files), neve
 from __future__ import annotations
 
 import hashlib
-import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from lidit.outage import outlast
@@ -89,16 +90,30 @@ def list_folder(uri: str) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda entry: entry["name"])
 
 
-def walk_files(uri: str) -> Iterator[tuple[str, int]]:
-    """(path below the folder, bytes) of all files below it, sorted; links to folders are not followed."""
+def walk_files(uri: str) -> dict[str, int]:
+    """Path below the folder -> bytes, of all files below it, sorted; links to folders are not followed."""
     fs, root = fsspec.core.url_to_fs(uri)
     root = root.rstrip("/")
-    for folder, names, files in fs.walk(root, detail=True, on_error="raise"):  # else it leaves out what it cannot list
-        for name in sorted(names):  # the walk goes on in this order
-            names[name] = names.pop(name)
-        prefix = folder.rstrip("/").removeprefix(root).lstrip("/")
-        for name in sorted(files):
-            yield posixpath.join(prefix, name), files[name]["size"]
+    return dict(sorted((entry["name"].removeprefix(root).lstrip("/"), entry["size"]) for entry in _below(fs, root)))
+
+
+def _below(fs: Any, root: str) -> list[dict[str, Any]]:
+    """All files below a folder. What cannot be listed raises: fsspec's own walk would leave it out, unsaid.
+
+    An object store that lists a whole prefix is asked once, not once for each folder.
+    """
+    base, name = (AsyncFileSystem, "_find") if isinstance(fs, AsyncFileSystem) else (AbstractFileSystem, "find")
+    if getattr(type(fs), name) is not getattr(base, name):
+        found = list(fs.find(root, detail=True).values())
+    else:
+        found, folders = [], [root]
+        while folders:
+            folder = folders.pop()
+            entries = fs.ls(folder, detail=True)
+            found += entries
+            inside = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
+            folders += [name for name in inside if name != folder]  # some stores list a folder in itself
+    return [entry for entry in found if entry["type"] != "directory"]
 
 
 def is_folder(uri: str) -> bool:
@@ -147,9 +162,9 @@ def _files_at(uri: str, suffixes: Sequence[str]) -> list[File]:
             return []
         infos = fs.glob(path, detail=True).values()
     else:
-        infos = [info] if info["type"] != "directory" else fs.find(path, detail=True, on_error="raise").values()
+        infos = [info]
         if info["type"] == "directory":
-            infos = [entry for entry in infos if entry["name"].lower().endswith(tuple(suffixes))]
+            infos = [entry for entry in _below(fs, path) if entry["name"].lower().endswith(tuple(suffixes))]
     files = sorted((entry for entry in infos if entry["type"] != "directory"), key=lambda entry: entry["name"])
     return [
         File(fs.unstrip_protocol(entry["name"]).removeprefix("file://"), int(entry["size"] or 0), stamp_of(entry))

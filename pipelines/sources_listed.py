@@ -57,11 +57,11 @@ class Folder(Listed):
         self.root = _folder(argument, "folder")
 
     def items(self) -> list[Item]:
-        sizes = dict(walk_files(self.root))
+        sizes = walk_files(self.root)
         texts = self._metadata() if "metadata.jsonl" in sizes else {}
         name = posixpath.basename(self.root)
         items = []
-        for path in sorted(sizes):
+        for path in sizes:
             stem, suffix = posixpath.splitext(path)
             if suffix.lower() not in IMAGE_SUFFIXES:
                 continue

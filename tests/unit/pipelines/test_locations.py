@@ -4,6 +4,8 @@ import os
 
 import fsspec
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
 
 from pipelines.locations import File, absolute, expand_braces, find_files, is_local, list_folder, stamp_of, walk_files
 
@@ -70,8 +72,8 @@ def test_find_in_an_empty_folder(tmp_path):
 
 def test_list_and_walk(root):
     assert [entry["name"].rpartition("/")[2] for entry in list_folder(root)] == ["a.tar", "b.tar", "deep", "e.parquet"]
-    assert list(walk_files(root)) == [
-        ("a.tar", 5), ("b.tar", 5), ("e.parquet", 9), ("deep/c.TAR", 10), ("deep/d.txt", 10),
+    assert list(walk_files(root).items()) == [
+        ("a.tar", 5), ("b.tar", 5), ("deep/c.TAR", 10), ("deep/d.txt", 10), ("e.parquet", 9),
     ]  # fmt: skip
 
 
@@ -79,7 +81,49 @@ def test_walk_does_not_follow_a_loop(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "link.jpg").symlink_to(tmp_path / "a.jpg")
-    assert [name for name, _ in walk_files(str(tmp_path))] == ["a.jpg", "link.jpg", "loop"]
+    assert list(walk_files(str(tmp_path))) == ["a.jpg", "link.jpg", "loop"]
+
+
+class Denied(AbstractFileSystem):
+    """A store that may not list one of its folders."""
+
+    protocol = "denied"
+    cachable = False
+
+    def ls(self, path, detail=True, **kwargs):
+        if path.rstrip("/").endswith("closed"):
+            raise PermissionError(f"may not list {path}")
+        return fsspec.filesystem("memory").ls(path, detail)
+
+    def info(self, path, **kwargs):
+        return fsspec.filesystem("memory").info(path)
+
+
+class DeniedAsync(AsyncFileSystem):
+    """The same through fsspec's asynchronous classes, of which object stores are made."""
+
+    protocol = "deniedasync"
+    cachable = False
+
+    async def _ls(self, path, detail=True, **kwargs):
+        return Denied().ls(path, detail)
+
+    async def _info(self, path, **kwargs):
+        return Denied().info(path)
+
+
+@pytest.mark.parametrize("protocol", ["denied", "deniedasync"])
+def test_a_folder_that_cannot_be_listed_is_not_left_out(protocol):
+    for name, kind in (("denied", Denied), ("deniedasync", DeniedAsync)):
+        fsspec.register_implementation(name, kind, clobber=True)
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/kept/a.tar": b"x", "/kept/deep/b.tar": b"x", "/lost/a.tar": b"x", "/lost/in/closed/b.tar": b"x"})
+    assert list(walk_files(f"{protocol}:///kept")) == ["a.tar", "deep/b.tar"]
+    assert len(find_files(f"{protocol}:///kept", (".tar",), "k")) == 2
+    with pytest.raises(PermissionError, match="may not list"):
+        walk_files(f"{protocol}:///lost")
+    with pytest.raises(PermissionError, match="may not list"):
+        find_files(f"{protocol}:///lost", (".tar",), "k")
 
 
 def test_stamp_tells_a_change(tmp_path):
