@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+from lidit.config_files import check_flags, load_yaml, packages
 from lidit.printable import printable
 
 JOBS = {
@@ -75,14 +76,23 @@ def parse_config(job: str, module: Any, argv: list[str]) -> Any:
     class HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Types and defaults beside each flag, the job's description as it is written."""
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     config_class = getattr(module, f"{job.capitalize()}Config")
+    jsonargparse.set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        import_path_denylist=["*"],  # no value has a module imported
+        import_path_allowlist=sorted(packages(config_class)),
+    )
     fields = dataclasses.fields(config_class)
     names, argv = _take_names(argv, "--encoders") if hasattr(config_class, "only") else ([], argv)
     recipe, argv = _take_recipe(argv, getattr(module, "RECIPES", {}))
+    argv = check_flags(argv, config_class)
     argv, changes = _take_list_changes(argv, [field.name for field in fields])
     parser = jsonargparse.ArgumentParser(
-        prog=f"lidit {job}", description=module.__doc__, formatter_class=HelpFormatter, exit_on_error=False
+        prog=f"lidit {job}",
+        description=module.__doc__,
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     parser.add_class_arguments(config_class, as_group=False)
@@ -91,7 +101,7 @@ def parse_config(job: str, module: Any, argv: list[str]) -> Any:
     if recipe is not None:
         parser.set_defaults(_plain(recipe))
     try:
-        parsed = parser.instantiate(parser.parse_args(_normalise(argv, fields)))
+        parsed = parser.instantiate(parser.parse_args(_normalise(argv, fields), env=False))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         known = ", ".join(field.name for field in fields)
         raise ValueError(
@@ -184,8 +194,6 @@ def _take_recipe(argv: list[str], recipes: Mapping[str, Callable[[], Any]]) -> t
 
 def _take_list_changes(argv: list[str], fields: Sequence[str]) -> tuple[list[str], list[tuple[str, int, str, Any]]]:
     """Takes every `--FIELD.N.KEY VALUE` out of a command line: (the rest, [(field, n, key, value read as YAML)])."""
-    import yaml
-
     rest: list[str] = []
     changes = []
     words = iter(argv)
@@ -199,7 +207,7 @@ def _take_list_changes(argv: list[str], fields: Sequence[str]) -> tuple[list[str
         text = value if equals else next(words, None)
         if text is None:
             raise ValueError(f"{flag}: expected a value after it")
-        changes.append((name, int(index), key, yaml.safe_load(text)))
+        changes.append((name, int(index), key, load_yaml(text, flag)))
     return rest, changes
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import lance
 import numpy as np
 import pyarrow as pa
-import yaml
 from PIL import Image
 
 from lidit import columns
 from lidit.buckets import parse_bucket
+from lidit.config_files import MAX_BYTES, load_yaml
 from lidit.pixels import UPRIGHT, bucket_pixels, eight_bits, open_image, orientation, to_bytes
 from pipelines.inspect_table import metadata_of
 from pipelines.runs import runs_folder
@@ -206,10 +206,16 @@ def _picture(image: Image.Image) -> Picture:
 
 
 def _models_of_runs(store: str) -> list[tuple[str, str | None]]:
-    """(model, revision) of the latents runs, each once, the newest first."""
+    """(model, revision) of the latents runs, each once, the newest first; runs whose config is broken are left out."""
     fs, root = runs_folder(store)
-    configs = [
-        yaml.safe_load(fs.cat_file(path)) for path in sorted(fs.glob(f"{root}/latents-*/config.yaml"), reverse=True)
-    ]
-    named = [(config["model"], config.get("revision")) for config in configs if config.get("model")]
-    return list(dict.fromkeys(named))
+    named = [_model_of(fs, path) for path in sorted(fs.glob(f"{root}/latents-*/config.yaml"), reverse=True)]
+    return list(dict.fromkeys(each for each in named if each is not None))
+
+
+def _model_of(fs: Any, path: str) -> tuple[str, str | None] | None:
+    try:
+        config = load_yaml(fs.cat_file(path, end=MAX_BYTES + 1), path)
+        model, revision = config["model"], config.get("revision")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return (model, revision) if isinstance(model, str) and model and isinstance(revision, str | None) else None

@@ -255,9 +255,18 @@ def _runs(store: str) -> list[dict[str, Any]]:
         job, when, _ = name.rsplit("-", 2)
         run = {"run": name, "job": job, "when": f"{when[:4]}-{when[4:6]}-{when[6:8]} {when[9:11]}:{when[11:13]}"}
         if fs.exists(f"{root}/{name}/summary.json"):
-            summary = json.loads(fs.cat_file(f"{root}/{name}/summary.json"))
+            summary = _summary_of(fs, f"{root}/{name}/summary.json")
             run |= {key: summary.get(key) for key in ("rows", "errors", "seconds")} | {"state": "done"}
         else:
             run["state"] = "works" if looker.state(name) == "alive" else "stopped"
         runs.append(run)
     return runs
+
+
+def _summary_of(fs: Any, path: str) -> dict[str, Any]:
+    """A run's summary; an empty one where the file holds something else."""
+    try:
+        summary = json.loads(fs.cat_file(path))
+    except (ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}

@@ -266,6 +266,22 @@ def test_the_autoencoder_is_found_by_the_run_that_used_it(store, encoded):
     assert open_decoder(store, dataset, None, None).vae is not None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[1]", "word", "{model: [1], revision: {}}", "{model: x, revision: 3}", "model: {a: b}", "[" * 5000, "a: *b",
+        "model: !!python/object/apply:os.getcwd []", "{revision: x}", "x" * 2_000_000, "a: \x00",
+    ],
+)  # fmt: skip
+def test_runs_whose_files_are_broken_are_passed_over(store, encoded, text):
+    dataset = Table(f"{store}/{columns.SAMPLES_TABLE}").open()
+    with Run(store, "latents") as run:
+        run.write("config.yaml", text)
+        run.write("summary.json", text)
+    assert "no run says" in open_decoder(store, dataset, None, None).problem
+    assert InspectConfig(store) and inspection.main(InspectConfig(store)).to_text()
+
+
 def test_another_autoencoder_is_not_used(store, encoded, tmp_path):
     dataset = Table(f"{store}/{columns.SAMPLES_TABLE}").open()
     config = json.loads((encoded / "config.json").read_text())
