@@ -46,7 +46,7 @@ class VlmConfig:
     model: str
     """Folder with config.json, processor, tokenizer and safetensors, or a hub id (then `revision` is required)."""
     revision: str | None = None
-    """Full commit hash of a hub id; unused for a folder."""
+    """Full commit hash of a hub id; of a folder, `sha256:` and the digest that its files must have, if you like."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the model's weights and arithmetic."""
 

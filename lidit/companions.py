@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lidit.fingerprints import comparable, warn_unrecorded
-from lidit.model_files import resolve_model
+from lidit.model_files import resolve_model, split_revision
 from lidit.text import EncoderConfig, PromptEncoder
 from lidit.weights import read_config
 
@@ -112,11 +112,3 @@ class Companions:
             foot = f"give the right one by {argument}, or check=False to use it all the same"
             raise ValueError("\n".join([head, *differing, foot]))
         warn_unrecorded(f"{what} of the weights in {self.folder}", unrecorded)
-
-
-def split_revision(model: str) -> tuple[str, str | None]:
-    """`owner/name@commit` -> (`owner/name`, commit); a folder -> (it, None)."""
-    if Path(model).exists() or "@" not in model:
-        return model, None
-    name, _, revision = model.rpartition("@")
-    return name, revision

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 COMMIT = re.compile(r"[0-9a-f]{40}")
+PIN = "sha256:"
+"""Before a digest, where a revision is expected: what lies there must have it."""
 WEIGHT_FILES = "*.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -64,18 +67,19 @@ def resolve_model(model: str, revision: str | None, files: ModelFiles = LANGUAGE
 
     A relative path is looked up from the working directory, then from the project's root. A hub id is `owner/name`
     (of an autoencoder also `owner/name/folder`) and needs `revision` to be a full commit hash: a branch name would let two
-    runs of one job read two different models.
+    runs of one job read two different models. Of a folder, `revision` may be `sha256:` and the digest of `model_digest`.
 
     Args:
         download: whether a hub id may be fetched; off where data names the model (a store, the config of weights), not the
             user: then it must be in the local hub cache.
 
     Raises:
-        ValueError: nothing is there, files are missing or cut short, or the revision is not pinned.
+        ValueError: nothing is there, files are missing or cut short, the revision is not pinned, or the digest another one.
     """
     for folder in (Path(model), PROJECT_ROOT / model):
         if folder.is_dir():
             check_model_folder(folder, files)
+            check_pin(f"model folder {folder}", revision, functools.partial(model_digest, folder, files))
             return folder.resolve()
     if model.startswith(("/", ".", "~")) or not re.fullmatch(files.hub_id, model):
         raise ValueError(
@@ -147,6 +151,36 @@ def check_model_folder(folder: Path, files: ModelFiles = LANGUAGE_MODEL) -> None
             ) from error
 
 
+def split_revision(model: str) -> tuple[str, str | None]:
+    """`owner/name@commit`, `path@sha256:digest` -> what is before and after the last @; what exists as it is -> (it, None)."""
+    if Path(model).exists() or "@" not in model:
+        return model, None
+    name, _, revision = model.rpartition("@")
+    return name, revision
+
+
+def check_pin(what: str, revision: str | None, digest: Callable[[], str]) -> None:
+    """Raises ValueError where `revision` is `sha256:DIGEST` and what lies there has another; it is only then asked for."""
+    if revision is None or not revision.startswith(PIN):
+        return
+    received = digest()
+    if received != revision.removeprefix(PIN).lower():
+        raise ValueError(
+            f"{what}: expected {revision}, received {PIN}{received}; take the right files, or, if these are the ones "
+            f"you trust, name their digest"
+        )
+
+
+def model_digest(folder: Path, files: ModelFiles = LANGUAGE_MODEL) -> str:
+    """sha256 over all files that a model is read from: weights, every JSON file, tokenizer."""
+    found = {
+        *_weight_files(folder, files),
+        *folder.glob("*.json"),
+        *(tokenizer_files(folder) if files.tokenizer else ()),
+    }
+    return digest_of_files(sorted(found))
+
+
 def weights_digest(folder: Path, files: ModelFiles = LANGUAGE_MODEL) -> str:
     """sha256 over the digests of all weight files, in name order (files are hashed in parallel)."""
     return digest_of_files(_weight_files(folder, files))
@@ -204,14 +238,16 @@ def _values_only(config: dict[str, Any]) -> dict[str, Any]:
 def digest_of_files(paths: list[Path]) -> str:
     """sha256 over names and digests of the files, in the order given."""
 
-    def file_digest(path: Path) -> str:
-        stat = path.stat()
-        return _file_digest(path, stat.st_size, stat.st_mtime_ns)
-
     with ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(file_digest, paths))
     joined = "\n".join(f"{path.name} {digest}" for path, digest in zip(paths, digests))
     return hashlib.sha256(joined.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    stat = path.stat()
+    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -85,7 +85,7 @@ class Sampled:
 
 def main(config: SampleConfig) -> Sampled:
     """Loads the weights, makes the images, saves them."""
-    from lidit.companions import split_revision
+    from lidit.model_files import split_revision
     from lidit.text_to_image import TextToImage
 
     started = time.perf_counter()

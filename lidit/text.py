@@ -57,7 +57,7 @@ class EncoderConfig:
     model: str
     """Folder with config.json, tokenizer and safetensors, or a hub id (then `revision` is required)."""
     revision: str | None = None
-    """Full commit hash of a hub id; unused for a folder."""
+    """Full commit hash of a hub id; of a folder, `sha256:` and the digest that its files must have, if you like."""
     layer_index: int | None = None
     """Which hidden state to take, counted as `hidden_states[i]` of transformers. Default: -3 for a decoder-only LLM (the
     output of the third-to-last block, no final norm), -1 for an encoder-only model (after its final norm)."""

@@ -89,7 +89,7 @@ class TextToImage:
 
         Args:
             path: weights folder of `save_weights`, or a hub id `owner/name` that holds the same files.
-            revision: full commit hash, for hub ids.
+            revision: full commit hash, for hub ids; of a local folder, `sha256:` and the digest that it must have.
             device: of model and VAE; default: the GPU if there is one.
             dtype: of the model; default: bf16 on a GPU, fp32 on the CPU.
             encoders: where an encoder is now, by name: a folder, `owner/name@commit`, a config, or one that is loaded. The

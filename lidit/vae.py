@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lidit.model_files import AUTOENCODER, PROJECT_ROOT, digest_of_files, resolve_model, weights_digest
+from lidit.model_files import (
+    AUTOENCODER,
+    PROJECT_ROOT,
+    check_pin,
+    digest_of_files,
+    file_digest,
+    resolve_model,
+    weights_digest,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
@@ -36,7 +44,7 @@ def load_vae(
     Args:
         model: folder of a diffusers autoencoder; hub id `owner/name` or `owner/name/folder`; TAEF2's weights (the
             safetensors file, or a folder with nothing but it).
-        revision: full commit hash, for hub ids.
+        revision: full commit hash, for hub ids; of local files, `sha256:` and the digest that they must have.
         dtype: precision of weights and arithmetic: bf16, fp16 or fp32.
         device: where it runs; default: the GPU if there is one.
         download: whether a hub id that is not in the local cache may be fetched.
@@ -73,6 +81,8 @@ class VAE:
         self.dtype = dtype
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._taef2 = _taef2_file(model)
+        if self._taef2:
+            check_pin(f"autoencoder {self._taef2}", revision, lambda: file_digest(self._taef2))
         self.folder = self._taef2.parent if self._taef2 else resolve_model(model, revision, AUTOENCODER, download)
         self.config = {} if self._taef2 else _read_config(self.folder)
         self.kind = "TAEF2" if self._taef2 else self.config["_class_name"]

@@ -129,7 +129,7 @@ def load_weights(
 
     Args:
         folder: of `save_weights`, or a hub id `owner/name` that holds the same files.
-        revision: full commit hash, for hub ids.
+        revision: full commit hash, for hub ids; of a local folder, `sha256:` and the digest that it must have.
         device: where the weights go, directly.
         dtype: precision of the weights; by default that of the file.
 

@@ -24,8 +24,8 @@ import pyarrow as pa
 import torch
 
 from lidit import columns
-from lidit.companions import Companions, split_revision
-from lidit.model_files import config_digest, weights_digest
+from lidit.companions import Companions
+from lidit.model_files import config_digest, split_revision, weights_digest
 from lidit.sampler import SamplerConfig
 from lidit.weights import FILES, read_config, resolve_weights
 from pipelines.layouts import LAYOUTS, check_folder, image_files, write_layout

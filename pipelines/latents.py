@@ -50,7 +50,7 @@ class LatentsConfig(StageConfig):
     """The autoencoder: folder of a diffusers AutoencoderKL, AutoencoderDC or AutoencoderTiny with safetensors; a hub id
     `owner/name` or `owner/name/folder` (then `revision` is required); or TAEF2's weights (file, or folder of it)."""
     revision: str | None = None
-    """Full commit hash of a hub id; unused for a folder."""
+    """Full commit hash of a hub id; of local files, `sha256:` and the digest that they must have, if you like."""
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
     """Precision of the autoencoder's weights and arithmetic. Some (SDXL's) overflow fp16: that gives row errors."""
     codec: Literal["bf16", "fp16", "fp32"] = "bf16"

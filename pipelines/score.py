@@ -22,10 +22,12 @@ import pyarrow as pa
 import torch
 
 from lidit import columns
+from lidit.files import is_there, replace_file
+from lidit.outage import outlast
 from lidit.pixels import ImageError, open_rgb
 from lidit.printable import one_line
 from pipelines.score_clip import ClipScore
-from pipelines.score_fid import fid
+from pipelines.score_fid import fid, fid_features
 from pipelines.score_scenes import Scenes
 from pipelines.stage import StageConfig, run_stage
 from pipelines.summary import Summary
@@ -75,7 +77,7 @@ class ScoreConfig(StageConfig):
     clip: str | None = None
     """CLIP of `clip_score`: folder of transformers, or `owner/name@commit`."""
     fid_model: str | None = None
-    """What makes the features of `fid`: a CLIP's folder, or a TorchScript file (.pt)."""
+    """What makes the features of `fid`: a CLIP's folder, or a TorchScript file with its digest (`FILE.pt@sha256:DIGEST`)."""
     fid_reference: str | None = None
     """Store whose images are the real ones."""
     batch_size: int = 32
@@ -181,6 +183,8 @@ class Scores:
                     spread = f"[{figure['low']:.3f}, {figure['high']:.3f}]"
                     count = f"{figure['prompts']:,} prompts, {figure['images']:,} images"
                     lines.append(f"  {metric:<10} {name:<28} {figure['value']:8.3f}  {spread}  {count}")
+                elif isinstance(figure, str):
+                    lines.append(f"  {metric:<10} {name:<28} {one_line(figure)}")
                 else:
                     lines.append(f"  {metric:<10} {name:<28} {figure:8,.3f}")
         return "\n".join(lines)
@@ -192,19 +196,30 @@ def main(config: ScoreConfig) -> Scores:
     Raises:
         ValueError: no table, or a metric lacks what it needs.
     """
+    features = fid_features(config) if "fid" in config.metrics else None
     summary = run_stage(ScoreImages, config) if config.of_images else None
     if summary is not None:
         summary.next = ""
     if config.dry_run:
         return Scores(config.store, {}, summary)
     scores = _summarise(config)
-    if "fid" in config.metrics:
+    if features is not None:
         device = "cuda" if config.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
-        scores["fid"] = fid(config.store, config, device)
-    fs, root = fsspec.core.url_to_fs(config.store.rstrip("/"))
-    before = json.loads(fs.cat_file(f"{root}/{SCORES_FILE}")) if fs.exists(f"{root}/{SCORES_FILE}") else {}
-    fs.pipe_file(f"{root}/{SCORES_FILE}", json.dumps({**before, **scores}, indent=2).encode())
+        scores["fid"] = fid(config.store, config, features, device)
+    _write_down(config.store, scores)
     return Scores(config.store, scores, summary)
+
+
+def _write_down(store: str, scores: dict[str, Any]) -> None:
+    """Puts the figures into the store, beside those of other metrics."""
+    fs, root = fsspec.core.url_to_fs(store.rstrip("/"))
+    path = f"{root}/{SCORES_FILE}"
+
+    def replace() -> None:
+        before = json.loads(fs.cat_file(path)) if is_there(fs, path) else {}
+        replace_file(fs, path, json.dumps({**before, **scores}, indent=2).encode())
+
+    outlast(replace, "writing the scores")
 
 
 def _summarise(config: ScoreConfig) -> dict[str, Any]:

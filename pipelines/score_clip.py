@@ -16,9 +16,15 @@ import pyarrow as pa
 import torch
 
 from lidit import columns
-from lidit.companions import split_revision
 from lidit.loading import load_model, load_processor
-from lidit.model_files import config_digest, processor_digest, resolve_model, tokenizer_digest, weights_digest
+from lidit.model_files import (
+    config_digest,
+    processor_digest,
+    resolve_model,
+    split_revision,
+    tokenizer_digest,
+    weights_digest,
+)
 from pipelines.score_intervals import estimate
 
 SCORE = "clip_score"

@@ -1,14 +1,18 @@
 """The metric `fid`: Fréchet distance between the features of generated and real images (arXiv 1706.08500), by torchmetrics.
 
 Features are those of any CLIP's image tower (`--fid_model FOLDER`), or of a TorchScript file that maps uint8 images
-(B, 3, height, width) to (B, F): the published FID needs that of its Inception network. Distances under different
-features, or from few images (fewer than some times F), cannot be compared. A number of a whole set: it has no column, and is
-computed by the driver.
+(B, 3, height, width) to (B, F): the published FID needs that of its Inception network. TorchScript is code, which may write
+files: it is named with its digest (`--fid_model FILE.pt@sha256:DIGEST`), and only these bytes are run. Distances under
+different features, or from few images (fewer than some times F), cannot be compared: the features' digest stands beside the
+distance. A number of a whole set: it has no column, and is computed by the driver.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lidit import columns
-from lidit.companions import split_revision
 from lidit.loading import load_model, load_processor
-from lidit.model_files import resolve_model
+from lidit.model_files import PIN, check_pin, model_digest, resolve_model, split_revision
 from lidit.pixels import open_rgb
 from pipelines.table import Table
 
@@ -31,6 +34,7 @@ class ClipFeatures(nn.Module):
         from transformers import AutoImageProcessor, CLIPModel
 
         folder = resolve_model(*split_revision(model))
+        self.digest = f"{PIN}{model_digest(folder)}"
         self.clip = load_model(CLIPModel, folder, dtype=torch.float32).eval()
         self.processor = load_processor(folder, AutoImageProcessor)
 
@@ -42,10 +46,28 @@ class ClipFeatures(nn.Module):
 
 
 def open_features(model: str) -> nn.Module:
-    """The features of a CLIP's image tower, or of a TorchScript file."""
-    if model.endswith((".pt", ".ts")):
-        return torch.jit.load(model, map_location="cpu").eval()
-    return ClipFeatures(model)
+    """The features of a CLIP's image tower, or of a TorchScript file named with its digest; `digest` is that of its files.
+
+    Raises:
+        ValueError: it is not there, no digest is named where one is asked for, or the files have another.
+    """
+    path, revision = split_revision(model)
+    if not path.endswith((".pt", ".ts")):
+        return ClipFeatures(model)
+    try:
+        content = Path(path).read_bytes()  # once: the bytes that are checked are those that run
+    except OSError as error:
+        raise ValueError(f"fid_model {path}: expected a TorchScript file, received {error}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if not (revision or "").startswith(PIN):
+        raise ValueError(
+            f"fid_model {path}: a TorchScript file is code, so it is run only with the digest of the one you trust: expected "
+            f"--fid_model {path}@{PIN}DIGEST; this file's is {digest}"
+        )
+    check_pin(f"fid_model {path}", revision, lambda: digest)
+    features = torch.jit.load(BytesIO(content), map_location="cpu").eval()
+    features.digest = f"{PIN}{digest}"
+    return features
 
 
 def open_distance(features: nn.Module) -> Any:
@@ -57,21 +79,26 @@ def open_distance(features: nn.Module) -> Any:
     return FrechetInceptionDistance(feature=features)
 
 
-def fid(store: str, config: Any, device: str) -> dict[str, Any]:
-    """The distance between `image` of a store and of `config.fid_reference`.
+def fid(store: str, config: Any, features: nn.Module, device: str) -> dict[str, Any]:
+    """The distance between `image` of a store and of `config.fid_reference`, under the features of `fid_features`.
 
     Raises:
-        ValueError: no model or no reference is named, or there are too few images.
+        ValueError: there are too few images.
     """
-    if config.fid_model is None or config.fid_reference is None:
-        raise ValueError(
-            "metric fid: expected --fid_model (a CLIP's folder, or a TorchScript file) and --fid_reference STORE"
-        )
-    distance = open_distance(open_features(config.fid_model)).to(device)
+    distance = open_distance(features).to(device)
     for place, real in ((store, False), (config.fid_reference, True)):
         for images in _images(place, config.batch_size):
             update(distance, images, real)
-    return result(distance)
+    return {**result(distance), "model": features.digest}
+
+
+def fid_features(config: Any) -> nn.Module:
+    """The features that a config names. Raises ValueError where it names none, or no reference; and as `open_features`."""
+    if config.fid_model is None or config.fid_reference is None:
+        raise ValueError(
+            "metric fid: expected --fid_model (a CLIP's folder, or FILE.pt@sha256:DIGEST) and --fid_reference STORE"
+        )
+    return open_features(config.fid_model)
 
 
 def update(distance: Any, images: list[np.ndarray], real: bool) -> None:

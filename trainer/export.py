@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lidit.config import LIDiTConfig
 from lidit.model import LIDiT
+from lidit.model_files import split_revision
 from lidit.weights import expected_shapes, save_weights
 from trainer.checkpoint import EMA_FOLDER, ENGINE
 from trainer.config import OptimizerConfig
@@ -261,8 +262,8 @@ def _extra(state: Mapping[str, Any], kind: str, vae: str | None) -> dict[str, An
         },
     }
     if named:
-        model, _, revision = named.partition("@")
-        extra["vae"] = {"model": model, "revision": revision or None, "fingerprint": made_with}
+        model, revision = split_revision(named)
+        extra["vae"] = {"model": model, "revision": revision, "fingerprint": made_with}
     return extra
 
 

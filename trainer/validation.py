@@ -162,7 +162,7 @@ class SampleGrid:
             first = latents[:, [0, min(1, latents.shape[1] - 1), min(2, latents.shape[1] - 1)]]
             return first / first.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
         if self._vae is None:
-            from lidit.companions import split_revision
+            from lidit.model_files import split_revision
             from lidit.vae import load_vae
 
             self._vae = load_vae(*split_revision(self.vae_path), device=self.ranks.device)

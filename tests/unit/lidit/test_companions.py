@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from lidit.companions import Companions, split_revision
+from lidit.companions import Companions
+from lidit.model_files import split_revision
 from lidit.text import EncoderConfig, PromptEncoder
 
 pytestmark = pytest.mark.unit

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lidit.model_files import check_model_folder, resolve_model, tokenizer_digest, weights_digest
+from lidit.model_files import check_model_folder, resolve_model, split_revision, tokenizer_digest, weights_digest
 from lidit.text import EncoderConfig, PromptEncoder
 
 pytestmark = pytest.mark.unit
@@ -30,6 +31,30 @@ def make_shards(folder):
 
 def test_a_good_folder(llama_folder):
     assert resolve_model(str(llama_folder), None) == llama_folder.resolve()
+
+
+def digest_in(refusal):
+    return re.search(r"received (sha256:[0-9a-f]{64})", str(refusal.value))[1]
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+def test_a_folder_of_another_digest_is_refused(llama_folder, tmp_path, changed):
+    folder = shutil.copytree(llama_folder, tmp_path / "mine")
+    with pytest.raises(ValueError, match="expected sha256:00, received sha256:") as refusal:
+        resolve_model(str(folder), "sha256:00")
+    pinned = digest_in(refusal)
+    assert resolve_model(*split_revision(f"{folder}@{pinned}")) == folder.resolve()
+    PromptEncoder(EncoderConfig("one", str(folder), revision=pinned, dtype="fp32"))
+    if changed == "model.safetensors":
+        weights = load_file(folder / changed)
+        weights[min(weights)] += 1
+        save_file(weights, folder / changed, metadata={"format": "pt"})
+    else:
+        (folder / changed).write_text(
+            json.dumps({"changed": True, **json.loads((llama_folder / "config.json").read_text())})
+        )
+    with pytest.raises(ValueError, match=f"model folder .*mine: expected {pinned}, received sha256:"):
+        PromptEncoder(EncoderConfig("one", str(folder), revision=pinned, dtype="fp32"))
 
 
 def test_relative_path_from_the_working_directory(llama_folder, monkeypatch):

@@ -1,9 +1,11 @@
 """The score stage and its metrics without Ray."""
 
+import hashlib
 import io
 import json
 import shutil
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -13,7 +15,7 @@ from demo.prompts import exam_prompts, plain_scene
 from demo.scenes import render
 from lidit import columns
 from pipelines.pool import ActorsConfig
-from pipelines.score import ScoreConfig, ScoreImages, Scores
+from pipelines.score import ScoreConfig, ScoreImages, Scores, main
 from pipelines.score_clip import ClipScore
 from pipelines.score_fid import open_distance, open_features, result, update
 from pipelines.score_intervals import estimate, mean_of_means
@@ -151,7 +153,9 @@ class Means(torch.nn.Module):
 def test_fid_of_features_that_are_known(tmp_path):
     """A network whose features are the three channels' means: distances of two Gaussians can be written down."""
 
-    torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
+    network = tmp_path / "means.pt"
+    torch.jit.script(Means()).save(str(network))
+    digest = hashlib.sha256(network.read_bytes()).hexdigest()
     draw = np.random.default_rng(0)
     values = draw.normal(100, 10, (4000, 3)).round()
     moved = values * [1, 2, 0.5] + [20, -50, 30]
@@ -159,7 +163,7 @@ def test_fid_of_features_that_are_known(tmp_path):
     def images(colours):
         return [np.full((2, 2 + index % 2, 3), colour).astype(np.uint8) for index, colour in enumerate(colours)]
 
-    distance = open_distance(open_features(str(tmp_path / "means.pt")))
+    distance = open_distance(open_features(f"{network}@sha256:{digest}"))
     for part in np.array_split(values, 7):
         update(distance, images(part), real=True)
     update(distance, images(np.floor(moved)), real=False)
@@ -167,6 +171,59 @@ def test_fid_of_features_that_are_known(tmp_path):
     means = values.mean(0) - np.floor(moved).mean(0)
     expected = means @ means + 100 * (0 + 1 + 0.25)  # of diagonal covariances: squared differences of the deviations
     assert found == {"value": pytest.approx(expected, rel=0.02), "features": 3, "generated": 4000, "real": 4000}
+
+
+class Writes(torch.nn.Module):
+    """A feature network that writes a file as soon as it is asked."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (
+            torch.from_file(self.path, shared=True, size=images.shape[0], dtype=torch.float32).fill_(1.0).unsqueeze(1)
+        )
+
+
+def test_a_feature_network_is_run_only_with_its_digest(tmp_path):
+    network, written = tmp_path / "features.pt", tmp_path / "written"
+    torch.jit.script(Writes(str(written))).save(str(network))
+    digest = hashlib.sha256(network.read_bytes()).hexdigest()
+    for model in (f"{network}", f"{network}@sha256:{'0' * 64}", f"{network}@{digest}"):
+        config = ScoreConfig(
+            store=str(tmp_path), metrics=("fid",), fid_model=model, fid_reference=str(tmp_path), actors=CPU
+        )
+        with pytest.raises(ValueError, match=f"fid_model {network}.*{digest}"):
+            main(config)
+        assert not written.exists()
+    open_features(f"{network}@sha256:{digest}")(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
+    assert written.exists(), "the network of this test does nothing"
+
+
+def test_fid_of_a_store_says_under_which_features(tmp_path):
+    network = tmp_path / "means.pt"
+    torch.jit.script(Means()).save(str(network))
+    digest = f"sha256:{hashlib.sha256(network.read_bytes()).hexdigest()}"
+    store = {columns.IMAGE_ID: [], columns.IMAGE: []}
+    for seed in range(6):
+        store[columns.IMAGE_ID].append(str(seed))
+        store[columns.IMAGE].append(png(render(plain_scene(seed), 48, 48)))
+    lance.write_dataset(pa.table(store), str(tmp_path / columns.SAMPLES_TABLE))
+    (tmp_path / "scores.json").write_text(json.dumps({"scenes": {"overall": 1.0}}))
+    made = main(
+        ScoreConfig(
+            store=str(tmp_path),
+            metrics=("fid",),
+            fid_model=f"{network}@{digest}",
+            fid_reference=str(tmp_path),
+            actors=CPU,
+        )
+    )
+    assert made.scores["fid"]["value"] == pytest.approx(0, abs=1e-6) and made.scores["fid"]["model"] == digest
+    assert digest in made.to_text() and json.loads(made.to_json())["scores"]["fid"]["model"] == digest
+    kept = json.loads((tmp_path / "scores.json").read_text())
+    assert kept == {"scenes": {"overall": 1.0}, **made.scores}
 
 
 def test_fid_needs_two_images():
