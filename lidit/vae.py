@@ -8,6 +8,7 @@ Letters: B images, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -82,7 +83,7 @@ class VAE:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._taef2 = _taef2_file(model)
         if self._taef2:
-            check_pin(f"autoencoder {self._taef2}", revision, lambda: file_digest(self._taef2))
+            check_pin(f"autoencoder {self._taef2}", revision, functools.partial(file_digest, self._taef2))
         self.folder = self._taef2.parent if self._taef2 else resolve_model(model, revision, AUTOENCODER, download)
         self.config = {} if self._taef2 else _read_config(self.folder)
         self.kind = "TAEF2" if self._taef2 else self.config["_class_name"]

@@ -218,6 +218,23 @@ def wait_until(
         time.sleep(0.005)
 
 
+def stop_when(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 240) -> None:
+    """Waits like `wait_until`, and leaves the process stopped (SIGSTOP) at the moment that was looked for.
+
+    It is stopped for every look, too: on a busy machine a look takes longer than what is looked for lasts.
+    """
+
+    def reached() -> bool:
+        process.send_signal(signal.SIGSTOP)
+        if condition():
+            return True
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.05)
+        return False
+
+    wait_until(reached, process, seconds)
+
+
 def descendants(pid: int) -> dict[int, str]:
     """Process id -> command line of all processes below one."""
     parents, names = {}, {}
@@ -247,8 +264,8 @@ def running(pid: int) -> bool:
 
 @pytest.fixture(scope="session")
 def tools() -> Any:
-    """`wait_until`, `descendants` and `running`, for tests that watch a job's processes."""
-    return SimpleNamespace(wait_until=wait_until, descendants=descendants, running=running)
+    """`wait_until`, `stop_when`, `descendants` and `running`, for tests that watch a job's processes."""
+    return SimpleNamespace(wait_until=wait_until, stop_when=stop_when, descendants=descendants, running=running)
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, commit_f
         "after a commit": lambda: world.committed() >= 2,
     }
     job = world.start("embed", "--config", config)
-    tools.wait_until(conditions[moment], job)
+    tools.stop_when(conditions[moment], job)
     actors = [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
     job.send_signal(signal.SIGKILL)
     job.communicate()

@@ -48,7 +48,7 @@ def test_driver_and_actor_are_killed(world: Any, tools: Any, command: tuple[Any,
     out = world.folder / "out"
     for done in (2, 5):
         job = world.start(*command, "--store", world.store, "--out", out)
-        tools.wait_until(lambda least=done: committed(world) >= least, job)
+        tools.stop_when(lambda least=done: committed(world) >= least, job)
         below = tools.descendants(job.pid)
         job.kill()
         for pid in below:

@@ -87,9 +87,9 @@ def assert_clean(world: Any, shards: dict[str, Any]) -> None:
 def test_driver_killed(world: Any, shards: dict[str, Any], tools: Any, kind: str, moment: str) -> None:
     job = world.start("ingest", *flags(world, shards[kind]))
     if moment == "after a commit":
-        tools.wait_until(lambda: count(world) > 0, job)
+        tools.stop_when(lambda: count(world) > 0, job)
     else:
-        tools.wait_until(lambda: len(files(world)) >= 3, job)
+        tools.stop_when(lambda: len(files(world)) >= 3, job)
     actors = actors_of(job, tools)
     job.send_signal(signal.SIGKILL)
     job.communicate()

@@ -86,7 +86,7 @@ def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, flags: A
         "after a commit": lambda: committed(world) >= 2,
     }
     job = world.start("latents", "--store", world.store, *FLAGS, *flags)
-    tools.wait_until(conditions[moment], job)
+    tools.stop_when(conditions[moment], job)
     actors = actors_of(tools, job)
     job.send_signal(signal.SIGKILL)
     job.communicate()

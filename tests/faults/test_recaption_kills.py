@@ -83,8 +83,7 @@ def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, commit_f
         "after a commit": lambda: described(world) >= 2,
     }[moment]
     job = world.start("recaption", "--store", world.store, *FLAGS[:-1], *FLAGS[-1:], commit_fragments)
-    tools.wait_until(reached, job)
-    job.send_signal(signal.SIGSTOP)  # it commits nothing more while its actors are looked up
+    tools.stop_when(reached, job)
     actors = [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
     job.send_signal(signal.SIGKILL)
     job.communicate()

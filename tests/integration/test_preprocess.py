@@ -155,7 +155,7 @@ def test_killed_in_every_stage_and_finished_by_the_next(world: Any, tools: Any) 
     path = as_yaml(world, config_of(world))
     for stage in preprocess.STAGES:
         job = world.start("preprocess", "--config", path)
-        tools.wait_until(lambda stage=stage: begun(world, stage), job)
+        tools.stop_when(lambda stage=stage: begun(world, stage), job)
         actors = [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
         job.send_signal(signal.SIGKILL)
         job.communicate()
