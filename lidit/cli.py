@@ -13,11 +13,12 @@ import dataclasses
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from lidit.config_files import check_flags, load_yaml, packages
-from lidit.printable import printable
+from lidit.printable import printable, printable_streams
 
 JOBS = {
     "ingest": ("pipelines.ingest", "rows of a source -> the samples table"),
@@ -50,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with printable_streams():
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     module = importlib.import_module(JOBS[argv[0]][0])
     try:
         config = parse_config(argv[0], module, argv[1:])
@@ -66,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (RuntimeError, OSError) as error:
         print(f"lidit {argv[0]}: {printable(_last_cause(error))}", file=sys.stderr)
+        return 1
+    except Exception:  # a fault of lidit's own, its traceback still through the streams of `printable_streams`
+        traceback.print_exc()
         return 1
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO, cast
 
 ESCAPED = frozenset(
     {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -20,6 +24,36 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """The same on one line, white space as single spaces: for a value that stands in a line of ours."""
     return printable(" ".join(text.split()))
+
+
+@contextlib.contextmanager
+def printable_streams() -> Iterator[None]:
+    """All that Python prints meanwhile, warnings, tracebacks and the lines of Ray's workers too, goes through `printable`.
+
+    A progress line of lidit's own, which returns to its start, is written to `sys.__stderr__`.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Printable(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _Printable:
+    """A text stream whose texts are fit for a terminal; all else is the stream's own."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(printable(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self._stream.writelines(map(printable, lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _acts(char: str) -> bool:

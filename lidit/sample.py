@@ -118,7 +118,7 @@ def main(config: SampleConfig) -> Sampled:
 
 
 def _show_progress(done: int, steps: int, latents: object) -> None:
-    print(f"\rstep {done} of {steps}", end="\n" if done == steps else "", file=sys.stderr, flush=True)
+    print(f"\rstep {done} of {steps}", end="\n" if done == steps else "", file=sys.__stderr__, flush=True)
 
 
 def _check_ending(out: str) -> None:

@@ -1,6 +1,8 @@
 """Hostile text on its way to a terminal: by every way that leads there."""
 
 import os
+import subprocess
+import sys
 import unicodedata
 
 import pytest
@@ -111,12 +113,37 @@ def test_a_value_makes_no_line_of_its_own(made, monkeypatch):
     assert "cat verify: nothing wrong found" in text.to_text() and "\nverify: nothing" not in text.to_text()
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError])
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError, TypeError])
 def test_errors_of_servers_and_files(error, monkeypatch, capsys, whole_job):
     def fail(config):
         raise error(HOSTILE)
 
     monkeypatch.setattr(verify, "main", fail)
-    main(["verify"])
+    assert main(["verify"]) == (2 if error is ValueError else 1)
     said = capsys.readouterr().err
     assert r"\x1b[2J" in said and not acting(said)
+
+
+def test_what_is_said_on_the_way():
+    """In a process of its own: pytest takes warnings and logs away from a terminal."""
+    script = f"""
+import logging, sys, types, warnings
+from lidit import cli
+
+def work(config):
+    text = {HOSTILE!a}
+    warnings.warn(text)
+    print(text)
+    print(text, file=sys.stderr)
+    sys.stderr.writelines([text])
+    logging.getLogger('of.anybody').warning(text)
+    raise TypeError(text)
+
+cli.JOBS["work"] = ("work", "")
+sys.modules["work"] = types.SimpleNamespace(main=work)
+cli.parse_config = lambda *of_this: None
+cli.main(["work"])
+"""
+    command = [sys.executable, "-c", script]
+    said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120).stdout
+    assert said.count(rb"\x1b]0;title\x07") == 6 and not acting(said.decode())
