@@ -1,8 +1,8 @@
 """A cell of the grid: one LI-DiT in training, stopped and continued at any step.
 
 The trainer's own model, optimizer, learning rate, objective and draws (timestep, noise, dropped prompts are functions of seed
-and image number), in one process without Ray and DeepSpeed. Cells of one seed see the same rows, noise and drops in the same order,
-so that what differs between them is the setting.
+and image number), in one process without Ray and DeepSpeed. Cells of one seed see the same rows, noise and drops in the same
+order, so that what differs between them is the setting.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Cell:
         torch.manual_seed(seed)
         self.model = LIDiT(config.model(widths, latents.shape[1], changes)).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.parameters = list(self.model.parameters())
+        self.parameters: list[Tensor] = list(self.model.parameters())
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.objective = Flow(shift=config.flow_shift)
         self.ema = EMAConfig(decay=config.ema_decay)

@@ -1,9 +1,9 @@
 """Does a model follow prompts? Told from losses, without making an image, and from images.
 
-*From losses* (the diffusion classifier of Li et al. 2023, arXiv 2303.16203, as a measure of the prompt's side). Scene, noise and timestep
-are the same; one loss is with a prompt that is true of the scene, one with a prompt of which one fact is exchanged (`demo/swaps.py`).
-`margin`: the second less the first. `accuracy`: share of scenes for which the margin, over all timesteps, is above zero; 0.5 is
-chance. Timesteps are high: there only the prompt says what will be there. `told`: the loss without a prompt less the one with it.
+*From losses*, as a diffusion classifier (Li et al. 2023, arXiv 2303.16203). Scene, noise and timestep are the same; one loss
+is with a prompt that is true of the scene, one with a prompt of which one fact is exchanged (`demo/swaps.py`). `margin`: the
+second less the first. `accuracy`: share of scenes for which the margin, over all timesteps, is above zero; 0.5 is chance.
+Timesteps are high: there only the prompt says what will be there. `told`: the loss without a prompt less the one with it.
 
 *From images*: the exam of `demo/prompts.py`, drawn with guidance and judged by `demo/judge.py`.
 """
@@ -99,14 +99,15 @@ class PictureExam:
         index = torch.tensor(rows, device=cell.device)
         given = self.prompts.batch(cell.encoders, index)
         empty = self.prompts.batch(cell.encoders, index, torch.ones_like(index, dtype=torch.bool))
-        latents = sample(cell.predict, cell.objective, noise, given, empty, SAMPLER)
+        predict: Any = cell.predict  # called like a model
+        latents = sample(predict, cell.objective, noise, given, empty, SAMPLER)
         pixels = ((self.vae.decode(latents).clamp(-1, 1) + 1) * 127.5).round().byte()
         return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 
 @torch.no_grad()
 def losses(cell: Cell, latents: Tensor, prompts: Prompts, drop: bool = False) -> np.ndarray:
-    """Latents (N, C, H, W) and the prompts of each -> losses (timesteps, N), on noise that depends on row and timestep alone."""
+    """Latents (N, C, H, W) and their prompts -> losses (timesteps, N), on noise that depends on row and timestep alone."""
     found = np.zeros((len(TIMESTEPS), len(latents)))
     for first in range(0, len(latents), BATCH):
         index = torch.arange(first, min(first + BATCH, len(latents)), device=latents.device)

@@ -3,9 +3,9 @@
     python -m demo.learning_curves --out build/curves --settings encoder_only llm_alone refiner_full --seeds 2 \\
       --images 12800 25600 51200 102400
 
-Cells (setting x seed) are trained in one process (`demo/cell.py`), all to the first budget, then all to the second, and so on: a run that
-is stopped has whole rows. It goes on by the same command. Every cell has one JSON in `--results`, with a point for every budget; what
-they say is laid out by `python -m demo.curves_table`. A GPU is used with `--device cuda`.
+Cells (setting x seed) are trained in one process (`demo/cell.py`), all to the first budget, then all to the second, and so
+on: a run that is stopped has whole rows. It goes on by the same command. Every cell has one JSON in `--results`, with a point
+for every budget; what they say is laid out by `python -m demo.curves_table`. A GPU is used where there is one.
 """
 
 from __future__ import annotations
@@ -153,9 +153,9 @@ def point(curves: Curves, rows: Rows, setting: Setting, seed: int, images: int) 
 
 def summary(found: dict[str, Any]) -> str:
     """A point in a line."""
-    margins = {kind: figure["accuracy"] for kind, figure in found["swaps"].items()}
-    told = " ".join(f"{kind} {value:.2f}" for kind, value in margins.items())
-    return f"loss {found['held_out']['loss']:.4f}, told {found['held_out']['told']:.4f}, {told}, pictures {found['pictures'].get('overall')}"
+    held_out, pictures = found["held_out"], found["pictures"].get("overall", float("nan"))
+    accuracies = " ".join(f"{kind} {figure['accuracy']:.2f}" for kind, figure in found["swaps"].items())
+    return f"loss {held_out['loss']:.4f}, told {held_out['told']:.4f}, {accuracies}, pictures {pictures:.3f}"
 
 
 def _prompt(seed: int) -> str:

@@ -11,10 +11,10 @@ A model that follows prompts has a lower loss on the scene with the true one. Ki
 | `binding_after` | the circle is red and the square is blue | the circle is blue and the square is red |
 | `relation` | a red circle above a blue square | a red circle below a blue square |
 | `relation_after` | a red circle and a blue square, the circle is above the square | ... is below the square |
-| `quarter_1` to `quarter_4` | a red circle, a blue square, a pink star and a cyan cross | the colour of one of the four replaced |
+| `quarter_1` to `quarter_4` | a red circle, a blue square, a pink star and a cyan cross | one colour replaced |
 
-In `..._after` the words that decide stand after their noun: a causal LLM's state of the noun cannot know them. In `binding` the words
-of both prompts are the same; only their order differs. The four quarters tell position bias.
+In `..._after` the words that decide stand after their noun: a causal LLM's state of the noun cannot know them. In `binding` the
+words of both prompts are the same; only their order differs. The four quarters tell position bias.
 """
 
 from __future__ import annotations
@@ -146,4 +146,4 @@ def _noun(group: Group) -> str:
 
 
 def _pick(options: Sequence[T], rng: np.random.Generator) -> T:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
