@@ -25,6 +25,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from lidit.uris import check_uri
+
 POLL_SECONDS = 2.0
 STOP_SECONDS = 60.0  # the driver has 3 s after Ray's SIGTERM; the rest is for a busy head
 TERMINATED = 128 + signal.SIGTERM
@@ -32,7 +34,13 @@ TERMINATED = 128 + signal.SIGTERM
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Submits or follows the job. Returns its exit status as the module says; wrong flags end the process with 2."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        for number, word in enumerate([args.address, *args.command]):
+            check_uri(word, f"word {number} of the command" if number else "--address")
+    except ValueError as error:  # the cluster's dashboard shows commands
+        parser.error(str(error))
     from ray.job_submission import JobSubmissionClient
 
     return asyncio.run(run(JobSubmissionClient(args.address), args.name, shlex.join(args.command)))

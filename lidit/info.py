@@ -19,6 +19,7 @@ import torch
 from lidit.config import SIZES, LIDiTConfig
 from lidit.flops import Flops, model_flops
 from lidit.model import LIDiT
+from lidit.uris import check_config
 
 PARTS = {
     "timestep": "timestep embedding",
@@ -56,6 +57,7 @@ class InfoConfig:
     """Tokens before every prompt, for every encoder."""
 
     def __post_init__(self) -> None:
+        check_config(self)
         for name in ("height", "width", "downscale"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, received {getattr(self, name)}")

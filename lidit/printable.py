@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, cast
 
+from lidit.uris import shown
+
 ESCAPED = frozenset(
     {"Cc", "Cf", "Cs", "Zl", "Zp"}
 )  # Unicode's categories: controls, formats, halves of pairs, separators
@@ -30,6 +32,8 @@ def one_line(text: str) -> str:
 def printable_streams() -> Iterator[None]:
     """All that Python prints meanwhile, warnings, tracebacks and the lines of Ray's workers too, goes through `printable`.
 
+    It is also without the secrets of addresses.
+
     A progress line of lidit's own, which returns to its start, is written to `sys.__stderr__`.
     """
     before = sys.stdout, sys.stderr
@@ -41,16 +45,16 @@ def printable_streams() -> Iterator[None]:
 
 
 class _Printable:
-    """A text stream whose texts are fit for a terminal; all else is the stream's own."""
+    """A text stream whose texts are fit for a terminal and for logs; all else is the stream's own."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return self._stream.write(printable(text))
+        return self._stream.write(printable(shown(text)))
 
     def writelines(self, lines: Iterable[str]) -> None:
-        self._stream.writelines(map(printable, lines))
+        self._stream.writelines(printable(shown(line)) for line in lines)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

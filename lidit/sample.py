@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lidit.sampler import SamplerConfig
+from lidit.uris import check_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class SampleConfig(SamplerConfig):
     chose them."""
 
     def __post_init__(self) -> None:
+        check_config(self)
         super().__post_init__()
         if self.images < 1:
             raise ValueError(f"images: expected at least 1, received {self.images}")

@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 from lidit.caption_image import sendable
 from lidit.caption_request import CaptionAnswer, CaptionRequest, conversation
 from lidit.pixels import ImageError
+from lidit.uris import shown
 from pipelines.worker import Unavailable
 
 NO_KEY = "none"  # sent where the environment has no key: servers of one's own mostly want none
@@ -61,16 +62,15 @@ class EndpointConfig:
     """Pause before the second try, drawn between half and all of it; it doubles with every further one, up to a minute."""
 
     def __post_init__(self) -> None:
+        address, _, query = self.url.partition("?")
+        if query or shown(self.url) != self.url:
+            raise ValueError(
+                f"endpoint.url: expected no credentials in it, received some ({shown(address)}); put the key into the "
+                f"environment variable {self.key_variable}"
+            )
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                f"endpoint.url: expected http(s)://HOST[:PORT]/v1, received {_without_credentials(self.url)!r}"
-            )
-        if parts.username or parts.password or parts.query:
-            raise ValueError(
-                f"endpoint.url: expected no credentials in it, received some ({_without_credentials(self.url)}); put the key "
-                f"into the environment variable {self.key_variable}"
-            )
+            raise ValueError(f"endpoint.url: expected http(s)://HOST[:PORT]/v1, received {self.url!r}")
         if self.concurrency < 1 or self.tries < 1 or self.timeout_seconds <= 0 or self.first_pause_seconds < 0:
             raise ValueError(f"endpoint: expected concurrency and tries >= 1 and seconds above 0, received {self}")
 
@@ -223,8 +223,3 @@ def _asked_pause(error: Any) -> float | None:
         return min(LONGEST_PAUSE, max(0.0, float(error.response.headers["retry-after"])))
     except (KeyError, ValueError):
         return None
-
-
-def _without_credentials(url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()

@@ -21,6 +21,7 @@ import yaml
 
 from lidit import columns
 from lidit.outage import outlast
+from lidit.uris import check_config
 from pipelines.filters import FiltersConfig
 from pipelines.ingest_work import Work, plain
 from pipelines.ingest_worker import EXAMPLES, IngestWorker
@@ -65,6 +66,7 @@ class IngestConfig:
     """Print the plan (shards, rows, bytes, workers) and exit."""
 
     def __post_init__(self) -> None:
+        check_config(self)
         if self.rows_per_fragment < 1:
             raise ValueError(f"rows_per_fragment: expected at least 1, received {self.rows_per_fragment}")
         if not 0 <= self.max_error_rate <= 1:

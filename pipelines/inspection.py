@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from lidit import columns
 from lidit.printable import one_line, printable
+from lidit.uris import check_config
 from pipelines.inspect_charts import bars, histogram
 from pipelines.inspect_page import Chart, Page, human, render
 from pipelines.inspect_samples import draw_samples, open_decoder
@@ -56,6 +57,7 @@ class InspectConfig:
     """Full commit hash of a hub id."""
 
     def __post_init__(self) -> None:
+        check_config(self)
         if self.samples < 0 or self.histogram_rows < 1:
             raise ValueError(
                 f"expected samples >= 0 and histogram_rows >= 1, received {self.samples}, {self.histogram_rows}"

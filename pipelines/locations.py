@@ -1,6 +1,7 @@
 """URIs of a source: braces and wildcards expanded, folders listed, files read. Anything that fsspec opens.
 
-Credentials come from the environment (or the storage library's own files), never from a URI or a config.
+Credentials come from the environment (or the storage library's own files), never from a URI or a config: configs refuse them,
+and what a storage lists with signed links is shown without the signatures.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from lidit.outage import outlast
+from lidit.uris import shown
 
 STAT_THREADS = 16
 READ_BLOCK = 8 << 20  # bytes of one request to an object store, when a file is read from front to back
@@ -36,8 +38,8 @@ class File:
 
     @property
     def place(self) -> str:
-        """Folder and name: enough for a person, the same from any machine; no path of anybody's, no token of a URL."""
-        uri = self.uri.partition("?")[0] if self.uri.startswith("http") else self.uri
+        """Folder and name: enough for a person, the same from any machine; no path of anybody's, no secret of a URL."""
+        uri = self.uri.partition("?")[0] if self.uri.startswith("http") else shown(self.uri)
         return "/".join(uri.rstrip("/").split("/")[-2:])
 
 
@@ -76,9 +78,8 @@ def find_files(spec: str, suffixes: Sequence[str], kind: str) -> list[File]:
         for uri, files in zip(uris, threads.map(lambda uri: _files_at(uri, suffixes), uris)):
             if not files:
                 more = f" (1 of {len(uris):,})" if len(uris) > 1 else ""
-                raise ValueError(
-                    f"source {kind}:{spec}: expected {' or '.join(suffixes)} at {uri}{more}, found nothing"
-                )
+                what = f"source {kind}:{spec}: expected {' or '.join(suffixes)} at {uri}{more}, found nothing"
+                raise ValueError(shown(what))
             found += files
     return list({file.uri: file for file in found}.values())
 

@@ -31,6 +31,7 @@ from lidit.files import replace_file
 from lidit.lease import Lease, LeaseHeld, LeaseLost
 from lidit.outage import outlast
 from lidit.printable import printable
+from lidit.uris import check_config, shown
 from pipelines import embed, ingest, latents, recaption, verify
 from pipelines.embed import EmbedConfig
 from pipelines.ingest import IngestConfig
@@ -81,6 +82,7 @@ class PreprocessConfig:
     """Print the plan of every stage and exit; what a stage would read of an earlier one may not be there yet."""
 
     def __post_init__(self) -> None:
+        check_config(self)
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown or not self.stages or len(set(self.stages)) < len(self.stages):
             raise ValueError(f"stages: expected some of {', '.join(STAGES)}, each once, received {list(self.stages)}")
@@ -291,7 +293,7 @@ def _words(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error.__cause__
     if isinstance(cause, BaseException) and cause is not error:
         return _words(cause)
-    return f"{type(error).__name__}: {str(error).strip()}"
+    return shown(f"{type(error).__name__}: {str(error).strip()}")
 
 
 if __name__ == "__main__":

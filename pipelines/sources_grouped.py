@@ -18,6 +18,7 @@ from typing import Any
 
 import fsspec
 
+from lidit.uris import shown
 from pipelines.locations import File, absolute, find_files, is_folder, list_folder, open_stream, stamp_of
 from pipelines.sources import MAX_IMAGE_BYTES, USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
 from pipelines.sources_listed import UNREADABLE
@@ -77,7 +78,7 @@ class WebDataset(Sharded):
             return  # the job says so, and looks at the others
         if seen:
             raise ValueError(
-                f"{file.uri}: expected an image ({self.names.image_words()}) in every sample, its first ones have "
+                f"{shown(file.uri)}: expected an image ({self.names.image_words()}) in every sample, its first ones have "
                 f"{', '.join(seen)}; name the extension with --columns.image"
             )
 

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from lidit import columns
+from lidit.uris import shown
 from pipelines.locations import absolute, is_folder, read_bytes, walk_files
 from pipelines.sources import CAPTION_FIELD, IMAGE_FIELDS, MAX_IMAGE_BYTES, Item, Listed, Record
 
@@ -188,7 +189,7 @@ def _file_record(place: str, uri: str, text: str | None) -> Record:
     try:
         return Record(place, read_bytes(uri), text)
     except UNREADABLE as error:
-        return Record(place, error=f"{type(error).__name__}: {posixpath.basename(uri)}")
+        return Record(place, error=f"{type(error).__name__}: {shown(posixpath.basename(uri))}")
 
 
 def _folder(argument: str, kind: str) -> str:

@@ -20,6 +20,7 @@ import ray
 import yaml
 
 from lidit import columns
+from lidit.uris import check_config
 from pipelines.field_prints import field_differences, unrecorded_keys
 from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
 from pipelines.progress import JobProgress
@@ -74,6 +75,7 @@ class StageConfig:
     """Print the plan (fragments, rows, resources, bytes) and exit."""
 
     def __post_init__(self) -> None:
+        check_config(self)
         if not 0 <= self.max_error_rate <= 1:
             raise ValueError(f"max_error_rate: expected a share from 0 to 1, received {self.max_error_rate}")
 

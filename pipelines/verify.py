@@ -34,6 +34,7 @@ from lidit.loading import load_config, load_model, load_tokenizer
 from lidit.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
 from lidit.printable import one_line
 from lidit.text import DTYPES, ENCODER_ONLY, EncoderConfig
+from lidit.uris import check_config
 from pipelines.table import Table
 from pipelines.verify_files import wrong_content, wrong_places
 from pipelines.verify_latents import latents_fields, latents_problems
@@ -60,6 +61,9 @@ class VerifyConfig:
     download_models: bool = False
     """Fetch encoders that the store names by a hub id and that are not in the local hub cache: the store's author chose
     them."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 @dataclass

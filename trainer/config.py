@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lidit import columns
 from lidit.diffusion import DDPM, Flow, Objective
+from lidit.uris import check_config
 from trainer.config_parts import (
     CheckpointConfig,
     DataConfig,
@@ -151,6 +152,7 @@ class TrainConfig:
     """Print what the run would need (parameters, memory, steps, FLOPs, reading) and exit."""
 
     def __post_init__(self) -> None:
+        check_config(self)
         object.__setattr__(self, "phases", tuple(self.phases))
         if not self.name or not all(letter.isalnum() or letter in "-_." for letter in self.name) or self.name[0] == ".":
             raise ValueError(f"name: expected letters, digits and -_., it names a folder, received {self.name!r}")

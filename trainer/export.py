@@ -24,6 +24,7 @@ from torch import Tensor
 from lidit.config import LIDiTConfig
 from lidit.model import LIDiT
 from lidit.model_files import split_revision
+from lidit.uris import check_config
 from lidit.weights import expected_shapes, save_weights
 from trainer.checkpoint import EMA_FOLDER, ENGINE
 from trainer.config import OptimizerConfig
@@ -66,6 +67,7 @@ class ExportConfig:
     """Replace `out` if it is there."""
 
     def __post_init__(self) -> None:
+        check_config(self)
         if self.weights not in ("auto", "ema", "raw"):
             raise ValueError(f"weights: expected auto, ema or raw, received {self.weights!r}")
         if self.dtype not in DTYPES:
