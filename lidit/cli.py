@@ -34,6 +34,7 @@ JOBS = {
     "train": ("trainer.train", "the feature table -> checkpoints of a LI-DiT, through Ray Train and DeepSpeed"),
     "export": ("trainer.export", "a checkpoint -> weights for inference, on a CPU"),
     "generate": ("pipelines.generate", "prompts and weights -> a table of images, and a benchmark's files"),
+    "probe": ("pipelines.probe", "texts of known truth -> what a linear probe reads from encoders' states, ranked"),
     "score": ("pipelines.score", "generated images -> score columns, and figures with confidence intervals"),
     "sample": ("lidit.sample", "trained weights and a prompt -> images"),
     "info": ("lidit.info", "a model's parameters and FLOPs, part by part"),

@@ -1,0 +1,149 @@
+"""Prompts of a scene in pairs: one that is true of it, and the same with one fact exchanged, so that it is false.
+
+A model that follows prompts has a lower loss on the scene with the true one. Kinds of facts (`KINDS`):
+
+| kind | true | exchanged |
+|---|---|---|
+| `colour` | a red circle | a blue circle |
+| `shape` | a red circle | a red star |
+| `count` | two red circles | three red circles |
+| `binding` | a red circle and a blue square | a blue circle and a red square |
+| `binding_after` | the circle is red and the square is blue | the circle is blue and the square is red |
+| `relation` | a red circle above a blue square | a red circle below a blue square |
+| `relation_after` | a red circle and a blue square, the circle is above the square | ... is below the square |
+| `quarter_1` to `quarter_4` | a red circle, a blue square, a pink star and a cyan cross | one colour replaced |
+
+In `..._after` the words that decide stand after their noun: a causal LLM's state of the noun cannot know them. In `binding` the
+words of both prompts are the same; only their order differs. The four quarters tell position bias.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from demo.captions import NUMBERS, be, join, plural
+from demo.language import HELD_OUT_SEEDS
+from demo.prompts import Wanted, plain_scene, scene_prompt
+from demo.weights_table import TRAIN_SHARES
+from demo.world import COLOURS, OPPOSITE, SHAPES, Group, Scene, relation_between
+
+KINDS = (
+    "colour", "shape", "count", "binding", "binding_after", "relation", "relation_after",
+    "quarter_1", "quarter_2", "quarter_3", "quarter_4",
+)  # fmt: skip
+T = TypeVar("T")
+AFTER_SHARE = 0.35  # of training prompts of scenes that allow it: with words that decide after their noun
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A scene, a prompt that is true of it, and one that is not."""
+
+    kind: str
+    seed: int
+    """Of the scene: `demo.prompts.plain_scene(seed)`."""
+    right: str
+    wrong: str
+
+
+def swaps(per_kind: int, seeds: Sequence[int] = HELD_OUT_SEEDS) -> list[Swap]:
+    """The first `per_kind` swaps of every kind, of held-out scenes; the same ones for the same arguments."""
+    found: dict[str, list[Swap]] = {kind: [] for kind in KINDS}
+    for seed in seeds:
+        scene = plain_scene(seed)
+        rng = np.random.default_rng([seed, 8])
+        for kind, right, wrong in _pairs(scene, rng):
+            if len(found[kind]) < per_kind:
+                found[kind].append(Swap(kind, seed, right, wrong))
+        if all(len(kept) == per_kind for kept in found.values()):
+            break
+    return [swap for kept in found.values() for swap in kept]
+
+
+def training_prompt(scene: Scene, rng: np.random.Generator) -> str:
+    """A prompt of `demo.prompts.scene_prompt`; where shapes tell the groups apart, at times one of the `..._after` kinds."""
+    groups = scene.groups
+    if len({group.shape for group in groups}) < len(groups) or rng.random() >= AFTER_SHARE:
+        return scene_prompt(scene, rng, TRAIN_SHARES)
+    groups = tuple(groups[index] for index in rng.permutation(len(groups)))
+    order = dataclasses.replace(scene, objects=tuple(item for group in groups for item in group.objects))
+    relation = relation_between(order, 0, 1) if len(groups) == 2 else None
+    if relation is not None and rng.random() < 0.5:
+        return relation_after(groups, relation.directions[rng.integers(len(relation.directions))])
+    return colours_after(groups)
+
+
+def colours_before(groups: Sequence[Group]) -> str:
+    """ "a red circle and two blue squares" """
+    return join([Wanted(group.count, group.shape, group.colour).text for group in groups])
+
+
+def colours_after(groups: Sequence[Group]) -> str:
+    """ "the circle is red and the two squares are blue" """
+    return join([f"the {_noun(group)} {be(group)} {group.colour}" for group in groups])
+
+
+def relation_before(groups: Sequence[Group], direction: str) -> str:
+    """ "a red circle above a blue square" """
+    return f" {direction} ".join(Wanted(group.count, group.shape, group.colour).text for group in groups)
+
+
+def relation_after(groups: Sequence[Group], direction: str) -> str:
+    """ "a red circle and a blue square, the circle is above the square" """
+    first, second = groups
+    name, other = plural(first.shape, first.count), plural(second.shape, second.count)
+    return f"{colours_before(groups)}, the {name} {be(first)} {direction} the {other}"
+
+
+def _pairs(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str, str]]:
+    """(kind, right, wrong) of every kind that the scene allows."""
+    groups = scene.groups
+    if len(groups) == 1:
+        yield from _alone(groups[0], rng)
+    elif len(groups) == 2 and groups[0].shape != groups[1].shape:
+        yield from _two(scene, rng)
+    elif len(groups) == 4:
+        free = [colour for colour in COLOURS if all(group.colour != colour for group in groups)]
+        for place in range(4):
+            changed = list(groups)
+            changed[place] = dataclasses.replace(groups[place], colour=_pick(free, rng))
+            yield f"quarter_{place + 1}", colours_before(groups), colours_before(changed)
+
+
+def _alone(group: Group, rng: np.random.Generator) -> Iterator[tuple[str, str, str]]:
+    right = Wanted(group.count, group.shape, group.colour)
+    colour = _pick([colour for colour in COLOURS if colour != group.colour], rng)
+    shape = _pick([shape for shape in SHAPES if shape != group.shape], rng)
+    count = _pick([count for count in range(1, len(NUMBERS)) if count != group.count], rng)
+    if group.count == 1:
+        yield "colour", right.text, dataclasses.replace(right, colour=colour).text
+        yield "shape", right.text, dataclasses.replace(right, shape=shape).text
+    yield "count", right.text, dataclasses.replace(right, count=count).text
+
+
+def _two(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str, str]]:
+    first, second = groups = scene.groups
+    if first.colour != second.colour:
+        exchanged = [dataclasses.replace(group, colour=other.colour) for group, other in itertools.permutations(groups)]
+        yield "binding", colours_before(groups), colours_before(exchanged)
+        yield "binding_after", colours_after(groups), colours_after(exchanged)
+    relation = relation_between(scene, 0, 1)
+    if relation is not None:
+        direction = _pick(relation.directions, rng)
+        for kind, write in (("relation", relation_before), ("relation_after", relation_after)):
+            yield kind, write(groups, direction), write(groups, OPPOSITE[direction])
+
+
+def _noun(group: Group) -> str:
+    noun = plural(group.shape, group.count)
+    return noun if group.count == 1 else f"{NUMBERS[group.count]} {noun}"
+
+
+def _pick(options: Sequence[T], rng: np.random.Generator) -> T:
+    return options[int(rng.integers(len(options)))]
