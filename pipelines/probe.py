@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from lidit.text import EncoderConfig
+from lidit.uris import check_config
 from pipelines.embed import DEMO_ENCODERS
 from pipelines.probe_linear import Reading, Split, read_labels, split_rows
 from pipelines.probe_states import Pooled, Way, pooled_states, ways_of
@@ -66,6 +67,7 @@ class ProbeConfig:
     """Where the encoders run; default: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        check_config(self)
         if not self.encoders or len({encoder.name for encoder in self.encoders}) < len(self.encoders):
             raise ValueError("encoders: expected at least one, each with a name of its own")
         if self.rows < 1 or self.batch_tokens < 1:
