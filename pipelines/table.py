@@ -200,7 +200,7 @@ class Table:
                 )
             return lance.LanceOperation.Append([FragmentMetadata(0, [file.data_file()], file.rows) for file in new])
 
-        self._commit(operation, guard)
+        self._commit(operation, guard, self.barrier)
 
     def upsert(self, key: str, row: dict[str, Any]) -> None:
         """Replaces the row whose `key` column has the row's value, or adds it. The key must be the table's primary key."""
@@ -338,11 +338,18 @@ class Table:
         with ThreadPoolExecutor(min(16, len(files))) as pool:
             return [file for file, found in zip(files, pool.map(there, files)) if not found]
 
-    def _commit(self, operation: Any, guard: Guard | None = None) -> None:
-        """Commits what `operation(newest version)` returns until it lands or is no longer needed (None)."""
+    def _commit(self, operation: Any, guard: Guard | None = None, settle: Guard | None = None) -> None:
+        """Commits what `operation(newest version)` returns until it lands or is no longer needed (None).
+
+        `settle` is called before it looks again after a commit without an answer, which may be on its way still. One that
+        conflicts with itself needs none: it lands once at most.
+        """
         failure: Exception | None = None
-        attempt, away_since = 0, time.monotonic()
+        attempt, away_since, in_doubt = 0, time.monotonic(), False
         while attempt < COMMIT_TRIES:
+            if in_doubt and settle is not None:
+                settle()
+            in_doubt = False
             dataset = self.open()
             wanted = operation(dataset)
             if wanted is None:
@@ -356,7 +363,8 @@ class Table:
             except CommitConflictError as conflict:  # made anew on the newest version, which it may well go with
                 failure, away_since = conflict, time.monotonic()
                 time.sleep(random.uniform(0, min(1.0, 0.02 * 2**attempt)))
-            except Exception as error:  # may have landed all the same: the next round looks before it tries again
+            except Exception as error:  # may have landed, or land later: the next round looks before it tries again
+                in_doubt = True
                 if is_away(error) and time.monotonic() - away_since < AWAY_SECONDS:
                     time.sleep(AWAY_PAUSE)
                     continue

@@ -1,5 +1,6 @@
 """`Table` on a real Lance table: columns grow per fragment, each value is attached once, and only garbage is deleted."""
 
+import contextlib
 import json
 import threading
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import lance
 import pyarrow as pa
 import pytest
+from lance.commit import CommitConflictError
 
+import pipelines.table
 from lidit.checksum import ColumnDigest
 from pipelines.field_prints import field_differences
 from pipelines.table import (
@@ -651,3 +654,32 @@ def test_names_of_our_files(filled):
 
 def test_data_file_uri():
     assert data_file_uri("s3://b/t.lance/", "a.lance") == data_file_uri("s3://b/t.lance", "a.lance")
+
+
+@pytest.mark.parametrize("kind", ["append", "attach"])
+@pytest.mark.parametrize("arrives_with", ["Project", "Append", "Merge"])
+def test_a_commit_that_arrives_late_counts_once(filled, monkeypatch, kind, arrives_with):
+    """Its answer is an error; it lands while the same commit is about to be made again, at whichever request."""
+    commit, waiting = lance.LanceDataset.commit, []
+
+    def slow(uri, operation, read_version):
+        name = type(operation).__name__
+        if name in ("Append", "Merge") and not waiting:
+            waiting.append((operation, read_version))
+            raise TimeoutError("no answer in time")
+        if name == arrives_with and len(waiting) == 1:
+            waiting.append(None)
+            with contextlib.suppress(CommitConflictError):
+                commit(uri, waiting[0][0], read_version=waiting[0][1])
+        return commit(uri, operation, read_version=read_version)
+
+    monkeypatch.setattr(pipelines.table, "AWAY_PAUSE", 0)
+    files = [write_rows(filled, 12)] if kind == "append" else [write_columns(filled, number) for number in range(3)]
+    monkeypatch.setattr(lance.LanceDataset, "commit", slow)
+    if kind == "append":
+        filled.append(files)
+        assert filled.open().to_table(["id"])["id"].to_pylist() == [f"{number:03d}" for number in range(16)]
+    else:
+        filled.attach(files)
+        assert not filled.missing(["embeds"]) and filled.open().count_rows() == 12
+    assert waiting
