@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +60,38 @@ def test_nobody_submits_without_the_token(nodes: Any, cloud: Any, s3: Any) -> No
         assert submitted.returncode != 0, said
         assert re.search("401|403|[Uu]nauthorized|[Uu]nauthenticated|[Ii]nvalid.*token|[Aa]uthentication", said), said
     assert table(cloud, s3).version == version
+
+
+LOCAL = """
+import ray
+from lidit.cluster import start_ray
+start_ray(ray, num_cpus=1)
+print(ray.get_runtime_context().gcs_address, flush=True)
+input()
+"""
+
+
+def test_the_ray_of_a_local_job_wants_a_token(tmp_path: Path) -> None:
+    """It listens on all addresses of the machine."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    job = subprocess.Popen(
+        [sys.executable, "-c", LOCAL],
+        env=plain | {"HOME": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        address = job.stdout.readline().strip()  # type: ignore[union-attr]
+        join = f"import ray; ray.init('{address}'); print('joined', ray.cluster_resources()['CPU'])"
+        owner = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+        strangers = [{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}, {"RAY_AUTH_MODE": "disabled"}]
+        for who in (owner, *strangers):
+            command = [sys.executable, "-c", join]
+            said = subprocess.run(command, env=plain | who, capture_output=True, text=True, timeout=120)
+            assert ("joined 1.0" in said.stdout) == (who is owner), said.stderr[-3000:]
+    finally:
+        job.communicate("\n", timeout=60)
 
 
 def test_preflight_looks_at_both_nodes(nodes: Any) -> None:
