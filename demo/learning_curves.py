@@ -30,9 +30,10 @@ import torch
 from demo.ablations import SETTINGS, Setting
 from demo.cell import Cell, CellConfig
 from demo.cell_table import Prompts, encode_prompts, scene_latents
+from demo.cell_worlds import WORLDS
 from demo.following import HeldOutExam, PictureExam, SwapExam
 from demo.language import HELD_OUT_SEEDS, TRAIN_SEEDS
-from demo.prompts import bias_prompts, exam_prompts, is_held_out, plain_scene
+from demo.prompts import bias_prompts, exam_prompts, plain_scene
 from demo.swaps import swaps, training_prompt
 from lidit.vae import load_vae
 
@@ -50,6 +51,7 @@ class Curves:
     seeds: tuple[int, ...]
     images: tuple[int, ...]
     cell: CellConfig = CellConfig()
+    world: str = "plain"
     scenes: int = 60_000
     side: int = 32
     swaps: int = 96
@@ -60,7 +62,8 @@ class Curves:
 
     def path(self, setting: Setting, seed: int) -> Path:
         """Where a cell's figures are written."""
-        return self.results / f"{setting.name}-{self.cell.width}x{self.cell.depth}-{self.side}px-{seed}.json"
+        shape = f"{self.cell.width}x{self.cell.depth}-{self.side}px"
+        return self.results / f"{setting.name}-{self.world}-{shape}-{seed}.json"
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,11 @@ def prepare(curves: Curves) -> Rows:
     device, folder = torch.device(curves.device), curves.out / "rows"
     encoders = list({one.name: one for setting in curves.settings for one in setting.encoders}.values())
     vae = load_vae(str(ROOT / "demo" / "vae"), device=device)
-    training = list(itertools.islice((s for s in TRAIN_SEEDS if not is_held_out(plain_scene(s))), curves.scenes))
-    asked = swaps(curves.swaps)
-    unseen = list(HELD_OUT_SEEDS[-curves.held_out :])
-    records = [*exam_prompts(curves.per_task), *bias_prompts(curves.bias)]
+    world = WORLDS[curves.world]
+    training = world.seeds(TRAIN_SEEDS, curves.scenes)
+    asked = swaps(curves.swaps, world.kinds, world.fits)
+    unseen = world.seeds(HELD_OUT_SEEDS[::-1], curves.held_out, held_out_pairs=True)[::-1]
+    records = [one for one in [*exam_prompts(curves.per_task), *bias_prompts(curves.bias)] if one["tag"] in world.tasks]
 
     def latents(seeds: Sequence[int]) -> torch.Tensor:
         return scene_latents(folder, seeds, curves.side, vae, device)
@@ -153,9 +157,9 @@ def point(curves: Curves, rows: Rows, setting: Setting, seed: int, images: int) 
 
 def summary(found: dict[str, Any]) -> str:
     """A point in a line."""
-    held_out, pictures = found["held_out"], found["pictures"].get("overall", float("nan"))
+    held_out, pictures = found["held_out"], " ".join(f"{task} {share:.2f}" for task, share in found["pictures"].items())
     accuracies = " ".join(f"{kind} {figure['accuracy']:.2f}" for kind, figure in found["swaps"].items())
-    return f"loss {held_out['loss']:.4f}, told {held_out['told']:.4f}, {accuracies}, pictures {pictures:.3f}"
+    return f"loss {held_out['loss']:.4f}, told {held_out['told']:.4f}, {accuracies}; pictures: {pictures}"
 
 
 def _prompt(seed: int) -> str:
@@ -175,6 +179,7 @@ def _head(curves: Curves, setting: Setting, seed: int, cell: Cell) -> dict[str, 
         "seed": seed,
         "cell": dataclasses.asdict(curves.cell),
         "parameters": sum(parameter.numel() for parameter in cell.parameters),
+        "world": curves.world,
         "scenes": curves.scenes,
         "side": curves.side,
         "commit": _commit(),
@@ -223,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=4, help="DiT blocks (default %(default)s)")
     parser.add_argument("--width", type=int, default=128, help="of the model, heads of 32 (default %(default)s)")
     parser.add_argument("--side", type=int, default=32, help="pixels of an image (default %(default)s)")
+    parser.add_argument("--world", choices=WORLDS, default="plain", help="which scenes (default %(default)s)")
     parser.add_argument("--scenes", type=int, default=60_000, help="training rows (default %(default)s)")
     parser.add_argument("--swaps", type=int, default=96, help="of every kind (default %(default)s)")
     parser.add_argument("--per_task", type=int, default=24, help="exam prompts of a task (default %(default)s)")
@@ -242,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seeds=tuple(range(values.seeds)),
             images=tuple(values.images),
             cell=shape,
+            world=values.world,
             scenes=values.scenes,
             side=values.side,
             swaps=values.swaps,

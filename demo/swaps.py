@@ -11,6 +11,7 @@ A model that follows prompts has a lower loss on the scene with the true one. Ki
 | `binding_after` | the circle is red and the square is blue | the circle is blue and the square is red |
 | `relation` | a red circle above a blue square | a red circle below a blue square |
 | `relation_after` | a red circle and a blue square, the circle is above the square | ... is below the square |
+| `first`, `second` | a red circle and a blue square | the colour of the first, or second, replaced |
 | `quarter_1` to `quarter_4` | a red circle, a blue square, a pink star and a cyan cross | one colour replaced |
 
 In `..._after` the words that decide stand after their noun: a causal LLM's state of the noun cannot know them. In `binding` the
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -35,7 +36,7 @@ from demo.world import COLOURS, OPPOSITE, SHAPES, Group, Scene, relation_between
 
 KINDS = (
     "colour", "shape", "count", "binding", "binding_after", "relation", "relation_after",
-    "quarter_1", "quarter_2", "quarter_3", "quarter_4",
+    "first", "second", "quarter_1", "quarter_2", "quarter_3", "quarter_4",
 )  # fmt: skip
 T = TypeVar("T")
 AFTER_SHARE = 0.35  # of training prompts of scenes that allow it: with words that decide after their noun
@@ -52,14 +53,21 @@ class Swap:
     wrong: str
 
 
-def swaps(per_kind: int, seeds: Sequence[int] = HELD_OUT_SEEDS) -> list[Swap]:
-    """The first `per_kind` swaps of every kind, of held-out scenes; the same ones for the same arguments."""
-    found: dict[str, list[Swap]] = {kind: [] for kind in KINDS}
+def swaps(
+    per_kind: int,
+    kinds: Sequence[str] = KINDS,
+    fits: Callable[[Scene], bool] = lambda scene: True,
+    seeds: Sequence[int] = HELD_OUT_SEEDS,
+) -> list[Swap]:
+    """The first `per_kind` swaps of these kinds, of held-out scenes that fit; the same ones for the same arguments."""
+    found: dict[str, list[Swap]] = {kind: [] for kind in kinds}
     for seed in seeds:
         scene = plain_scene(seed)
+        if not fits(scene):
+            continue
         rng = np.random.default_rng([seed, 8])
         for kind, right, wrong in _pairs(scene, rng):
-            if len(found[kind]) < per_kind:
+            if len(found.get(kind, ())) < per_kind and kind in found:
                 found[kind].append(Swap(kind, seed, right, wrong))
         if all(len(kept) == per_kind for kept in found.values()):
             break
@@ -109,11 +117,8 @@ def _pairs(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str, s
     elif len(groups) == 2 and groups[0].shape != groups[1].shape:
         yield from _two(scene, rng)
     elif len(groups) == 4:
-        free = [colour for colour in COLOURS if all(group.colour != colour for group in groups)]
         for place in range(4):
-            changed = list(groups)
-            changed[place] = dataclasses.replace(groups[place], colour=_pick(free, rng))
-            yield f"quarter_{place + 1}", colours_before(groups), colours_before(changed)
+            yield f"quarter_{place + 1}", colours_before(groups), colours_before(_recoloured(groups, place, rng))
 
 
 def _alone(group: Group, rng: np.random.Generator) -> Iterator[tuple[str, str, str]]:
@@ -138,6 +143,16 @@ def _two(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str, str
         direction = _pick(relation.directions, rng)
         for kind, write in (("relation", relation_before), ("relation_after", relation_after)):
             yield kind, write(groups, direction), write(groups, OPPOSITE[direction])
+    for kind, place in (("first", 0), ("second", 1)):
+        yield kind, colours_before(groups), colours_before(_recoloured(groups, place, rng))
+
+
+def _recoloured(groups: Sequence[Group], place: int, rng: np.random.Generator) -> list[Group]:
+    """The groups, one of them in a colour that none has."""
+    free = [colour for colour in COLOURS if all(group.colour != colour for group in groups)]
+    changed = list(groups)
+    changed[place] = dataclasses.replace(groups[place], colour=_pick(free, rng))
+    return changed
 
 
 def _noun(group: Group) -> str:

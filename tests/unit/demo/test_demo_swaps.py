@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from demo.captions import be, plural
-from demo.prompts import plain_scene
+from demo.cell_worlds import WORLDS
+from demo.prompts import is_held_out, plain_scene
 from demo.swaps import KINDS, Swap, colours_after, colours_before, swaps, training_prompt
 from demo.world import COLOURS
 
@@ -71,3 +72,16 @@ def test_training_prompts_hold_the_forms_of_the_exam():
     assert sum(", the " in text for text in texts) > 10
     two = next(scene for scene in scenes if len(scene.groups) == 2)
     assert colours_before(two.groups) != colours_after(two.groups)
+
+
+def test_worlds_give_scenes_that_fit_and_what_can_be_asked_of_them():
+    pairs = WORLDS["pairs"]
+    seeds = pairs.seeds(range(2000), 40)
+    scenes = [plain_scene(seed) for seed in seeds]
+    assert all(len(scene.objects) == 2 == len(scene.groups) and not is_held_out(scene) for scene in scenes)
+    asked = swaps(4, pairs.kinds, pairs.fits)
+    assert Counter(swap.kind for swap in asked) == dict.fromkeys(pairs.kinds, 4)
+    assert all(pairs.fits(plain_scene(swap.seed)) for swap in asked)
+    assert WORLDS["plain"].seeds(range(100), 5, held_out_pairs=True) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="expected 1,000 scenes, found"):
+        pairs.seeds(range(2000), 1000)
