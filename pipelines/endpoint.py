@@ -205,8 +205,8 @@ class EndpointCaptioner:
         return self._clean(f"the endpoint {self.config.url} refuses: {_status(error)}; {advice}")
 
     def _clean(self, text: str) -> str:
-        """The text without the key, should a server or a library have put it there."""
-        return text.replace(self._key, "***") if self._key else text
+        """The text without the key and other secrets, should a server or a library have put them there."""
+        return shown(text.replace(self._key, "***") if self._key else text)
 
 
 class _NoAnswer(Exception):

@@ -21,6 +21,7 @@ from lidit import columns
 from lidit.buckets import parse_bucket
 from lidit.config_files import MAX_BYTES, load_yaml
 from lidit.pixels import UPRIGHT, bucket_pixels, eight_bits, open_image, orientation, to_bytes
+from lidit.uris import shown
 from pipelines.inspect_table import metadata_of
 from pipelines.runs import runs_folder
 
@@ -124,10 +125,10 @@ def _decoder_of(model: str, revision: str | None, wanted: dict[str, Any], downlo
         vae = load_vae(model, revision, wanted.get("dtype", "fp32"), download=download)
         differing = [name for name, value in vae.fingerprint().items() if wanted.get(name) != value]
     except (ValueError, OSError) as error:
-        return Decoder(problem=f"the autoencoder {model} cannot be loaded here: {error}")
+        return Decoder(problem=shown(f"the autoencoder {model} cannot be loaded here: {error}"))
     if differing:
         names = ", ".join(differing)
-        return Decoder(problem=f"the autoencoder {model} is not the one that made the latents: {names} differ")
+        return Decoder(problem=shown(f"the autoencoder {model} is not the one that made the latents: {names} differ"))
     return Decoder(vae)
 
 

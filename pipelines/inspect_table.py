@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lidit import columns
+from lidit.uris import shown
 from pipelines.runs import Run, runs_folder
 from pipelines.table import Table, field_ids
 
@@ -238,7 +239,7 @@ def _encoders(store: str) -> list[dict[str, Any]]:
                 "instruction_tokens": len(row[columns.INSTRUCTION_EMBEDS] or b"") // (4 * width),
                 "null_tokens": len(row[columns.NULL_EMBEDS] or b"") // (4 * width),
                 "digest": hashlib.sha256(row[columns.FINGERPRINT].encode()).hexdigest()[:12],
-                "model": json.loads(row[columns.ENCODER_CONFIG]).get("model", ""),
+                "model": shown(str(json.loads(row[columns.ENCODER_CONFIG]).get("model", ""))),
             }
         )
     return facts

@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from lidit import columns
+from lidit.uris import shown
 from pipelines.image_check import check_image, digest
 from pipelines.table import UNCOMPRESSED
 
@@ -204,7 +205,7 @@ def make_row(
 
 def error_row(record: Record, reason: str) -> dict[str, Any]:
     """A row that says why there is nothing in it."""
-    return {columns.IMAGE_ID: record.identify(), columns.SOURCE: record.place, ERROR_FIELD.name: reason}
+    return {columns.IMAGE_ID: record.identify(), columns.SOURCE: record.place, ERROR_FIELD.name: shown(reason)}
 
 
 def open_source(spec: str, names: ColumnsConfig = USUAL_NAMES) -> Source:

@@ -34,7 +34,7 @@ from lidit.loading import load_config, load_model, load_tokenizer
 from lidit.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
 from lidit.printable import one_line
 from lidit.text import DTYPES, ENCODER_ONLY, EncoderConfig
-from lidit.uris import check_config
+from lidit.uris import check_config, shown
 from pipelines.table import Table
 from pipelines.verify_files import wrong_content, wrong_places
 from pipelines.verify_latents import latents_fields, latents_problems
@@ -110,9 +110,9 @@ def main(config: VerifyConfig) -> Report:
         report.checks[name] = what
         try:
             with no_panic():
-                report.problems[name] = list(find())
+                report.problems[name] = [shown(problem) for problem in find()]
         except (OSError, pa.ArrowInvalid) as error:  # a damaged file: what Lance says of it
-            report.problems[name] = [f"could not be read: {error}"]
+            report.problems[name] = [shown(f"could not be read: {error}")]
 
     check("rows", f"{dataset.count_rows():,} rows, version {dataset.version}", lambda: _rows(dataset))
     check("complete", f"{len(made)} columns of stages", lambda: _complete(table, dataset, made))

@@ -18,6 +18,7 @@ import torch
 from lidit import columns
 from lidit.checksum import no_panic
 from lidit.outage import outlast
+from lidit.uris import shown
 from pipelines.field_prints import field_differences
 from pipelines.pool import Attempt
 from pipelines.table import ColumnFileWriter, Table, column_holder, field_ids, missing_in
@@ -206,7 +207,7 @@ class _Task:
                 except Unavailable:
                     raise
                 except Exception as error:
-                    parts.append(self._null_row(f"{type(error).__name__}: {error}"))
+                    parts.append(self._null_row(shown(f"{type(error).__name__}: {error}")))
         merged = self._merge(parts)
         for row, reason in merged.errors.items():
             self.errors[int(positions[row])] = reason

@@ -16,6 +16,7 @@ from pipelines.endpoint import EndpointConfig
 from pipelines.ingest import IngestConfig
 from pipelines.locations import File, find_files
 from pipelines.preprocess import PreprocessConfig
+from pipelines.sources import Record, error_row
 from trainer.config import PhaseConfig, TrainConfig
 
 pytestmark = pytest.mark.unit
@@ -308,6 +309,11 @@ def test_place_of_a_file_has_no_secret():
     assert File("simplecache::https://h/a/b.tar?sig=hun/ter2", 1, None).place == "a/b.tar?sig=***"
     assert File("sftp://me:hunter2@h/b.tar", 1, None).place == "***@h/b.tar"
     assert File("s3://b/a/c.tar", 1, None).place == "a/c.tar"
+
+
+def test_reasons_that_rows_keep_have_no_secret():
+    row = error_row(Record("a/b.jpg"), f"OSError: cannot read {URI}")
+    assert row["ingest_error"] == "OSError: cannot read sftp://***@host/x?X-Amz-Signature=***"
 
 
 def test_files_that_are_not_there_are_named_without_secrets(tmp_path):
