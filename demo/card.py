@@ -78,8 +78,7 @@ def model_card(record: dict[str, Any], base: dict[str, Any] | None) -> str:
     """The card of the encoder of `record`; a tuned one is set against `base`, the record it continued from."""
     variant, family, figures = record["variant"], record["family"], record["figures"]
     return CARD.format(
-        **{key: record[key] for key in record if key not in ("figures", "config")},
-        **record["config"],
+        **{key: value for key, value in (record | record["config"]).items() if key not in ("figures", "config")},
         bos="starts with `<s>`" if family == "llama" else "no BOS token",
         stands_for=STANDS_FOR[family],
         what=WHAT[variant].format(family=family, instruction=INSTRUCTION, context_weight=record["context_weight"]),

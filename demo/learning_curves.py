@@ -19,7 +19,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from demo.ablations import SETTINGS, Setting
+from demo.ablation_settings import SETTINGS, Setting
 from demo.cell import Cell, CellConfig
 from demo.cell_table import Prompts, encode_prompts, scene_latents
 from demo.cell_worlds import WORLDS
@@ -76,8 +76,8 @@ class Rows:
     """Name of the figures -> what asks a cell for them."""
 
 
-def run(curves: Curves) -> None:
-    """Every point that is not there yet."""
+def run(curves: Curves, after: Callable[[], object] = lambda: None) -> None:
+    """Makes every point that is not there yet; `after` is called after each."""
     if all(_budgets(curves.path(*cell), curves) == [] for cell in itertools.product(curves.settings, curves.seeds)):
         return
     rows = prepare(curves)
@@ -85,6 +85,7 @@ def run(curves: Curves) -> None:
         for seed, setting in itertools.product(curves.seeds, curves.settings):
             if images in _budgets(curves.path(setting, seed), curves):
                 point(curves, rows, setting, seed, images)
+                after()
 
 
 def prepare(curves: Curves) -> Rows:
@@ -127,7 +128,7 @@ def prepare(curves: Curves) -> Rows:
 
 def point(curves: Curves, rows: Rows, setting: Setting, seed: int, images: int) -> None:
     """Trains a cell up to a budget, examines its averaged weights, and adds the figures to its file."""
-    path, saved = curves.path(setting, seed), curves.out / "cells" / f"{curves.path(setting, seed).stem}.pt"
+    path, saved = curves.path(setting, seed), curves.out / "checkpoints" / f"{curves.path(setting, seed).stem}.pt"
     encoders = [one.name for one in setting.encoders]
     cell = Cell(curves.cell, encoders, setting.model, seed, rows.latents, rows.prompts)
     if saved.exists():
@@ -213,50 +214,52 @@ def _cpu() -> str:
     return f"CPU {names[0] if names else platform.processor()}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path("build/curves"), help="rows and checkpoints (default %(default)s)"
-    )
-    parser.add_argument("--results", type=Path, help="folder of the cells' JSON files (default: OUT/results)")
-    parser.add_argument(
-        "--settings", nargs="+", choices=SETTINGS, default=["encoder_only", "llm_alone", "refiner_full"]
-    )
-    parser.add_argument("--seeds", type=int, default=2, help="cells of each setting (default %(default)s)")
-    parser.add_argument("--images", type=int, nargs="+", default=[12_800, 25_600, 51_200, 102_400], help="budgets")
-    parser.add_argument("--depth", type=int, default=4, help="DiT blocks (default %(default)s)")
-    parser.add_argument("--width", type=int, default=128, help="of the model, heads of 32 (default %(default)s)")
-    parser.add_argument("--side", type=int, default=32, help="pixels of an image (default %(default)s)")
-    parser.add_argument("--world", choices=WORLDS, default="plain", help="which scenes (default %(default)s)")
-    parser.add_argument("--scenes", type=int, default=60_000, help="training rows (default %(default)s)")
-    parser.add_argument("--swaps", type=int, default=96, help="of every kind (default %(default)s)")
-    parser.add_argument("--per_task", type=int, default=24, help="exam prompts of a task (default %(default)s)")
-    parser.add_argument("--bias", type=int, default=48, help="prompts of the position-bias probe (default %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU (default %(default)s)")
-    values = parser.parse_args(argv)
+def add_arguments(
+    parser: argparse.ArgumentParser, out: Path, settings: Sequence[str], seeds: int, images: Sequence[int]
+) -> None:
+    """The flags of a run, with these defaults."""
+    add = parser.add_argument
+    add("--out", type=Path, default=out, help="rows, checkpoints, results (default %(default)s)")
+    add("--results", type=Path, help="folder of the cells' JSON files (default: OUT/cells)")
+    add("--settings", nargs="+", choices=SETTINGS, default=list(settings), help="(default %(default)s)")
+    add("--seeds", type=int, default=seeds, help="cells of each setting (default %(default)s)")
+    add("--images", type=int, nargs="+", default=list(images), help="budgets (default %(default)s)")
+    add("--world", choices=WORLDS, default="plain", help="which scenes (default %(default)s)")
+    add("--scenes", type=int, default=60_000, help="training rows (default %(default)s)")
+    add("--side", type=int, default=32, help="pixels of an image (default %(default)s)")
+    add("--depth", type=int, default=3, help="DiT blocks (default %(default)s)")
+    add("--width", type=int, default=64, help="of the model, heads of 32 (default %(default)s)")
+    add("--swaps", type=int, default=96, help="of every kind (default %(default)s)")
+    add("--held_out", type=int, default=256, help="scenes for the held-out loss (default %(default)s)")
+    add("--per_task", type=int, default=24, help="exam prompts of a task (default %(default)s)")
+    add("--bias", type=int, default=48, help="prompts of the position-bias probe (default %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--threads", type=int, default=1, help="of torch, on a CPU (default %(default)s)")
+
+
+def curves_of(values: argparse.Namespace) -> Curves:
+    """Flags -> the run."""
     torch.set_num_threads(values.threads)
     precision = values.precision or ("bf16" if values.device == "cuda" else "fp32")
     shape = CellConfig(depth=values.depth, width=values.width, heads=max(1, values.width // 32), precision=precision)
-    run(
-        Curves(
-            out=values.out,
-            results=values.results or values.out / "results",
-            settings=tuple(SETTINGS[name] for name in values.settings),
-            seeds=tuple(range(values.seeds)),
-            images=tuple(values.images),
-            cell=shape,
-            world=values.world,
-            scenes=values.scenes,
-            side=values.side,
-            swaps=values.swaps,
-            per_task=values.per_task,
-            bias=values.bias,
-            device=values.device,
-        )
+    same = ("out", "world", "scenes", "side", "swaps", "held_out", "per_task", "bias", "device")
+    return Curves(
+        results=values.results or values.out / "cells",
+        settings=tuple(SETTINGS[name] for name in values.settings),
+        seeds=tuple(range(values.seeds)),
+        images=tuple(values.images),
+        cell=shape,
+        **{name: getattr(values, name) for name in same},
     )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    settings = ["encoder_only", "llm_alone", "refiner_full"]
+    add_arguments(parser, Path("build/curves"), settings, seeds=2, images=[12_800, 25_600, 51_200, 102_400])
+    run(curves_of(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

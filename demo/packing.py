@@ -38,7 +38,14 @@ class PackedBatch:
 
 
 def packed_batch(
-    tokenizer: PreTrainedTokenizerBase, family: str, variant: str, rows: int, length: int, seed: int, step: int
+    tokenizer: PreTrainedTokenizerBase,
+    family: str,
+    variant: str,
+    rows: int,
+    length: int,
+    seed: int,
+    step: int,
+    context_weight: float = CONTEXT_WEIGHT,
 ) -> PackedBatch:
     """The batch of one training step."""
     rng = np.random.default_rng([seed, 7, int(variant == "tuned"), step])
@@ -47,7 +54,7 @@ def packed_batch(
     owner = np.zeros((rows, length), dtype=np.int64)  # 0 is padding, which looks at padding only: no row is all masked
     used, placed, misses = np.zeros(rows, dtype=np.int64), 0, 0
     while misses < TRIES:
-        ids, weight = document(tokenizer, family, variant, rng)
+        ids, weight = document(tokenizer, family, variant, rng, context_weight)
         room = np.flatnonzero(used + len(ids) <= length)
         if len(room) == 0:
             misses += 1
@@ -63,7 +70,11 @@ def packed_batch(
 
 
 def document(
-    tokenizer: PreTrainedTokenizerBase, family: str, variant: str, rng: np.random.Generator
+    tokenizer: PreTrainedTokenizerBase,
+    family: str,
+    variant: str,
+    rng: np.random.Generator,
+    context_weight: float = CONTEXT_WEIGHT,
 ) -> tuple[list[int], list[float]]:
     """Token ids and loss weights of one training text. The first token follows nothing and has weight 0."""
     scene = draw_scene(rng, TRAIN_SEEDS)
@@ -74,7 +85,7 @@ def document(
         text = tokenizer.apply_chat_template(dialogue(scene, rng, INVENTORY_SHARE, MOST_QUESTIONS), tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         header = tokenizer(VOCABULARIES[family].header, add_special_tokens=False)["input_ids"]
-        weights = [1.0 if answer else CONTEXT_WEIGHT for answer in in_answer(ids, header, tokenizer.eos_token_id)]
+        weights = [1.0 if answer else context_weight for answer in in_answer(ids, header, tokenizer.eos_token_id)]
     weights[0] = 0.0
     return ids, weights
 

@@ -62,6 +62,8 @@ class TrainEncodersConfig:
     """Seconds between checkpoints."""
     stop_after_steps: int | None = None
     """End this run after so many steps, with a checkpoint: for slots of limited time."""
+    context_weight: float = CONTEXT_WEIGHT
+    """Loss weight of a dialogue's tokens outside the answers, for tuned variants: how much of the base's reading is kept."""
     tokenizer_texts: int = 4000
     """Training scenes whose texts a tokenizer learns from."""
     exam_captions: int = 400
@@ -82,7 +84,9 @@ class TrainEncodersConfig:
 
     def recipe(self, variant: str) -> dict[str, Any]:
         """All that decides an encoder's weights. A checkpoint of another recipe is never continued."""
+        kept = {"context_weight": self.context_weight}  # named where it is not what all encoders were made with before
         return {
+            **(kept if variant == "tuned" and self.context_weight != CONTEXT_WEIGHT else {}),
             "steps": self.base_steps if variant == "base" else self.tuned_steps,
             "rows": self.rows,
             "row_length": self.row_length,
@@ -145,7 +149,9 @@ def train(
         bar = progress.add_task(name, total=steps, completed=first, loss=recent[-1] if recent else math.nan)
         for step in range(first, steps):
             # data: a function of seed and step alone
-            batch = packed_batch(tokenizer, family, variant, config.rows, config.row_length, config.seed, step)
+            batch = packed_batch(
+                tokenizer, family, variant, config.rows, config.row_length, config.seed, step, config.context_weight
+            )
 
             # step
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -251,7 +257,7 @@ def publish(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weight_bytes": len(weights),
         "sha256": hashlib.sha256(weights).hexdigest(),
-        "context_weight": CONTEXT_WEIGHT,
+        "context_weight": config.context_weight,
         **result,
         "config": config.recipe(variant),
         "exam": {"captions": config.exam_captions, "tasks_per_kind": config.exam_tasks},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo.ablations import SETTINGS
+from demo.ablation_settings import SETTINGS
 from demo.cell import Cell, CellConfig, training_rows
 from demo.cell_table import Prompts, States, encode_prompts, scene_latents
 from demo.following import HeldOutExam, SwapExam, losses, margin_figures

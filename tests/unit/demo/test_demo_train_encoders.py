@@ -130,3 +130,18 @@ def test_command_line(tmp_path):
     assert config == TrainEncodersConfig(encoders=("qwen-base",), base_steps=3, out=tmp_path)
     with pytest.raises(ValueError, match="Unknown encoders"):
         TrainEncodersConfig(encoders=("t5-base",))
+
+
+def test_context_weight_is_part_of_a_tuned_recipe_where_it_is_another(tmp_path, unbroken):
+    config = tiny(tmp_path, context_weight=0.5)
+    assert config.recipe("base") == tiny(tmp_path).recipe("base")
+    assert config.recipe("tuned") == {**tiny(tmp_path).recipe("tuned"), "context_weight": 0.5}
+    with pytest.raises(ValueError, match="another recipe"):
+        main(tiny(unbroken, context_weight=0.5))
+    main(config)
+    weights = [
+        (folder / "encoders" / "llama-tuned" / "model.safetensors").read_bytes() for folder in (tmp_path, unbroken)
+    ]
+    assert weights[0] != weights[1]
+    record = json.loads((tmp_path / "encoders" / "llama-tuned" / "training.json").read_text())
+    assert record["context_weight"] == 0.5
