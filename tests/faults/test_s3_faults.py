@@ -152,6 +152,7 @@ def test_the_answer_to_a_lease_is_lost(bad_day: Any) -> None:
 # -- whole jobs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_slow_down_for_a_minute(bad_day: Any) -> None:
     store = Store(bad_day, ROWS, FRAGMENTS)
     bad_day.proxy.reset(some(0.3, "slow_down"))
@@ -178,6 +179,7 @@ def test_resets_in_the_middle_of_multipart_uploads(bad_day: Any) -> None:
     assert verified["ok"] and store.dataset().count_rows() == LARGE_ROWS
 
 
+@pytest.mark.slow
 def test_stalls_of_ten_seconds(bad_day: Any) -> None:
     store = Store(bad_day, ROWS, FRAGMENTS)
     data = lambda request: request.method == "PUT" and "/data/" in request.path  # noqa: E731
@@ -200,6 +202,7 @@ def test_commits_are_refused_now_and_then(bad_day: Any, action: str) -> None:
     store.assert_like(bad_day.clean)
 
 
+@pytest.mark.slow
 def test_commits_are_always_refused(bad_day: Any) -> None:
     """It ends by itself, says so, and the next run finishes."""
     store = Store(bad_day, ROWS, FRAGMENTS)
