@@ -41,10 +41,15 @@ FORMATS = (
     "JPEG2000",
 )  # a JPEG with several pictures (MPO) is a JPEG
 MAX_PIXELS = 100_000_000  # of an image's header
+MAX_SCANS = 100  # of a JPEG; the usual progressive one has ten
+MAX_SCAN_PIXELS = 2_000_000_000  # pixels times scans: each of them may cost a few bytes and goes over the whole picture
+MAX_TILE_PIXELS = 4_194_304  # of a TIFF's tile, or the picture's own where that is more: a tile is decoded whole
 LARGE_PIXELS = 16_000_000  # decoded images above it are held in memory by one thread at a time
 DRAFT_MARGIN = 2  # a JPEG is decoded at no less than so many times the size needed
 RULES = "upright, first frame, centre box, lanczos, white behind, jpeg draft 2x"
 """The treatment above in a few words, for fingerprints: change it whenever a pixel may come out differently."""
+
+TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of TIFF
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -67,7 +72,7 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
     """Bytes -> an image of which only the header has been read.
 
     Raises:
-        ImageError: no image, of an unknown format, or larger than `max_pixels`.
+        ImageError: no image, of an unknown format, larger than `max_pixels`, or made to cost much more than its size.
     """
     if not len(data):
         raise ImageError("0 bytes: expected an image file")
@@ -85,7 +90,30 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
         raise ImageError(f"{width} x {height} pixels: more than the {max_pixels:,} allowed")
     if width < 1 or height < 1:
         raise ImageError(f"{width} x {height} pixels: expected at least one")
+    _check_cost(image, data)
     return image
+
+
+def _check_cost(image: Image.Image, data: bytes | memoryview) -> None:
+    """Raises ImageError where decoding would take far more time or memory than a picture of that size does."""
+    pixels = image.width * image.height
+    if image.format in ("JPEG", "MPO"):
+        scans = bytes(data).count(b"\xff\xda")  # within a scan every 0xff is followed by 0 or a restart
+        if scans > MAX_SCANS or scans * pixels > MAX_SCAN_PIXELS:
+            raise ImageError(
+                f"{scans:,} scans of {image.width} x {image.height} pixels: more than the {MAX_SCANS} allowed, or than "
+                f"{MAX_SCAN_PIXELS:,} pixels in all"
+            )
+    tile = _tile_pixels(image)
+    if tile > max(pixels, MAX_TILE_PIXELS):
+        raise ImageError(f"tiles of {tile:,} pixels for {image.width} x {image.height}: more than it needs")
+
+
+def _tile_pixels(image: Image.Image) -> int:
+    """Pixels of a TIFF's largest tile; 0 where there are none."""
+    tags = getattr(image, "tag_v2", {})
+    sides = [tags.get(number, 0) for number in (TILE_WIDTH, TILE_HEIGHT)]
+    return sides[0] * sides[1] if all(isinstance(side, int) for side in sides) else MAX_PIXELS + 1
 
 
 def open_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -15,8 +15,8 @@ from typing import Literal
 BAD_CAPTIONS = ("url", "file_name", "tag_list")
 
 URL = re.compile(
-    r"(?:https?://|www\.)\S+|\b[\w-]+(?:\.[\w-]+)*\.(?:com|org|net|io|co|de|ru|cn|jp|fr|uk)\b(?:/\S*)?", re.I
-)
+    r"(?:https?://|www\.)\S|(?<![\w-])[\w-]++\.(?:com|org|net|io|co|de|ru|cn|jp|fr|uk)\b", re.I
+)  # nothing in it is tried from two places: a caption may be as long as a stranger likes
 URL_WORDS = 2  # words beside a URL that do not make it a caption: "image via https://..."
 FILE_ENDING = re.compile(
     r"[^\s.]\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg|heic|avif|raw|cr2|nef|psd|pdf|mp4|mov|docx?|zip)\s*$", re.I
@@ -29,7 +29,7 @@ CAMERA_NAME = re.compile(
 )
 CODE = re.compile(r"(?=[^\s]*\d)[a-z0-9]+(?:[_-][a-z0-9]+)*", re.I)  # one word of letters and digits: an id, a hash
 CODE_LETTERS = 8
-SEPARATORS = re.compile(r"\s*[,;|•·、，；\n]\s*")
+SEPARATORS = re.compile(r"[,;|•·、，；\n]")
 TAGS = 4  # items that make a list
 TAG_SHARE = 0.8  # of its items that look like tags
 TAG_WORDS = 3
@@ -122,7 +122,8 @@ def caption_kind(caption: str) -> str | None:
     """
     text = caption.strip()
     words = text.split()
-    if URL.search(text) and len(URL.sub(" ", text).split()) <= URL_WORDS:
+    links = sum(URL.search(word) is not None for word in words)
+    if links and len(words) - links <= URL_WORDS:
         return "url"
     if len(words) <= FILE_WORDS and FILE_ENDING.search(text):
         return "file_name"
@@ -131,7 +132,7 @@ def caption_kind(caption: str) -> str | None:
     hashes = sum(word.startswith("#") and len(word) > 1 for word in words)
     if hashes >= TAGS and hashes >= len(words) - hashes:
         return "tag_list"
-    items = [item for item in SEPARATORS.split(text.rstrip(".")) if item]
+    items = [item.strip() for item in SEPARATORS.split(text.rstrip(".")) if item.strip()]
     if len(items) >= TAGS and sum(map(_is_tag, items)) >= TAG_SHARE * len(items):
         return "tag_list"
     return None

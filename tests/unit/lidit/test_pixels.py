@@ -320,3 +320,39 @@ def test_unit_range_and_back():
     assert to_unit_range(every, torch.bfloat16).dtype == torch.bfloat16
     beyond = torch.tensor([-3.0, 0.0, 3.0]).reshape(1, 3, 1, 1)
     assert to_bytes(beyond).reshape(-1).tolist() == [0, 128, 255]
+
+
+def with_scans(data: bytes, scans: int) -> bytes:
+    """A progressive JPEG whose last scan is there so many times."""
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * scans + data[-2:]
+
+
+def test_a_jpeg_of_too_many_scans_is_refused() -> None:
+    progressive = encoded(picture(), "JPEG", progressive=True)
+    assert bucket_pixels(progressive, BUCKETS)[1].shape == bucket_pixels(with_scans(progressive, 20), BUCKETS)[1].shape
+    with pytest.raises(ImageError, match=r"10\d scans of 160 x 96 pixels: more than the 100 allowed"):
+        open_image(with_scans(progressive, 95))
+
+
+def test_a_large_jpeg_may_have_fewer_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    progressive = encoded(picture(), "JPEG", progressive=True)
+    monkeypatch.setattr(pixels, "MAX_SCAN_PIXELS", 15 * 160 * 96)
+    open_image(progressive)
+    with pytest.raises(ImageError, match=r"scans of 160 x 96 pixels: .* 230,400 pixels in all"):
+        open_image(with_scans(progressive, 20))
+
+
+def tiled_tiff(side: int, tile: int) -> bytes:
+    """A grey TIFF of one deflated tile, most of which lies outside the picture."""
+    content = zlib.compress(bytes(tile * tile), 9)
+    tags = [(256, side), (257, side), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile), (323, tile), (324, 134)]
+    tags.append((325, len(content)))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content
+
+
+def test_a_tiff_of_huge_tiles_is_refused() -> None:
+    assert bucket_pixels(tiled_tiff(48, 256), make_buckets(48, 16))[1].shape == (48, 48, 3)
+    with pytest.raises(ImageError, match="tiles of 16,777,216 pixels for 48 x 48: more than it needs"):
+        open_image(tiled_tiff(48, 4096))

@@ -1,6 +1,7 @@
 """Filters: each does what its docstring says, is off by default, and knows real captions from what is none."""
 
 import json
+import time
 
 import pytest
 
@@ -144,3 +145,15 @@ def test_real_captions_and_prompts_are_none_of_it(data):
     texts += (data / "drawbench" / "drawbench_upsampled.txt").read_text().splitlines()
     assert len(texts) > 4900
     assert [(caption_kind(text), text) for text in texts if caption_kind(text)] == []
+
+
+@pytest.mark.parametrize("part", ["a.", "-a", " ", "\n \t", "a.com.", "www.a", ", ", "#a ", "a-1_"])
+def test_no_caption_takes_long(part):
+    """A million characters that patterns might try from every place: four times as many take about four times as long."""
+    seconds = []
+    for repeats in (50_000, 200_000):
+        text = "x" + part * repeats + "x"
+        start = time.process_time()
+        caption_kind(text)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 8 * seconds[0] + 0.5
