@@ -208,9 +208,16 @@ class _Task:
             if verdict == NEW:
                 kept.append(row)
                 counts.update([f"caption_null_{nulled}"] if nulled else [])
+                counts["no_caption"] += self.source.has_images and not nulled and _lacks_caption(row)
             else:
                 counts["repeated" if verdict == REPEATED else f"filtered_{verdict}"] += 1
+        counts += Counter()  # without the zeros
         return kept
+
+
+def _lacks_caption(row: dict[str, Any]) -> bool:
+    """Whether a good row came without any text."""
+    return not row.get(ERROR_FIELD.name) and not (row.get(columns.CAPTION_ORIGINAL) or "").strip()
 
 
 class _Files:

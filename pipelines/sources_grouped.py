@@ -7,6 +7,7 @@ names, links are not followed. A name that comes twice makes two samples.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import posixpath
@@ -19,7 +20,7 @@ from typing import Any
 import fsspec
 
 from lidit.uris import shown
-from pipelines.locations import File, absolute, find_files, is_folder, list_folder, open_stream, stamp_of
+from pipelines.locations import absolute, find_files, is_folder, list_folder, open_stream, stamp_of
 from pipelines.sources import MAX_IMAGE_BYTES, USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
 from pipelines.sources_listed import UNREADABLE
 
@@ -27,6 +28,8 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 CAPTION_CHOICES = ("txt", "caption", "text", "json.caption", "json.text")
 PEEK_SAMPLES = 16  # of the first shard, read beforehand: wrong names stop the job before it begins
+PEEK_FOR_NAMES = 1000  # of the first shard, as long as a caption or score that was named has not been seen
+MISSING = object()  # no such file, or no such key in it; JSON's null is a value
 
 
 @dataclass
@@ -50,7 +53,7 @@ class WebDataset(Sharded):
 
     def pieces(self) -> list[Piece]:
         files = find_files(self.argument, TAR_SUFFIXES, "webdataset")
-        self._peek(files[0])
+        self.names.check(grouped(tar_files(files[0].uri, self.names.needed_to_check)), files[0].uri)
         return [
             {"place": file.place, "uri": file.uri, "stamp": file.stamp, "rows": None, "bytes": file.size}
             for file in files
@@ -63,24 +66,6 @@ class WebDataset(Sharded):
                 yield from self.names.records(sample, piece["place"])
         except DamagedShard as error:
             yield Record(f"{piece['place']}#end", error=str(error))
-
-    def _peek(self, file: File) -> None:
-        """Raises ValueError where no sample has an image by the name that is expected: the names are wrong, not a row."""
-        seen: dict[str, None] = {}
-        try:
-            for number, sample in enumerate(grouped(tar_files(file.uri, lambda extension: False))):
-                seen |= dict.fromkeys(sample.parts)
-                if any(map(self.names.is_image, sample.parts)):
-                    return
-                if number >= PEEK_SAMPLES:
-                    break
-        except DamagedShard:
-            return  # the job says so, and looks at the others
-        if seen:
-            raise ValueError(
-                f"{shown(file.uri)}: expected an image ({self.names.image_words()}) in every sample, its first ones have "
-                f"{', '.join(seen)}; name the extension with --columns.image"
-            )
 
 
 class PlainFiles(Sharded):
@@ -101,6 +86,9 @@ class PlainFiles(Sharded):
                 place = f"{posixpath.basename(self.root)}/{name}"
                 uri = f"{self.root}/{name}"
                 pieces.append({"place": place, "uri": uri, "stamp": stamp, "rows": None, "bytes": 0})
+        if pieces:
+            first = pieces[0]["uri"]
+            self.names.check(grouped(folder_files(first, self.names.needed_to_check)), first)
         return pieces
 
     def read(self, piece: Piece) -> Iterator[Record]:
@@ -140,7 +128,9 @@ class SampleNames:
         self.captions = CAPTION_CHOICES if names.caption is None else (names.caption.lstrip("."),)
         self.score = names.score
         texts = [*self.captions, *([self.score] if self.score else [])]
-        self._texts = {text.partition(".")[0].lower() for text in texts}
+        self._texts = {name for text in texts for name in (text.partition(".")[0].lower(), text.lower())}
+        named = {"caption": names.caption and self.captions[0], "score": names.score}
+        self._named = {what: name for what, name in named.items() if name}
 
     def is_image(self, extension: str) -> bool:
         """Whether a file with this extension is the sample's image."""
@@ -154,8 +144,42 @@ class SampleNames:
         """Whether a file with this extension need be read at all."""
         return self.is_image(extension) or extension in self._texts
 
+    def needed_to_check(self, extension: str) -> bool:
+        """Whether `check` looks into a file with this extension."""
+        return bool(self._named) and extension in self._texts
+
+    def check(self, samples: Iterable[Sample], where: str) -> None:
+        """Looks at a shard's first samples for what was named.
+
+        Raises:
+            ValueError: none has an image by the name that is expected, or none has the caption or score that was named: the
+                names are wrong, not a row.
+        """
+        seen: dict[str, None] = {}
+        keys: dict[str, None] = {}
+        missing, has_image, number = dict(self._named), False, 0
+        with contextlib.suppress(DamagedShard):  # the job says so, and looks at the others
+            for number, sample in enumerate(samples, start=1):
+                seen |= dict.fromkeys(sample.parts)
+                keys |= dict.fromkeys(_keys_of(sample.parts.get("json", b"")) if self._named else ())
+                has_image = has_image or any(map(self.is_image, sample.parts))
+                missing = {what: name for what, name in missing.items() if not self._has(sample, name)}
+                if (has_image and not missing) or number >= (PEEK_SAMPLES if not has_image else PEEK_FOR_NAMES):
+                    break
+            if seen and not has_image:
+                raise ValueError(
+                    f"{shown(where)}: expected an image ({self.image_words()}) in every sample, its first ones have "
+                    f"{', '.join(seen)}; name the extension with --columns.image"
+                )
+            for what, name in missing.items() if seen else ():
+                there = ", ".join([*seen, *(f"json.{key}" for key in keys)])
+                raise ValueError(
+                    f"{shown(where)}: expected {name} (--columns.{what}) in its samples, none of the first {number:,} has "
+                    f"it; they have {there}"
+                )
+
     def records(self, sample: Sample, shard: str) -> Iterator[Record]:
-        """The sample's record: one."""
+        """The sample's record; several, where its JSON has a list of captions."""
         images = [extension for extension in sample.parts if self.is_image(extension)]
         place = f"{shard}#{sample.key}{'.' + images[0] if images else ''}"
         if not images:
@@ -166,43 +190,77 @@ class SampleNames:
             yield Record(place, error=image)
             return
         try:
-            yield Record(place, image, self._caption(sample), self._score(sample))
+            captions, score = self._captions(sample), self._score(sample)
         except ValueError as error:
             yield Record(place, image, error=str(error))
+            return
+        for caption in captions:
+            yield Record(place, image, caption, score)
 
-    def _caption(self, sample: Sample) -> str | None:
+    def _captions(self, sample: Sample) -> list[str | None]:
         for choice in self.captions:
             found = self._look_up(sample, choice)
-            if found is not None:
-                return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
-        return None
+            if found is MISSING or found is None:
+                continue
+            texts = (found or [None]) if isinstance(found, list) else [found]
+            if not all(text is None or isinstance(text, str) for text in texts):
+                raise ValueError(f"{choice}: expected text, or a list of texts, received {json.dumps(found)[:80]}")
+            return texts
+        return [None]
 
     def _score(self, sample: Sample) -> float | None:
         found = self._look_up(sample, self.score) if self.score else None
         try:
-            return None if found is None else float(found)
+            return None if found is None or found is MISSING else float(found)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.score}: expected a number, received {found!r}") from error
 
+    def _has(self, sample: Sample, name: str) -> bool:
+        try:
+            return self._look_up(sample, name) is not MISSING
+        except ValueError:  # it is there, and damaged: a row says so
+            return True
+
     @staticmethod
     def _look_up(sample: Sample, name: str) -> Any:
-        """The text of a part, or a value of its JSON: `txt`, `json.caption`."""
-        extension, dot, key = name.partition(".")
+        """The text of a part, or a value of its JSON: `txt`, `json.caption`, `json.meta.caption`; else `MISSING`."""
+        extension, key = name.lower(), ""
+        if extension not in sample.parts:
+            extension, _, key = name.partition(".")
         part = sample.parts.get(extension.lower())
         if part is None:
-            return None
+            return MISSING
         if isinstance(part, str):
             raise ValueError(f".{extension}: {part}")
         try:
             text = part.decode("utf-8-sig")
-            if not dot:
+            if not key:
                 return text.rstrip("\r\n")
             record = json.loads(text)
         except UnicodeDecodeError as error:
             raise ValueError(f".{extension}: expected UTF-8, received byte {part[error.start]:#x}") from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
             raise ValueError(f".{extension}: expected JSON: {error}") from error
-        return record.get(key) if isinstance(record, dict) else None
+        return _value_at(record, key)
+
+
+def _value_at(record: Any, key: str) -> Any:
+    """What stands under a key of an object, or of the objects in it: `caption`, `meta.caption`; else `MISSING`."""
+    if not isinstance(record, dict):
+        return MISSING
+    if key in record:
+        return record[key]
+    outer, dot, inner = key.partition(".")
+    return _value_at(record.get(outer), inner) if dot else MISSING
+
+
+def _keys_of(part: bytes | str) -> list[str]:
+    """The keys of a JSON object, for a message."""
+    try:
+        record = json.loads(part)
+    except (ValueError, RecursionError):
+        return []
+    return list(record) if isinstance(record, dict) else []
 
 
 def grouped(files: Iterable[tuple[str, bytes | str]]) -> Iterator[Sample]:

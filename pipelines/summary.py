@@ -109,6 +109,8 @@ class Summary:
             )
         if counts.get("repeated"):
             lines.append(f"  repeated   {counts['repeated']:,.0f} rows came more than once, image and caption alike")
+        if counts.get("no_caption"):
+            lines.append(f"  no text    {counts['no_caption']:,.0f} rows came without a caption")
         for prefix, what in (("filtered_", "  left out   "), ("caption_null_", "  no caption ")):
             found = {name.removeprefix(prefix): count for name, count in counts.items() if name.startswith(prefix)}
             if found:

@@ -187,6 +187,15 @@ def test_rows_and_files(job, photo, tmp_path):
     assert made.tracker.totals.remote() == {"rows": 10, "errors": 0}
 
 
+def test_rows_without_a_caption_are_counted(job, photo, tmp_path):
+    texts = ["a caption", None, "", " ", "another"]
+    write(tmp_path / "a.parquet", [(photo(n), text) for n, text in enumerate(texts)])
+    counts = total(job(f"parquet:{tmp_path}/a.parquet").run())
+    assert counts == {"read": 5, "no_caption": 3}
+    told = Summary("ingest", "s", counts=counts).to_text()
+    assert "3 rows came without a caption" in told
+
+
 def test_windows_may_be_of_any_size(job, photo, tmp_path, monkeypatch):
     images = [photo(seed) for seed in range(10)]
     write(tmp_path / "a.parquet", [(image, "x") for image in images])

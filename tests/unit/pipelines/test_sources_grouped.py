@@ -86,14 +86,79 @@ def test_names_in_json_and_by_option(tmp_path):
     names = ColumnsConfig(image="img.png", score="json.score")
     (record,) = records(f"webdataset:{path}", names)
     assert (record.image, record.caption, record.score) == (IMAGES[0], "from json", 5.5)
-    (record,) = records(f"webdataset:{path}", ColumnsConfig(image=".JPG", caption="json.alt"))
-    assert record.image == IMAGES[1] and json.loads(record.caption) == ["a", "b"]
-    (record,) = records(f"webdataset:{path}", ColumnsConfig(image="jpg", caption="txt"))
-    assert record.caption is None
-    (record,) = records(f"webdataset:{path}", ColumnsConfig(image="jpg", score="json.none"))
-    assert record.score is None
+    made = records(f"webdataset:{path}", ColumnsConfig(image=".JPG", caption="json.alt"))
+    assert [(record.image, record.caption) for record in made] == [(IMAGES[1], "a"), (IMAGES[1], "b")]
     (record,) = records(f"webdataset:{path}", ColumnsConfig(image="jpg", score="json.alt"))
     assert "json.alt: expected a number, received ['a', 'b']" in record.error
+
+
+def with_json(path, *abouts):
+    """A tar of one sample for each JSON value (or text)."""
+    parts = [about if isinstance(about, str) else json.dumps(about) for about in abouts]
+    members = [((f"{n}.png", IMAGES[n]), (f"{n}.json", part.encode())) for n, part in enumerate(parts)]
+    return write_tar(path / "0.tar", [member for pair in members for member in pair])
+
+
+def test_a_list_of_captions_makes_a_row_each(tmp_path):
+    path = with_json(tmp_path, {"caption": ["one", "two"]}, {"caption": []}, {"caption": "plain"}, {"caption": None})
+    made = records(f"webdataset:{path}")
+    assert [(record.image, record.caption) for record in made] == [
+        (IMAGES[0], "one"), (IMAGES[0], "two"), (IMAGES[1], None), (IMAGES[2], "plain"), (IMAGES[3], None),
+    ]  # fmt: skip
+    assert len({record.identify() for record in made}) == 5
+
+
+@pytest.mark.parametrize("value", [5, True, {"en": "x"}, ["x", 3]])
+def test_a_caption_that_is_no_text_is_a_row_s_error(tmp_path, value):
+    bad, good = records(f"webdataset:{with_json(tmp_path, {'caption': value}, {'caption': 'x'})}")
+    assert bad.error == f"json.caption: expected text, or a list of texts, received {json.dumps(value)}"
+    assert good.caption == "x"
+
+
+def test_keys_of_objects_in_objects(tmp_path):
+    about = {"meta": {"caption": "deep", "score": 2}, "a.b": "a dot in the key"}
+    path = with_json(tmp_path, about)
+    (record,) = records(f"webdataset:{path}", ColumnsConfig(caption="json.meta.caption", score="json.meta.score"))
+    assert (record.caption, record.score) == ("deep", 2.0)
+    (record,) = records(f"webdataset:{path}", ColumnsConfig(caption="json.a.b"))
+    assert record.caption == "a dot in the key"
+
+
+def test_an_extension_with_a_dot_may_hold_the_caption(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("1.jpg", IMAGES[0]), ("1.long.txt", b"a long text"), ("1.txt", b"short")])
+    (record,) = records(f"webdataset:{path}", ColumnsConfig(caption="long.txt"))
+    assert record.caption == "a long text"
+
+
+@pytest.mark.parametrize(
+    "names, match",
+    [
+        (
+            {"caption": "json.captoin"},
+            r"expected json.captoin \(--columns.caption\).*they have png, json, json.caption",
+        ),
+        ({"caption": "txt"}, r"expected txt \(--columns.caption\)"),
+        ({"caption": "json.caption.en"}, r"none of the first 2 has it"),
+        ({"score": "json.none"}, r"expected json.none \(--columns.score\)"),
+    ],
+)
+def test_a_caption_or_score_that_no_sample_has_stops_the_job(tmp_path, names, match):
+    path = with_json(tmp_path, {"caption": "a"}, {"caption": "b"})
+    with pytest.raises(ValueError, match=match):
+        open_source(f"webdataset:{path}", ColumnsConfig(**names)).pieces()
+    put_files(tmp_path / "files" / "00000")
+    with pytest.raises(ValueError, match=r"--columns\."):
+        open_source(f"img2dataset:{tmp_path}/files", ColumnsConfig(image="webp")).pieces()
+
+
+def test_a_name_that_later_samples_have_is_right(tmp_path):
+    path = with_json(tmp_path, {"x": 1}, "no json", {"caption": None, "score": 5})
+    made = records(f"webdataset:{path}", ColumnsConfig(caption="json.caption", score="json.score"))
+    assert [record.score for record in made if not record.error] == [None, 5.0]
+    members = [(f"{n:03}.png", b"x") for n in range(100)]
+    write_tar(tmp_path / "1.tar", [*members, ("100.png", b"x"), ("100.json", b'{"late": "yes"}')])
+    made = records(f"webdataset:{tmp_path}/1.tar", ColumnsConfig(caption="json.late"))
+    assert made[-1].caption == "yes" and len(made) == 101
 
 
 @pytest.mark.parametrize(
