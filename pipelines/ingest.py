@@ -3,9 +3,10 @@
     lidit ingest --store ./store --source 'webdataset:s3://bucket/laion/{00000..00412}.tar' --columns.caption json.caption
     lidit ingest --store ./store --source parquet:./downloads --filters.min_side 256 --filters.captions+ url
 
-A row is new if its `image_id` is not in the table. Scenes, folders, COCO sets and prompt files name their rows; for the
-others `image_id` is a digest of image and caption. So the same command may be run again: after a kill it adds what is
-missing, after the source has grown what is new. docs/ingest.md has the sources, the rules and the filters.
+A row is new if its `image_id` is not in the table. Scenes, folders, COCO sets and prompt files name their rows, by where they
+lie in full and what is in them; for the others `image_id` is a digest of image and caption. So the same command may be run
+again: after a kill it adds what is missing, after the source has grown what is new. docs/ingest.md has the sources, the rules
+and the filters.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def main(config: IngestConfig) -> Summary:
         run.write("config.yaml", yaml.safe_dump(plain(asdict(config)), sort_keys=False))
         work = outlast(lambda: Work.of(config, source, table), "looking what is new")
         table.create(source.schema)
-        summary = Summary("ingest", config.store, run.id, counts=dict(work.counts))
+        summary = Summary("ingest", config.store, run.id, counts=dict(work.counts), examples=work.examples)
         if work.units:
             _Pass(config, table, run, work, summary).run()
         summary.orphans_removed = len(table.remove_orphans(lambda: run.end_dead(table) | {run.id}))

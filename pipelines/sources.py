@@ -18,6 +18,7 @@ others are read shard by shard (*sharded*), and nobody ever holds a list of thei
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -115,6 +116,8 @@ class Source(ABC):
 class Listed(Source):
     """A source whose rows are known beforehand, each with the `image_id` that it always has."""
 
+    may_differ = False  # whether a row's image or text may be another one later, under the same `image_id`
+
     @abstractmethod
     def items(self) -> list[Item]:
         """All items in order.
@@ -127,12 +130,21 @@ class Listed(Source):
     def record(self, item: Item) -> Record:
         """One item's record."""
 
+    def earlier_ids(self, items: list[Item], has: Callable[[list[str]], list[bool]], table: Any) -> list[str | None]:
+        """The `image_id` of each item's row where the table has it under one as it was made before; None where not.
+
+        `has`: whether the table has each of some ids. `table`: the open Lance table.
+        """
+        earlier = [item.get("earlier_id") for item in items]
+        there = has([name or "" for name in earlier])
+        return [name if known and name else None for name, known in zip(earlier, there)]
+
     def records(self, parts: Iterable[Item]) -> Iterator[Record]:
         for item in parts:
             try:
                 record = self.record(item)
             except ValueError as error:  # such as a text that is not UTF-8
-                record = Record(item["image_id"], error=f"{type(error).__name__}: {error}")
+                record = Record(item.get("place", item["image_id"]), error=f"{type(error).__name__}: {error}")
             record.image_id = item["image_id"]
             yield record
 
@@ -201,6 +213,16 @@ def make_row(
         columns.IMAGE_DIGEST: record.digest,
         columns.IMAGE_PHASH: look.phash,
     }
+
+
+def place_digest(uri: str) -> str:
+    """12 hex digits for where a source lies, in full: a part of ids whose other parts are the same elsewhere."""
+    return hashlib.sha256(writable(uri).encode()).hexdigest()[:12]
+
+
+def writable(text: str) -> str:
+    r"""The text with what UTF-8 cannot write, halves of surrogate pairs, as escapes (`\ud83d`)."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def error_row(record: Record, reason: str) -> dict[str, Any]:

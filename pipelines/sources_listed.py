@@ -15,6 +15,8 @@ import hashlib
 import io
 import json
 import posixpath
+import re
+from collections import Counter
 from typing import Any
 
 import pyarrow as pa
@@ -22,9 +24,19 @@ import pyarrow as pa
 from lidit import columns
 from lidit.uris import shown
 from pipelines.locations import absolute, is_folder, read_bytes, walk_files
-from pipelines.sources import CAPTION_FIELD, IMAGE_FIELDS, MAX_IMAGE_BYTES, Item, Listed, Record
+from pipelines.sources import (
+    CAPTION_FIELD,
+    IMAGE_FIELDS,
+    MAX_IMAGE_BYTES,
+    Item,
+    Listed,
+    Record,
+    place_digest,
+    writable,
+)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+EARLIER_PROMPT_ID = re.compile(r":\d{7,}:[0-9a-f]{8}")  # after the file's name: the prompt's number and digest
 UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)  # this file's own fault, not the storage's
 
 
@@ -50,9 +62,10 @@ class Scenes(Listed):
 
 
 class Folder(Listed):
-    """Images below a folder; `image_id` is the path from the folder's parent."""
+    """Images below a folder; `image_id` is the folder's name, a digest of where it lies in full, and the path in it."""
 
     fields = IMAGE_FIELDS
+    may_differ = True
 
     def __init__(self, argument: str):
         self.root = _folder(argument, "folder")
@@ -60,13 +73,16 @@ class Folder(Listed):
     def items(self) -> list[Item]:
         sizes = walk_files(self.root)
         texts = self._metadata() if "metadata.jsonl" in sizes else {}
-        name = posixpath.basename(self.root)
+        name = writable(posixpath.basename(self.root))
+        here = f"{name}-{place_digest(self.root)}"
         items = []
         for path in sizes:
             stem, suffix = posixpath.splitext(path)
             if suffix.lower() not in IMAGE_SUFFIXES:
                 continue
-            item: Item = {"image_id": f"{name}/{path}", "path": path, "bytes": sizes[path]}
+            inside = writable(path)
+            item: Item = {"image_id": f"{here}/{inside}", "path": path, "bytes": sizes[path]}
+            item["earlier_id"] = item["place"] = f"{name}/{inside}"
             if path in texts:
                 item["text"] = texts[path]
             elif f"{stem}.txt" in sizes:
@@ -82,8 +98,8 @@ class Folder(Listed):
         if "text_path" in item:
             text = read_bytes(f"{self.root}/{item['text_path']}").decode("utf-8-sig").rstrip("\r\n")
         if item["bytes"] > MAX_IMAGE_BYTES:
-            return Record(item["image_id"], error=f"{item['bytes']:,} bytes, more than {MAX_IMAGE_BYTES:,} allowed")
-        return _file_record(item["image_id"], f"{self.root}/{item['path']}", text)
+            return Record(item["place"], error=f"{item['bytes']:,} bytes, more than {MAX_IMAGE_BYTES:,} allowed")
+        return _file_record(item["place"], f"{self.root}/{item['path']}", text)
 
     def _metadata(self) -> dict[str, str]:
         records = _json_lines(f"{self.root}/metadata.jsonl", required=("file_name", "text"))
@@ -91,21 +107,23 @@ class Folder(Listed):
 
 
 class Coco(Listed):
-    """One row per annotation: an image with five captions makes five rows."""
+    """One row per annotation: an image with five captions makes five rows. `image_id` is where the set lies and its ids."""
 
     fields = IMAGE_FIELDS
+    may_differ = True
 
     def __init__(self, argument: str):
         self.root = _folder(argument, "coco")
 
     def items(self) -> list[Item]:
-        path = f"{self.root}/captions.json"
+        path, here = f"{self.root}/captions.json", place_digest(self.root)
         try:
             record = json.loads(read_bytes(path))
             names = {image["id"]: image["file_name"] for image in record["images"]}
             return [
                 {
-                    "image_id": f"coco-{note['image_id']}-{note['id']}",
+                    "image_id": writable(f"coco-{here}-{note['image_id']}-{note['id']}"),
+                    "earlier_id": writable(f"coco-{note['image_id']}-{note['id']}"),
                     "path": f"{self.root}/images/{names[note['image_id']]}",
                     "text": note["caption"],
                 }
@@ -124,7 +142,10 @@ class Coco(Listed):
 
 
 class Prompts(Listed):
-    """Prompts without images; `image_id` is file name, index and a digest of the text, so a grown file adds its new rows."""
+    """Prompts without images; `image_id` is the file's name and a digest of the text, wherever in the file it stands.
+
+    A text that is there twice is two rows.
+    """
 
     fields = [CAPTION_FIELD]
     has_images = False
@@ -141,13 +162,29 @@ class Prompts(Listed):
         prompts = [prompt for prompt in readers[self.suffix]() if prompt.strip()]
         if not prompts:
             raise ValueError(f"{self.path}: expected prompts, found none")
-        return [
-            {
-                "image_id": f"{self.name}:{index:07d}:{hashlib.sha256(prompt.encode()).hexdigest()[:8]}",
-                "text": prompt,
-            }
-            for index, prompt in enumerate(prompts)
-        ]
+        name, times = writable(self.name), Counter[str]()
+        items = []
+        for prompt in prompts:
+            again = f":{times[prompt]}" if times[prompt] else ""
+            text_digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+            items.append({"image_id": f"{name}:{text_digest}{again}", "text": prompt})
+            times[prompt] += 1
+        return items
+
+    def earlier_ids(self, items: list[Item], has: Any, table: Any) -> list[str | None]:
+        """Ids once held the prompt's number in the file: such rows are found by their text."""
+        if columns.CAPTION not in table.schema.names:
+            return [None] * len(items)
+        name = writable(self.name)
+        begin = name.replace("'", "''")
+        rows = table.to_table(
+            [columns.IMAGE_ID, columns.CAPTION], filter=f"starts_with({columns.IMAGE_ID}, '{begin}:')"
+        )
+        found: dict[str, list[str]] = {}
+        for image_id, text in zip(*(rows[column].to_pylist() for column in (columns.IMAGE_ID, columns.CAPTION))):
+            if EARLIER_PROMPT_ID.fullmatch(image_id.removeprefix(name)) and text is not None:
+                found.setdefault(text, []).append(image_id)
+        return [ids.pop(0) if (ids := found.get(item["text"])) else None for item in items]
 
     def record(self, item: Item) -> Record:
         return Record(item["image_id"], values={columns.CAPTION: item["text"]})

@@ -84,6 +84,12 @@ class Summary:
             lines.append(f"  truncated  {counts['truncated']:,.0f} prompts were longer than the limit and cut")
         if counts.get("already_there"):
             lines.append(f"  unchanged  {counts['already_there']:,.0f} rows were there already")
+        if counts.get("differ"):
+            lines.append(
+                f"  differ     {counts['differ']:,.0f} of {counts['compared']:,.0f} such rows that were looked at have another "
+                f"image or caption in the source now, such as {one_line(', '.join(self.examples.get('differ', [])))}: they "
+                f"stay as they are"
+            )
         lines += self._ingest_lines()
         lines += self._status_lines()
         if self.fragments_waiting:
