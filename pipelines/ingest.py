@@ -36,7 +36,9 @@ from pipelines.table import ColumnFile, Table
 
 COMMIT_FRAGMENTS = 32  # finished fragments that wait at most
 COMMIT_SECONDS = 30.0  # and how long
-ERROR_BASE = 1000  # rows that the error rate is taken over at least (or all, if there are fewer)
+ERROR_BASE = (
+    1000  # rows that the error rate is taken over at least before the end (or all, if there are known to be fewer)
+)
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class _Pass:
                 if self._due():
                     self._commit()
             progress.show(tracker, final=True)
-            self._check_errors(progress.totals)
+            self._check_errors(progress.totals, at_end=True)
         except TooManyErrors:
             self.pending = [result for result in self.pending if not result["errors"]]
             raise
@@ -223,9 +225,9 @@ class _Pass:
             if wanted and (count := dataset.count_rows(f"{columns.HEIGHT} IS NOT NULL AND {name} IS NULL")):
                 self.summary.counts[f"without_{name}"] = count
 
-    def _check_errors(self, totals: dict[str, float]) -> None:
+    def _check_errors(self, totals: dict[str, float], at_end: bool = False) -> None:
         errors, rows = int(totals.get("errors", 0)), int(totals.get("rows", 0))
-        base = max(rows, min(self.work.rows or ERROR_BASE, ERROR_BASE))
+        base = rows if at_end else max(rows, min(self.work.rows or ERROR_BASE, ERROR_BASE))
         if errors > self.config.max_error_rate * base:
             raise TooManyErrors(
                 f"{errors:,} of {rows:,} rows are damaged, more than max_error_rate {self.config.max_error_rate:g} allows"

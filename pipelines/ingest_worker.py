@@ -76,6 +76,7 @@ class IngestWorker:
 
     def _work(self, unit: dict[str, Any]) -> dict[str, Any]:
         begun = time.time()
+        self.source.left_out.clear()
         task = _Task(self, unit)
         try:
             files = task.run()
@@ -89,7 +90,7 @@ class IngestWorker:
             "files": [file.to_json() for file in files],
             "errors": task.errors,
             "examples": task.examples,
-            "counts": dict(task.counts),
+            "counts": dict(task.counts + self.source.left_out),
             "begun": begun,
             "ended": time.time(),
         }

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -96,6 +98,11 @@ class Source(ABC):
 
     fields: list[pa.Field]
     has_images = True  # a record without an image is then an error
+
+    @cached_property
+    def left_out(self) -> Counter[str]:
+        """What was passed over while the source was listed or read, by name: counts for the summary."""
+        return Counter()
 
     @property
     def schema(self) -> pa.Schema:

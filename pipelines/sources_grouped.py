@@ -8,11 +8,10 @@ names, links are not followed. A name that comes twice makes two samples.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import posixpath
 import tarfile
-import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +19,14 @@ from typing import Any
 import fsspec
 
 from lidit.uris import shown
+from pipelines.compression import UnknownArchive, decompressed, is_damage
 from pipelines.locations import absolute, find_files, is_folder, list_folder, open_stream, stamp_of
 from pipelines.sources import MAX_IMAGE_BYTES, USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
 from pipelines.sources_listed import UNREADABLE
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (
+    ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tar.zstd", ".tzst",
+)  # fmt: skip
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 CAPTION_CHOICES = ("txt", "caption", "text", "json.caption", "json.text")
 PEEK_SAMPLES = 16  # of the first shard, read beforehand: wrong names stop the job before it begins
@@ -41,10 +43,35 @@ class Sample:
 
 
 class DamagedShard(Exception):
-    """A shard that ends in the middle, or is none; what came before is good, but for the last sample."""
+    """A shard that ends in the middle, or is none; what came before is good, but for the last sample.
+
+    `behind_end`: it is whole, last sample and all, and something else stands behind it.
+    """
+
+    def __init__(self, reason: str, behind_end: bool = False):
+        super().__init__(reason)
+        self.behind_end = behind_end
 
 
-class WebDataset(Sharded):
+class Grouped(Sharded):
+    """A source whose shards are files in order, several a sample."""
+
+    names: SampleNames
+
+    def _records(self, samples: Iterable[Sample], piece: Piece) -> Iterator[Record]:
+        """The samples' records. Those without an image are known by their place, which is made to differ where it does not."""
+        without: Counter[str] = Counter()
+        for sample in samples:
+            self.left_out["more_images"] += self.names.more_images(sample)
+            for record in self.names.records(sample, piece["place"]):
+                if record.image is None:
+                    without[record.place] += 1
+                    if (times := without[record.place]) > 1:
+                        record.place += f" ({times})"
+                yield record
+
+
+class WebDataset(Grouped):
     """Tar shards: one file, braces (`{0000..0012}`), a wildcard, or all tars below a folder."""
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
@@ -62,13 +89,12 @@ class WebDataset(Sharded):
     def read(self, piece: Piece) -> Iterator[Record]:
         samples = grouped(tar_files(piece["uri"], self.names.wanted))
         try:
-            for sample in samples:
-                yield from self.names.records(sample, piece["place"])
+            yield from self._records(samples, piece)
         except DamagedShard as error:
             yield Record(f"{piece['place']}#end", error=str(error))
 
 
-class PlainFiles(Sharded):
+class PlainFiles(Grouped):
     """The `files` layout of img2dataset: a folder per shard, `00000/000000123.jpg` and `.txt` and `.json`."""
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
@@ -92,8 +118,7 @@ class PlainFiles(Sharded):
         return pieces
 
     def read(self, piece: Piece) -> Iterator[Record]:
-        for sample in grouped(folder_files(piece["uri"], self.names.wanted)):
-            yield from self.names.records(sample, piece["place"])
+        yield from self._records(grouped(folder_files(piece["uri"], self.names.wanted)), piece)
 
 
 def open_img2dataset(argument: str, names: ColumnsConfig = USUAL_NAMES) -> Sharded:
@@ -178,12 +203,26 @@ class SampleNames:
                     f"it; they have {there}"
                 )
 
+    def more_images(self, sample: Sample) -> int:
+        """How many images of a sample are passed over, because it has one already and none was named."""
+        if self.image is not None or not any(map(self.is_image, sample.parts)):
+            return 0
+        return sum(extension in IMAGE_EXTENSIONS or _is_dotted_image(extension) for extension in sample.parts) - 1
+
     def records(self, sample: Sample, shard: str) -> Iterator[Record]:
         """The sample's record; several, where its JSON has a list of captions."""
         images = [extension for extension in sample.parts if self.is_image(extension)]
         place = f"{shard}#{sample.key}{'.' + images[0] if images else ''}"
         if not images:
-            yield Record(place, error=f"no image ({self.image_words()}); the sample has {', '.join(sample.parts)}")
+            dotted = [extension for extension in sample.parts if _is_dotted_image(extension)]
+            for extension in dotted:
+                yield Record(
+                    f"{place}.{extension}",
+                    error=f"no image ({self.image_words()}): names are cut at the first dot, and the rest of this one is "
+                    f"{extension!r}; give files names without further dots",
+                )
+            if not dotted:
+                yield Record(place, error=f"no image ({self.image_words()}); the sample has {', '.join(sample.parts)}")
             return
         image = sample.parts[images[0]]
         if isinstance(image, str):
@@ -244,6 +283,11 @@ class SampleNames:
         return _value_at(record, key)
 
 
+def _is_dotted_image(extension: str) -> bool:
+    """Whether it is an image's extension behind further dots, such as `01.png` of `cat.01.png`."""
+    return "." in extension and extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+
 def _value_at(record: Any, key: str) -> Any:
     """What stands under a key of an object, or of the objects in it: `caption`, `meta.caption`; else `MISSING`."""
     if not isinstance(record, dict):
@@ -266,15 +310,20 @@ def _keys_of(part: bytes | str) -> list[str]:
 def grouped(files: Iterable[tuple[str, bytes | str]]) -> Iterator[Sample]:
     """Files in order -> samples. The last one is given only when the files have ended well: it may lack something."""
     sample: Sample | None = None
-    for name, content in files:
-        folder, base = posixpath.split(name)
-        stem, _, extension = base.partition(".")
-        key, extension = posixpath.join(folder, stem), extension.lower()
-        if sample is None or key != sample.key or extension in sample.parts:
-            if sample is not None:
-                yield sample
-            sample = Sample(key)
-        sample.parts[extension] = content
+    try:
+        for name, content in files:
+            folder, base = posixpath.split(name)
+            stem, _, extension = base.partition(".")
+            key, extension = posixpath.join(folder, stem), extension.lower()
+            if sample is None or key != sample.key or extension in sample.parts:
+                if sample is not None:
+                    yield sample
+                sample = Sample(key)
+            sample.parts[extension] = content
+    except DamagedShard as error:
+        if error.behind_end and sample is not None:
+            yield sample
+        raise
     if sample is not None:
         yield sample
 
@@ -287,20 +336,33 @@ def tar_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
     Raises:
         DamagedShard: no tar, or one that is cut short.
     """
+    tar = None
     try:
         with open_stream(uri) as raw:
-            stream = gzip.GzipFile(fileobj=raw) if uri.endswith("gz") else raw
-            with tarfile.open(fileobj=stream, mode="r:", tarinfo=_StrictTarInfo) as tar:
+            options: dict[str, Any] = {
+                "tarinfo": _StrictTarInfo,
+                "ignore_zeros": True,
+            }  # joined tars are read one by one
+            with _StrictTarFile.open(fileobj=decompressed(raw), mode="r:", **options) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined] # it would keep every header
                     base = posixpath.basename(member.name)
                     if member.isdir() or base.startswith(".") or member.name.startswith("__MACOSX/"):
                         continue
                     yield member.name, _content(tar, member, wanted)
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except UnknownArchive as error:
+        raise DamagedShard(f"expected a tar, compressed or not: {error}") from error
+    except Exception as error:
+        if not (isinstance(error, tarfile.TarError) or is_damage(error)):
+            raise
+        what = f"({type(error).__name__}: {error})"
+        if tar is not None and tar.ended:
+            raise DamagedShard(
+                f"the shard is read to its end, and what stands behind that is no tar {what}", True
+            ) from error
         raise DamagedShard(
-            f"the shard is damaged ({type(error).__name__}: {error}): the samples before that place are taken, but for "
-            f"the last one; what comes after is lost"
+            f"the shard is damaged {what}: the samples before that place are taken, but for the last one; what comes after "
+            f"is lost"
         ) from error
 
 
@@ -343,16 +405,29 @@ def _too_large(size: int) -> str:
     return f"{size:,} bytes, more than {MAX_IMAGE_BYTES:,} allowed"
 
 
+class _StrictTarFile(tarfile.TarFile):
+    """A tar that knows whether its end mark has been passed, and no header since."""
+
+    ended = False
+
+
 class _StrictTarInfo(tarfile.TarInfo):
     """Headers of a tar that must end as tars end; tarfile itself takes a damaged header for the end, and says nothing."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
+    def fromtarfile(cls, tar: Any) -> Any:
         try:
-            return super().fromtarfile(tar)
+            info = super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            tar.ended = True
             raise
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
+            if tar.ended:
+                raise  # the end of the file
+            raise tarfile.ReadError("it ends without the mark that ends a tar") from error
+        except tarfile.TruncatedHeaderError as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError("it ends without the mark that ends a tar") from error
         except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(f"no header where one is due: {error}") from error
+        tar.ended = False
+        return info

@@ -115,6 +115,10 @@ class Summary:
             )
         if counts.get("repeated"):
             lines.append(f"  repeated   {counts['repeated']:,.0f} rows came more than once, image and caption alike")
+        if counts.get("more_images"):
+            lines.append(
+                f"  more       {counts['more_images']:,.0f} further images of samples were not taken: one is a sample's"
+            )
         if counts.get("no_caption"):
             lines.append(f"  no text    {counts['no_caption']:,.0f} rows came without a caption")
         for prefix, what in (("filtered_", "  left out   "), ("caption_null_", "  no caption ")):

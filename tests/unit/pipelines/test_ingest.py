@@ -304,6 +304,19 @@ def test_a_worker_that_dies_and_its_successor(job, photo, tmp_path, monkeypatch)
     assert rows[5][ERROR] == ingest_worker.DIED
 
 
+@pytest.mark.parametrize("errors", [40, 21])
+def test_more_than_half_is_asked_of_the_true_number_at_the_end(job, photo, tmp_path, errors):
+    """A tar does not tell how many rows it has: before the end 40 of 40 may be the first of many."""
+    write(tmp_path / "a.parquet", [(photo(0), "x")])
+    made = job(f"parquet:{tmp_path}/a.parquet")
+    made.work.rows = None
+    driver = ingest._Pass(made.config, made.table, None, made.work, Summary("ingest", "s"))
+    driver._check_errors({"rows": 40, "errors": errors})
+    with pytest.raises(ingest.TooManyErrors, match=f"{errors} of 40 rows are damaged"):
+        driver._check_errors({"rows": 40, "errors": errors}, at_end=True)
+    driver._check_errors({"rows": 40, "errors": 20}, at_end=True)
+
+
 def test_one_result_of_a_unit_counts(job, photo, tmp_path, monkeypatch):
     """Ray may repeat a unit whose result it has handed over, and give a result twice."""
     monkeypatch.setattr(ingest.ray, "get", lambda value: value)

@@ -1,10 +1,13 @@
 """Tars as WebDataset writers make them and as accidents leave them; folders as img2dataset leaves them."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import tarfile
 
+import pyarrow as pa
 import pytest
 
 from pipelines import sources_grouped
@@ -61,14 +64,77 @@ def test_formats_and_long_names(tmp_path, format):
     assert record.caption == "ü猫" and f"#{deep}.jpg" in record.place
 
 
-@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz"])
-def test_compressed(tmp_path, suffix):
-    path = write_tar(tmp_path / f"0{suffix}", samples(), "w:gz")
-    assert [record.image for record in records(f"webdataset:{path}")] == IMAGES
+COMPRESSIONS = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "zstd": lambda data: pa.compress(data, "zstd", asbytes=True),
+    "none": lambda data: data,
+}
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz", ".tar.zst"])
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_compressed_whatever_the_name_says(tmp_path, kind, suffix):
+    plain = write_tar(tmp_path / "plain", [("0.jpg", bytes(range(256)) * 2000), *samples()]).read_bytes()
+    path = tmp_path / f"0{suffix}"
+    path.write_bytes(COMPRESSIONS[kind](plain))
+    assert [record.image for record in records(f"webdataset:{tmp_path}")][1:] == IMAGES
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     made = records(f"webdataset:{path}")
     assert made[-1].error and "damaged" in made[-1].error
+    if kind != "none":
+        path.write_bytes(whole[:40] + bytes(byte ^ 0x55 for byte in whole[40:]))
+        made = records(f"webdataset:{path}")
+        assert made[-1].error and "damaged" in made[-1].error
+
+
+def test_an_archive_that_is_no_tar_is_named(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"PK\x03\x04" + bytes(100))
+    (record,) = records(f"webdataset:{tmp_path}/0.tar")
+    assert record.error == "expected a tar, compressed or not: this is zip, which is not read"
+
+
+@pytest.mark.parametrize("between", [0, 512, 20_480])
+@pytest.mark.parametrize("compress", [gzip.compress, COMPRESSIONS["none"]])
+def test_joined_tars_are_read_all(tmp_path, between, compress):
+    first, second = (
+        write_tar(tmp_path / f"{n}", [(f"{n}.png", IMAGES[n]), (f"{n}.txt", b"x")]).read_bytes() for n in range(2)
+    )
+    (tmp_path / "j.tar").write_bytes(compress(first) + compress(bytes(between) + second))
+    made = records(f"webdataset:{tmp_path}/j.tar")
+    assert [(record.image, record.error) for record in made] == [(IMAGES[0], None), (IMAGES[1], None)]
+
+
+@pytest.mark.parametrize("behind", [b"x" * 10, b"x" * 5000, b"PK\x03\x04" * 300])
+def test_what_stands_behind_the_end_is_told(tmp_path, behind):
+    path = write_tar(tmp_path / "0.tar", samples(2))
+    path.write_bytes(path.read_bytes() + behind)
+    *good, end = records(f"webdataset:{path}")
+    assert [record.image for record in good] == IMAGES[:2], "the last sample too"
+    assert "what stands behind that is no tar" in end.error
+
+
+def test_every_image_with_dots_in_its_name_is_an_error(tmp_path):
+    dotted = [(f"cat.{n:02}.{kind}", b"x") for n in range(20) for kind in ("png", "txt")]
+    members = [("a.png", IMAGES[0]), *dotted, ("b.png", IMAGES[1]), *dotted]
+    made = records(f"webdataset:{write_tar(tmp_path / '0.tar', members)}")
+    errors = [record for record in made if record.error]
+    assert len(made) == 42 and len(errors) == 40 == len({record.identify() for record in errors})
+    assert "names are cut at the first dot, and the rest of this one is '00.png'" in errors[0].error
+
+
+def test_groups_without_an_image_that_come_again_are_told_again(tmp_path):
+    members = [("1.txt", b"x"), ("2.jpg", IMAGES[0]), ("1.cls", b"x"), ("3.jpg", IMAGES[1])]
+    made = records(f"webdataset:{write_tar(tmp_path / '0.tar', members)}")
+    assert len({record.identify() for record in made}) == 4
+
+
+def test_further_images_of_a_sample_are_counted(tmp_path):
+    members = [("1.jpg", IMAGES[0]), ("1.png", b"x"), ("1.2.png", b"x"), ("2.jpg", IMAGES[1])]
+    source = open_source(f"webdataset:{write_tar(tmp_path / '0.tar', members)}")
+    assert len(list(source.records(source.pieces()))) == 2 and source.left_out == {"more_images": 2}
 
 
 def test_braces_make_shards_in_order(tmp_path):
@@ -342,9 +408,3 @@ def test_img2dataset_that_is_not_read(tmp_path, name, match):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match=match):
         open_source(f"img2dataset:{tmp_path}")
-
-
-def test_gzip_is_told_by_the_name(tmp_path):
-    path = write_tar(tmp_path / "0.tar", samples(1))
-    (tmp_path / "1.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert [record.image for record in records(f"webdataset:{tmp_path}")] == [IMAGES[0]] * 2
