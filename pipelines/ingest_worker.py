@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import secrets
 import time
 import warnings
 from collections import Counter
@@ -18,7 +19,7 @@ from PIL.Image import DecompressionBombWarning
 from lidit import columns
 from lidit.outage import outlast
 from pipelines.known import IN_TABLE, NEW, REPEATED, UNKNOWN
-from pipelines.pool import Attempt
+from pipelines.pool import Attempt, read_ahead
 from pipelines.sources import ERROR_FIELD, Record, Source, error_row, make_row, open_source
 from pipelines.table import ColumnFile, ColumnFileWriter, Table
 
@@ -58,6 +59,7 @@ class IngestWorker:
         self.source = open_source(config.source, config.columns)
         if config.filters.near_duplicates is not None:
             importlib.import_module("imagehash")  # now, and not in the first unit's time
+        self.process = secrets.token_hex(8)
         self.workers = max(1, int(config.actors.num_cpus))
         self.threads = ThreadPoolExecutor(self.workers)
 
@@ -107,17 +109,15 @@ class _Task:
         self.counts: Counter[str] = Counter()
         self.errors = 0
         self.examples: list[dict[str, Any]] = []
-        self.attempt: Attempt = ray.get(self.tracker.begin.remote(unit["name"]))
+        self.attempt: Attempt = ray.get(self.tracker.begin.remote(unit["name"], worker.process))
         self.number: int = ray.get(self.known.begin.remote(unit["name"]))
 
     def run(self) -> list[ColumnFile]:
         """Reads a window ahead and writes a window behind, while images are looked at."""
         windows = self._windows()
         written: Future[None] | None = None
-        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-            upcoming = reading.submit(next, windows, None)
-            while (window := upcoming.result()) is not None:
-                upcoming = reading.submit(next, windows, None)
+        with ThreadPoolExecutor(1) as writing:
+            for window in read_ahead(windows, self.attempt):
                 rows = self._rows(window)
                 if written is not None:
                     written.result()

@@ -14,8 +14,9 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -26,6 +27,7 @@ from pipelines.job_metrics import JobMetrics
 DEATHS_OF_A_ROW = 2  # before it is quarantined
 DEATHS_OF_A_UNIT = 16  # before the job gives up on it
 POLL_SECONDS = 0.5
+Window = TypeVar("Window")
 MAX_BLOCKS = 2000  # blocks that Ray Data is given; more units than that share blocks
 
 
@@ -55,10 +57,12 @@ class Attempt:
 
     careful: list[tuple[int, int]]  # row ranges to take row by row
     quarantined: list[int]  # rows to leave out
+    deaths: int = 0  # of processes on this unit so far
 
 
 @dataclass
 class _UnitState:
+    process: str = ""
     deaths: int = 0
     in_hand: tuple[int, int] | None = None
     careful: list[tuple[int, int]] = field(default_factory=list)
@@ -78,28 +82,38 @@ class Tracker:
         self._finished: Counter[str] = Counter()
         self._first_error = ""
 
-    def begin(self, unit: str) -> Attempt:
-        """An actor takes up a unit. If an earlier one left it in the middle, its process has died.
+    def begin(self, unit: str, process: str = "") -> Attempt:
+        """An actor takes up a unit. If another process left it in the middle, that has died, be it while it was reading.
+
+        Args:
+            process: names the process; the same one may begin anew, as after an outage.
 
         Raises:
             RuntimeError: processes died on this unit too often.
         """
-        state = self._units.setdefault(unit, _UnitState())
+        if (state := self._units.get(unit)) is None:
+            state = self._units[unit] = _UnitState()
+        elif not process or process != state.process:
+            self._died(unit, state)
+        state.process, state.in_hand, state.counts = process, None, Counter()
+        quarantined = [row for row, deaths in state.row_deaths.items() if deaths >= DEATHS_OF_A_ROW]
+        return Attempt(state.careful, quarantined, state.deaths)
+
+    def _died(self, unit: str, state: _UnitState) -> None:
+        state.deaths += 1
+        where = "with no rows in hand: while it was reading them?"
         if state.in_hand is not None:
-            state.deaths += 1
             first, stop = state.in_hand
+            where = f"at rows {first} to {stop - 1}"
             if stop - first == 1:
                 state.row_deaths[first] += 1
             else:
                 state.careful.append((first, stop))
-            if state.deaths > DEATHS_OF_A_UNIT:
-                raise RuntimeError(
-                    f"processes died {state.deaths} times on unit {unit}, last at rows {first} to {stop - 1}: out of "
-                    f"memory? Lower batch_tokens or give the actors more; what is committed is kept"
-                )
-        state.in_hand, state.counts = None, Counter()
-        quarantined = [row for row, deaths in state.row_deaths.items() if deaths >= DEATHS_OF_A_ROW]
-        return Attempt(state.careful, quarantined)
+        if state.deaths > DEATHS_OF_A_UNIT:
+            raise RuntimeError(
+                f"processes died {state.deaths} times on unit {unit}, last {where}: out of memory? Lower batch_tokens or "
+                f"give the actors more; what is committed is kept"
+            )
 
     def enter(self, unit: str, first: int, stop: int) -> None:
         """The actor is about to work on rows first to stop - 1."""
@@ -125,6 +139,21 @@ class Tracker:
     def totals(self) -> dict[str, float]:
         """Counts over all units, those in hand included."""
         return dict(sum((state.counts for state in self._units.values()), Counter(self._finished)))
+
+
+def read_ahead(windows: Iterator[Window], attempt: Attempt) -> Iterator[Window]:
+    """The windows of a unit, the next one read while one is worked on.
+
+    Where a process has died on the unit, one thing is done after the other, so that it is known which of them kills.
+    """
+    if attempt.deaths:
+        yield from windows
+        return
+    with ThreadPoolExecutor(1) as reading:
+        upcoming = reading.submit(next, windows, None)
+        while (window := upcoming.result()) is not None:
+            upcoming = reading.submit(next, windows, None)
+            yield window
 
 
 def start_ray_data() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from lidit.checksum import no_panic
 from lidit.outage import outlast
 from lidit.uris import shown
 from pipelines.field_prints import field_differences
-from pipelines.pool import Attempt
+from pipelines.pool import Attempt, read_ahead
 from pipelines.table import ColumnFileWriter, Table, column_holder, field_ids, missing_in
 from pipelines.versions import check_versions, made_with
 
@@ -79,6 +80,7 @@ class FragmentWorker:
 
     def __init__(self, stage: type[Stage], config: Any, table_uri: str, run_id: str, tracker: Any):
         torch.set_num_threads(max(1, int(config.actors.num_cpus)))
+        self.process = secrets.token_hex(8)
         self.stage, self.config = stage(config), config
         self.table, self.run_id, self.tracker = Table(table_uri), run_id, tracker
         self.error_column = columns.error(stage.name)
@@ -145,17 +147,14 @@ class _Task:
         self.errors: dict[int, str] = {}
         self.counts: Counter[str] = Counter()
         self.kinds: dict[str, list[str]] = {}
-        self.attempt: Attempt = ray.get(self.tracker.begin.remote(str(self.fragment_id)))
+        self.attempt: Attempt = ray.get(self.tracker.begin.remote(str(self.fragment_id), worker.process))
 
     def run(self) -> Any:
         """Reads a window ahead and writes a window behind, while the stage computes."""
         windows = self._windows()
         written: Future[None] | None = None
-        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-            upcoming = reading.submit(next, windows, None)
-            while (item := upcoming.result()) is not None:
-                upcoming = reading.submit(next, windows, None)
-                positions, window = item
+        with ThreadPoolExecutor(1) as writing:
+            for positions, window in read_ahead(windows, self.attempt):
                 batch = self._with_gaps(positions, self._compute(positions, window))
                 if written is not None:
                     written.result()

@@ -2,11 +2,12 @@
 
 import json
 import threading
+import time
 
 import pytest
 
 from pipelines import pool
-from pipelines.pool import DEATHS_OF_A_UNIT, ActorsConfig, Tracker, _poll, _UnitCaller
+from pipelines.pool import DEATHS_OF_A_UNIT, ActorsConfig, Attempt, Tracker, _poll, _UnitCaller, read_ahead
 
 pytestmark = pytest.mark.unit
 
@@ -38,14 +39,49 @@ def test_the_first_error_is_kept_also_when_its_unit_has_ended():
     assert tracker.first_error() == "damaged"
 
 
-def test_death_between_pieces_is_no_death():
-    """In hand was nothing: an actor that was taken away, or the unit was begun again by another."""
+def test_a_death_between_pieces_blames_no_row():
+    """In hand was nothing: it died while it read, or was taken away."""
     tracker = Tracker()
     tracker.begin("7")
     tracker.enter("7", 0, 100)
     tracker.leave("7", {"rows": 100})
     attempt = tracker.begin("7")
-    assert (attempt.careful, attempt.quarantined) == ([], [])
+    assert (attempt.careful, attempt.quarantined, attempt.deaths) == ([], [], 1)
+
+
+def test_a_process_that_begins_anew_has_not_died():
+    tracker = Tracker()
+    assert tracker.begin("7", "one").deaths == 0
+    tracker.enter("7", 0, 100)
+    again = tracker.begin("7", "one")
+    assert (again.careful, again.deaths) == ([], 0)
+    tracker.enter("7", 0, 100)
+    other = tracker.begin("7", "two")
+    assert (other.careful, other.deaths) == ([(0, 100)], 1)
+
+
+def test_deaths_while_reading_end_the_job():
+    tracker = Tracker()
+    with pytest.raises(RuntimeError, match=f"died {DEATHS_OF_A_UNIT + 1} times on unit 7, last with no rows in hand"):
+        for _ in range(1000):
+            tracker.begin("7")
+
+
+@pytest.mark.parametrize("deaths, ahead", [(0, True), (1, False)])
+def test_nothing_is_read_ahead_where_a_process_died(deaths, ahead):
+    read, looked = [], []
+
+    def windows():
+        for number in range(4):
+            read.append(number)
+            yield number
+
+    for number in read_ahead(windows(), Attempt([], [], deaths)):
+        if ahead and number < 3:
+            while len(read) < number + 2:
+                time.sleep(0.001)
+        looked.append((number, len(read)))
+    assert looked == [(number, min(4, number + 1 + ahead)) for number in range(4)]
 
 
 def die(tracker, unit, first, stop):
