@@ -294,9 +294,10 @@ def test_a_worker_that_dies_and_its_successor(job, photo, tmp_path, monkeypatch)
         return look(task, record)
 
     monkeypatch.setattr(ingest_worker._Task, "_look", fatal)
-    for _ in range(3):  # in its window, then twice alone
+    for number in range(3):  # in its window, then twice alone
         with pytest.raises(Death):
             made.worker(unit)
+        made.worker.process = f"successor {number}"
     (result,) = made.run()
     rows = made.rows()
     assert (result["errors"], result["counts"]["read"], len(rows)) == (1, 12, 12)
