@@ -11,6 +11,7 @@ from lidit.pixels import (
     LARGE_PIXELS,
     UPRIGHT,
     ImageError,
+    decode_image,
     eight_bits,
     large_images,
     open_image,
@@ -85,7 +86,7 @@ def sendable(data: bytes, side: int, blank: bool = False) -> tuple[bytes, str]:
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """RGB pixels of `size` (width, height)."""
-    image.load()
+    decode_image(image)
     flat = eight_bits(image)
     if flat.size != size:
         flat = flat.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)

@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from lidit.buckets import Bucket, bucket_name, centre_box, nearest_bucket, upscale_needed
+from lidit.watchdog import watched
 
 if TYPE_CHECKING:  # an ingest's actors look at images too, and need no torch: 200 MB and seconds each
     import torch
@@ -124,9 +125,16 @@ def open_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Im
     """
     image = open_image(data, max_pixels)
     try:
+        decode_image(image)
         return image.convert("RGB")
     except Exception as error:  # whatever a damaged file makes its decoder raise
         raise ImageError(f"damaged {image.format}: {type(error).__name__}: {error}") from error
+
+
+def decode_image(image: Image.Image) -> None:
+    """Decodes the pixels. A process that has armed the watchdog ends where that hangs. Raises what the decoder raises."""
+    with watched():
+        image.load()
 
 
 def orientation(image: Image.Image) -> int:
@@ -205,7 +213,7 @@ def bucket_pixels(
 
 def _resized(image: Image.Image, size: Bucket) -> Image.Image:
     """The centred part of the aspect ratio of `size` (height, width), as RGB of that size."""
-    image.load()
+    decode_image(image)
     flat = eight_bits(image)
     box = centre_box(flat.height, flat.width, size)
     return flat.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0).convert("RGB")

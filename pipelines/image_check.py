@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lidit.pixels import UPRIGHT, eight_bits, open_image, orientation, upright_size
+from lidit.pixels import UPRIGHT, decode_image, eight_bits, open_image, orientation, upright_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,7 +64,7 @@ def check_image(
             return ImageCheck(height, width, None)
         if decode or with_phash:
             image.draft("L", (LOOK_PIXELS, LOOK_PIXELS))  # JPEG only: enough to see that it is whole
-            image.load()
+            decode_image(image)
         elif not has_end(data, image.format or ""):
             raise ValueError(f"{image.format} cut short: its end is missing")
         return ImageCheck(height, width, perceptual_hash(image) if with_phash else None)

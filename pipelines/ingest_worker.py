@@ -18,6 +18,7 @@ from PIL.Image import DecompressionBombWarning
 
 from lidit import columns
 from lidit.outage import outlast
+from lidit.watchdog import arm
 from pipelines.known import IN_TABLE, NEW, REPEATED, UNKNOWN
 from pipelines.pool import Attempt, read_ahead
 from pipelines.sources import ERROR_FIELD, Record, Source, error_row, make_row, open_source
@@ -59,6 +60,7 @@ class IngestWorker:
         self.source = open_source(config.source, config.columns)
         if config.filters.near_duplicates is not None:
             importlib.import_module("imagehash")  # now, and not in the first unit's time
+        arm()
         self.process = secrets.token_hex(8)
         self.workers = max(1, int(config.actors.num_cpus))
         self.threads = ThreadPoolExecutor(self.workers)

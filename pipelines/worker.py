@@ -20,6 +20,7 @@ from lidit import columns
 from lidit.checksum import no_panic
 from lidit.outage import outlast
 from lidit.uris import shown
+from lidit.watchdog import arm
 from pipelines.field_prints import field_differences
 from pipelines.pool import Attempt, read_ahead
 from pipelines.table import ColumnFileWriter, Table, column_holder, field_ids, missing_in
@@ -80,6 +81,7 @@ class FragmentWorker:
 
     def __init__(self, stage: type[Stage], config: Any, table_uri: str, run_id: str, tracker: Any):
         torch.set_num_threads(max(1, int(config.actors.num_cpus)))
+        arm()
         self.process = secrets.token_hex(8)
         self.stage, self.config = stage(config), config
         self.table, self.run_id, self.tracker = Table(table_uri), run_id, tracker
