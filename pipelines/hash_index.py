@@ -18,7 +18,7 @@ CHUNKS, CHUNK_BITS = 4, 16  # of a 64-bit hash
 
 def keys_of(texts: Sequence[str]) -> np.ndarray:
     """Strings -> (n, 2) uint64: 128 bits of a hash of each."""
-    raw = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
+    raw = b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts)
     return np.frombuffer(raw, np.uint64).reshape(-1, 2)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import secrets
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +19,13 @@ import ray
 from PIL.Image import DecompressionBombWarning
 
 from lidit import columns
-from lidit.outage import outlast
+from lidit.outage import is_away, outlast
+from lidit.uris import shown
 from lidit.watchdog import arm
 from pipelines.known import IN_TABLE, NEW, REPEATED, UNKNOWN
 from pipelines.pool import Attempt, read_ahead
-from pipelines.sources import ERROR_FIELD, Record, Source, error_row, make_row, open_source
+from pipelines.runs import runs_folder
+from pipelines.sources import ERROR_FIELD, Record, Source, error_row, make_row, open_source, writable
 from pipelines.table import ColumnFile, ColumnFileWriter, Table
 
 if TYPE_CHECKING:
@@ -84,6 +88,9 @@ class IngestWorker:
         task = _Task(self, unit)
         try:
             files = task.run()
+        except Unforeseen as error:
+            task.files.discard()
+            raise RuntimeError(self._explained(error, unit["name"])) from None
         except BaseException:
             task.files.discard()
             raise
@@ -98,6 +105,35 @@ class IngestWorker:
             "begun": begun,
             "ended": time.time(),
         }
+
+    def _explained(self, error: Unforeseen, unit: str) -> str:
+        """One sentence; the traceback is written into the run's folder."""
+        cause = error.__cause__
+        fs, root = runs_folder(self.config.store)
+        path = f"{root}/{self.run_id}/unit-{unit}.txt"
+        text = "".join(traceback.format_exception(error))
+        fs.pipe_file(path, writable(shown(text)).encode())
+        return writable(
+            f"{error}: {type(cause).__name__}: {cause}. This was not foreseen; the traceback is in "
+            f"runs/{self.run_id}/unit-{unit}.txt of the store. What is committed is kept, and the same command goes on"
+        )
+
+
+class Unforeseen(Exception):
+    """An error that nobody has thought of, at a row that the message names; the error is its cause."""
+
+
+@contextlib.contextmanager
+def at(where: Callable[[], str]) -> Iterator[None]:
+    """Has an unforeseen error say where it came up. What storage, Ray and other processes do is not meant."""
+    try:
+        yield
+    except (Unforeseen, OSError, RuntimeError, MemoryError, ray.exceptions.RayError):
+        raise
+    except Exception as error:
+        if is_away(error):
+            raise
+        raise Unforeseen(where()) from error
 
 
 class _Task:
@@ -129,8 +165,14 @@ class _Task:
         return self.files.finish()
 
     def _windows(self) -> Iterator[_Window]:
-        window, size = _Window(0), 0
-        for record in self.source.records(self.unit["parts"]):
+        window, size, place = _Window(0), 0, f"the begin of {_named(self.unit['parts'][0])}"
+        records = self.source.records(self.unit["parts"])
+        while True:
+            with at(lambda place=place: f"reading what follows {place}"):  # type: ignore[misc]
+                record = next(records, None)
+            if record is None:
+                break
+            place = record.place
             window.records.append(record)
             size += len(record.image or b"")
             if len(window.records) == WINDOW_ROWS or size >= WINDOW_BYTES:
@@ -178,6 +220,10 @@ class _Task:
 
     def _look(self, record: Record) -> _Looked:
         """A record as a row, if it passes the filters."""
+        with at(lambda: f"looking at {record.place}"):
+            return self._row(record)
+
+    def _row(self, record: Record) -> _Looked:
         filters, nulled = self.filters, None
         if record.error is None:
             if (failed := filters.score(record.score)) is not None:
@@ -218,6 +264,11 @@ class _Task:
         return kept
 
 
+def _named(part: dict[str, Any]) -> str:
+    """The place of an item or a piece, for a message."""
+    return str(part.get("place") or part.get("image_id"))
+
+
 def _lacks_caption(row: dict[str, Any]) -> bool:
     """Whether a good row came without any text."""
     return not row.get(ERROR_FIELD.name) and not (row.get(columns.CAPTION_ORIGINAL) or "").strip()
@@ -238,7 +289,9 @@ class _Files:
             if self._writer is None:
                 self._writer = ColumnFileWriter(self.table_uri, self.schema, self.run_id)
             room = self.rows_per_fragment - self._writer.rows
-            self._writer.write(pa.RecordBatch.from_pylist(rows[:room], schema=self.schema))
+            first = rows[0].get(columns.SOURCE)
+            with at(lambda first=first: f"writing the rows of {first} and what follows"):  # type: ignore[misc]
+                self._writer.write(pa.RecordBatch.from_pylist(rows[:room], schema=self.schema))
             rows = rows[room:]
             if self._writer.rows == self.rows_per_fragment:
                 self._close()

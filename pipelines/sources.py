@@ -87,8 +87,8 @@ class Record:
         if self.image is not None and self.digest is None:
             self.digest = digest(self.image)
         if self.image_id is None:
-            image = self.digest or digest(f"place:{self.place}".encode())
-            caption = digest(b"" if self.caption is None else f"text:{self.caption}".encode())
+            image = self.digest or digest(f"place:{self.place}".encode("utf-8", "surrogatepass"))
+            caption = digest(b"" if self.caption is None else f"text:{self.caption}".encode("utf-8", "surrogatepass"))
             self.image_id = f"{image}-{caption[:16]}"
         return self.image_id
 
@@ -151,7 +151,8 @@ class Listed(Source):
             try:
                 record = self.record(item)
             except ValueError as error:  # such as a text that is not UTF-8
-                record = Record(item.get("place", item["image_id"]), error=f"{type(error).__name__}: {error}")
+                place = item.get("place") or item["image_id"]
+                record = Record(place, error=f"{type(error).__name__}: {error}")
             record.image_id = item["image_id"]
             yield record
 
@@ -198,8 +199,8 @@ def make_row(
     `decode`, `with_phash` as `check_image` has them. None: `wanted`, given height and width, does not want it.
     """
     row = {columns.IMAGE_ID: record.identify(), **record.values}
-    if record.error is not None:
-        return error_row(record, record.error)
+    if (reason := record.error or _unwritable(record)) is not None:
+        return error_row(record, reason)
     if not has_image:
         return row
     if record.image is None:
@@ -216,7 +217,7 @@ def make_row(
         columns.HEIGHT: look.height,
         columns.WIDTH: look.width,
         columns.CAPTION_ORIGINAL: record.caption,
-        columns.SOURCE: record.place,
+        columns.SOURCE: writable(record.place),
         columns.IMAGE_DIGEST: record.digest,
         columns.IMAGE_PHASH: look.phash,
     }
@@ -234,7 +235,20 @@ def writable(text: str) -> str:
 
 def error_row(record: Record, reason: str) -> dict[str, Any]:
     """A row that says why there is nothing in it."""
-    return {columns.IMAGE_ID: record.identify(), columns.SOURCE: record.place, ERROR_FIELD.name: shown(reason)}
+    return {
+        columns.IMAGE_ID: record.identify(),
+        columns.SOURCE: writable(record.place),
+        ERROR_FIELD.name: writable(shown(reason)),
+    }
+
+
+def _unwritable(record: Record) -> str | None:
+    """Why a text of a record cannot be kept: it has a character that UTF-8 cannot write."""
+    for name, text in (("caption", record.caption), *record.values.items()):
+        if isinstance(text, str) and (escaped := writable(text)) != text:
+            place = next(place for place, (one, other) in enumerate(zip(text, escaped)) if one != other)
+            return f"{name}: expected text, received half of a character, {escaped[place : place + 6]}, at {place}"
+    return None
 
 
 def open_source(spec: str, names: ColumnsConfig = USUAL_NAMES) -> Source:

@@ -113,7 +113,7 @@ class PlainFiles(Grouped):
                 uri = f"{self.root}/{name}"
                 pieces.append({"place": place, "uri": uri, "stamp": stamp, "rows": None, "bytes": 0})
         if pieces:
-            first = pieces[0]["uri"]
+            first = str(pieces[0]["uri"])
             self.names.check(grouped(folder_files(first, self.names.needed_to_check)), first)
         return pieces
 

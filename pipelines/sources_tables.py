@@ -219,7 +219,7 @@ def table_records(
     """
     image, caption, score = names
     nothing = pa.nulls(batch.num_rows)
-    captions = (batch.column(caption) if caption else nothing).to_pylist()
+    captions = _texts(batch.column(caption) if caption else nothing)
     scores = (batch.column(score) if score else nothing).to_pylist()
     for row, (picture, text, number) in enumerate(zip(batch.column(image), captions, scores)):
         data, error = picture.as_py(), f"column {image!r} is null"
@@ -229,9 +229,28 @@ def table_records(
             data = data["bytes"]
         if data is None and skip_empty:
             continue
+        if isinstance(text, UnicodeDecodeError):
+            reason = f"column {caption!r}: expected UTF-8, received byte {text.object[text.start]:#x}"
+            yield Record(f"{place}#{first + row}", data, error=reason)
+            continue
         for one in (text or [None]) if isinstance(text, list) else [text]:
             found = None if number is None else float(number)
             yield Record(f"{place}#{first + row}", data, one, found, None if data is not None else error)
+
+
+def _texts(values: pa.Array) -> list[Any]:
+    """The values, with an error in the place of one that is not UTF-8: Arrow itself does not look."""
+    try:
+        return values.to_pylist()
+    except UnicodeDecodeError:
+        return [_text(value) for value in values]
+
+
+def _text(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _footer(file: File) -> pq.FileMetaData | str:

@@ -1,4 +1,4 @@
-"""A tiny LLM and a table of prompts, for tests that drive a stage without Ray."""
+"""A tiny LLM and a table of prompts, for tests that drive a stage without Ray; an ingest without it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ import pytest
 import torch
 import transformers
 
+from lidit import columns
+from pipelines import ingest_worker
+from pipelines.ingest import IngestConfig
+from pipelines.ingest_work import Work
+from pipelines.ingest_worker import IngestWorker
+from pipelines.known import Known
+from pipelines.pool import Tracker
 from pipelines.sources import open_source
-from pipelines.table import ColumnFileWriter, Table
+from pipelines.table import ColumnFile, ColumnFileWriter, Table
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,3 +46,45 @@ def fill(tmp_path: Path) -> Any:
         return table
 
     return make
+
+
+class Near:
+    """An actor that is no process: `actor.method.remote(...)` calls the method, and `ray.get` gives what it gave."""
+
+    def __init__(self, inside: Any):
+        self.inside = inside
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.inside, name)
+        return type("Call", (), {"remote": staticmethod(method)})
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`job(config)`: a worker beside an empty table (or the one there is), `job.run()` what all units make."""
+    monkeypatch.setattr(ingest_worker.ray, "get", lambda value: value)
+    return lambda spec, **options: Job(tmp_path, spec, options)
+
+
+class Job:
+    def __init__(self, folder: Path, spec: str, options: dict[str, Any]):
+        self.config = IngestConfig(spec, **{"store": str(folder / "store"), "rows_per_fragment": 4, **options})
+        self.source = open_source(spec, self.config.columns)
+        self.table = Table(f"{self.config.store}/{columns.SAMPLES_TABLE}")
+        self.table.create(self.source.schema)
+        self.work = Work.of(self.config, self.source, self.table)
+        filters = self.config.filters
+        self.tracker = Near(Tracker())
+        self.known = Near(Known(self.table.uri, filters.duplicates, filters.near_duplicates))
+        self.worker = IngestWorker(self.config, self.table.uri, "ingest-1", self.tracker, self.known)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Every unit's result; its rows are appended."""
+        results = [self.worker(unit) for unit in self.work.units]
+        for result in results:
+            self.known.settle.remote(result["name"], result["attempt"])
+            self.table.append([ColumnFile(**file) for file in result["files"]])
+        return results
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self.table.open().to_table().to_pylist()

@@ -14,57 +14,12 @@ from pipelines.done_pieces import DonePieces
 from pipelines.filters import FiltersConfig
 from pipelines.ingest import IngestConfig
 from pipelines.ingest_work import Work, options_of, packed
-from pipelines.ingest_worker import IngestWorker
-from pipelines.known import Known
-from pipelines.pool import Tracker
 from pipelines.sources import ColumnsConfig, open_source
 from pipelines.summary import Summary
-from pipelines.table import ColumnFile, Table
+from pipelines.table import Table
 
 pytestmark = pytest.mark.unit
 ERROR = columns.error("ingest")
-
-
-class Near:
-    """An actor that is no process: `actor.method.remote(...)` calls the method, and `ray.get` gives what it gave."""
-
-    def __init__(self, inside):
-        self.inside = inside
-
-    def __getattr__(self, name):
-        method = getattr(self.inside, name)
-        return type("Call", (), {"remote": staticmethod(method)})
-
-
-@pytest.fixture
-def job(tmp_path, monkeypatch):
-    """`job(config)`: a worker beside an empty table (or the one there is), `job.run()` what all units make."""
-    monkeypatch.setattr(ingest_worker.ray, "get", lambda value: value)
-    return lambda spec, **options: Job(tmp_path, spec, options)
-
-
-class Job:
-    def __init__(self, folder, spec, options):
-        self.config = IngestConfig(spec, **{"store": str(folder / "store"), "rows_per_fragment": 4, **options})
-        self.source = open_source(spec, self.config.columns)
-        self.table = Table(f"{self.config.store}/{columns.SAMPLES_TABLE}")
-        self.table.create(self.source.schema)
-        self.work = Work.of(self.config, self.source, self.table)
-        filters = self.config.filters
-        self.tracker = Near(Tracker())
-        self.known = Near(Known(self.table.uri, filters.duplicates, filters.near_duplicates))
-        self.worker = IngestWorker(self.config, self.table.uri, "ingest-1", self.tracker, self.known)
-
-    def run(self):
-        """Every unit's result; its rows are appended."""
-        results = [self.worker(unit) for unit in self.work.units]
-        for result in results:
-            self.known.settle.remote(result["name"], result["attempt"])
-            self.table.append([ColumnFile(**file) for file in result["files"]])
-        return results
-
-    def rows(self):
-        return self.table.open().to_table().to_pylist()
 
 
 def write(path, rows):
