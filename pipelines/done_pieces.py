@@ -19,14 +19,14 @@ from lidit.outage import outlast
 from pipelines.sources import Piece
 
 FOLDER = "_ingested"  # in the table's folder, a JSON file per commit
-RULES = 1  # raise it when the same piece and options may give other rows than before
+RULES = {"webdataset": 2, "img2dataset": 2}  # raise a kind's (1) when the same piece and options may give other rows
 
 
 class DonePieces:
     """The notes of one table for one source and its options."""
 
     def __init__(self, table_uri: str, options: dict[str, Any]):
-        self._options = json.dumps({**options, "rules": RULES}, sort_keys=True)
+        self._options = json.dumps({**options, "rules": RULES.get(options.get("kind", ""), 1)}, sort_keys=True)
         self._fs, root = fsspec.core.url_to_fs(table_uri)
         self._folder = f"{root.rstrip('/')}/{FOLDER}"
         self._written = 0

@@ -43,7 +43,7 @@ class Work:
             items = source.items()
             there = ids_there(table, items, source)
             new = [item for item, image_id in zip(items, there) if image_id is None]
-            counts = Counter(already_there=len(items) - len(new), **source.left_out)
+            counts = Counter(already_there=len(items) - len(new), **+source.left_out)
             old = [(item, image_id) for item, image_id in zip(items, there) if image_id is not None]
             compared, differ = compare(table, source, old)
             if differ:
@@ -54,7 +54,7 @@ class Work:
         done = DonePieces(table.uri, options_of(config))
         pieces = source.pieces()
         due = [piece for piece in pieces if config.reread or piece not in done]
-        counts = Counter(shards_done_before=len(pieces) - len(due), **source.left_out)
+        counts = Counter(shards_done_before=len(pieces) - len(due), **+source.left_out)
         rows = [piece["rows"] for piece in due]
         total = None if None in rows else sum(rows)
         return cls(packed(due, config.rows_per_fragment), total, sum(piece["bytes"] for piece in due), counts, done)

@@ -7,7 +7,10 @@ and what a storage lists with signed links is shown without the signatures.
 from __future__ import annotations
 
 import hashlib
+import os
+import posixpath
 import re
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,16 +69,37 @@ def expand_braces(text: str) -> list[str]:
     return [head + choice + rest for choice in choices for rest in expand_braces(tail)]
 
 
-def find_files(spec: str, suffixes: Sequence[str], kind: str) -> list[File]:
+def is_hidden(path: str) -> bool:
+    """Whether a file, or a folder on the way to it, is what programs leave for themselves: `._a.png`, `.ipynb_checkpoints`.
+
+    The one rule for folders, buckets and tars. `path`: below the folder or in the tar; `./` and `../` hide nothing.
+    """
+    return any(part == "__MACOSX" or (part[:1] == "." and part not in (".", "..")) for part in path.split("/"))
+
+
+def what_is_left_out(uri: str, path: str) -> str:
+    """A word for a file that is not taken: `hidden`, `link to a folder`, or its ending."""
+    if is_hidden(path):
+        return "hidden"
+    fs, root = fsspec.core.url_to_fs(uri)
+    if isinstance(fs, LocalFileSystem) and os.path.isdir(f"{root}/{path}"):
+        return "link to a folder"
+    return posixpath.splitext(path)[1].lower() or "without an ending"
+
+
+def find_files(spec: str, suffixes: Sequence[str], kind: str, left_out: Counter[str] | None = None) -> list[File]:
     """The files that a spec means, each once: a file, a folder (all below it with such suffixes), braces, `*`.
+
+    `left_out` is added what lies in folders and is not taken: `left_out_` and what `what_is_left_out` says.
 
     Raises:
         ValueError: nothing there, or one of the files named is not; says which.
     """
     found: list[File] = []
+    passed: Counter[str] = Counter() if left_out is None else left_out
     uris = list(dict.fromkeys(expand_braces(spec)))
     with ThreadPoolExecutor(STAT_THREADS) as threads:  # object stores answer in tens of milliseconds each
-        for uri, files in zip(uris, threads.map(lambda uri: _files_at(uri, suffixes), uris)):
+        for uri, files in zip(uris, threads.map(lambda uri: _files_at(uri, suffixes, passed), uris)):
             if not files:
                 more = f" (1 of {len(uris):,})" if len(uris) > 1 else ""
                 what = f"source {kind}:{spec}: expected {' or '.join(suffixes)} at {uri}{more}, found nothing"
@@ -154,18 +178,24 @@ def stamp_of(info: dict[str, Any]) -> str | None:
     return None if told is None else hashlib.sha256(f"{told} {info.get('size')}".encode()).hexdigest()[:16]
 
 
-def _files_at(uri: str, suffixes: Sequence[str]) -> list[File]:
+def _files_at(uri: str, suffixes: Sequence[str], left_out: Counter[str]) -> list[File]:
     fs, path = fsspec.core.url_to_fs(uri)
     try:
         info = fs.info(path)
     except FileNotFoundError:
         if not any(sign in path for sign in "*?["):
             return []
-        infos = fs.glob(path, detail=True).values()
+        infos = [entry for name, entry in fs.glob(path, detail=True).items() if not is_hidden(posixpath.basename(name))]
     else:
         infos = [info]
         if info["type"] == "directory":
-            infos = [entry for entry in _below(fs, path) if entry["name"].lower().endswith(tuple(suffixes))]
+            infos = []
+            for entry in _below(fs, path):
+                inside = entry["name"].removeprefix(path.rstrip("/")).lstrip("/")
+                if inside.lower().endswith(tuple(suffixes)) and not is_hidden(inside):
+                    infos.append(entry)
+                else:
+                    left_out[f"left_out_{what_is_left_out(uri, inside)}"] += 1
     files = sorted((entry for entry in infos if entry["type"] != "directory"), key=lambda entry: entry["name"])
     return [
         File(fs.unstrip_protocol(entry["name"]).removeprefix("file://"), int(entry["size"] or 0), stamp_of(entry))

@@ -33,6 +33,10 @@ from lidit.uris import shown
 from pipelines.image_check import check_image, digest
 from pipelines.table import UNCOMPRESSED
 
+IMAGE_ENDINGS = (
+    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "jp2", "j2k", "jpx",
+    "jpf", "j2c", "jpc", "mpo",
+)  # fmt: skip
 MAX_IMAGE_BYTES = 256 << 20  # of an encoded image; larger files are refused before they are read
 ID_FIELD = pa.field(columns.IMAGE_ID, pa.string())
 ERROR_FIELD = pa.field(columns.error("ingest"), pa.string())

@@ -20,14 +20,13 @@ import fsspec
 
 from lidit.uris import shown
 from pipelines.compression import UnknownArchive, decompressed, is_damage
-from pipelines.locations import absolute, find_files, is_folder, list_folder, open_stream, stamp_of
-from pipelines.sources import MAX_IMAGE_BYTES, USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
+from pipelines.locations import absolute, find_files, is_folder, is_hidden, list_folder, open_stream, stamp_of
+from pipelines.sources import IMAGE_ENDINGS, MAX_IMAGE_BYTES, USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
 from pipelines.sources_listed import UNREADABLE
 
 TAR_SUFFIXES = (
     ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tar.zstd", ".tzst",
 )  # fmt: skip
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 CAPTION_CHOICES = ("txt", "caption", "text", "json.caption", "json.text")
 PEEK_SAMPLES = 16  # of the first shard, read beforehand: wrong names stop the job before it begins
 PEEK_FOR_NAMES = 1000  # of the first shard, as long as a caption or score that was named has not been seen
@@ -79,7 +78,7 @@ class WebDataset(Grouped):
         self.names = SampleNames(names)
 
     def pieces(self) -> list[Piece]:
-        files = find_files(self.argument, TAR_SUFFIXES, "webdataset")
+        files = find_files(self.argument, TAR_SUFFIXES, "webdataset", self.left_out)
         self.names.check(grouped(tar_files(files[0].uri, self.names.needed_to_check)), files[0].uri)
         return [
             {"place": file.place, "uri": file.uri, "stamp": file.stamp, "rows": None, "bytes": file.size}
@@ -159,11 +158,11 @@ class SampleNames:
 
     def is_image(self, extension: str) -> bool:
         """Whether a file with this extension is the sample's image."""
-        return extension in IMAGE_EXTENSIONS if self.image is None else extension == self.image
+        return extension in IMAGE_ENDINGS if self.image is None else extension == self.image
 
     def image_words(self) -> str:
         """The extensions, for a message."""
-        return f".{self.image}" if self.image else ", ".join(f".{name}" for name in IMAGE_EXTENSIONS)
+        return f".{self.image}" if self.image else ", ".join(f".{name}" for name in IMAGE_ENDINGS)
 
     def wanted(self, extension: str) -> bool:
         """Whether a file with this extension need be read at all."""
@@ -207,7 +206,7 @@ class SampleNames:
         """How many images of a sample are passed over, because it has one already and none was named."""
         if self.image is not None or not any(map(self.is_image, sample.parts)):
             return 0
-        return sum(extension in IMAGE_EXTENSIONS or _is_dotted_image(extension) for extension in sample.parts) - 1
+        return sum(extension in IMAGE_ENDINGS or _is_dotted_image(extension) for extension in sample.parts) - 1
 
     def records(self, sample: Sample, shard: str) -> Iterator[Record]:
         """The sample's record; several, where its JSON has a list of captions."""
@@ -285,7 +284,7 @@ class SampleNames:
 
 def _is_dotted_image(extension: str) -> bool:
     """Whether it is an image's extension behind further dots, such as `01.png` of `cat.01.png`."""
-    return "." in extension and extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+    return "." in extension and extension.rpartition(".")[2] in IMAGE_ENDINGS
 
 
 def _value_at(record: Any, key: str) -> Any:
@@ -346,8 +345,7 @@ def tar_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
             with _StrictTarFile.open(fileobj=decompressed(raw), mode="r:", **options) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined] # it would keep every header
-                    base = posixpath.basename(member.name)
-                    if member.isdir() or base.startswith(".") or member.name.startswith("__MACOSX/"):
+                    if member.isdir() or is_hidden(member.name):
                         continue
                     yield member.name, _content(tar, member, wanted)
     except UnknownArchive as error:
@@ -371,7 +369,7 @@ def folder_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
     fs, _ = fsspec.core.url_to_fs(uri)
     for entry in list_folder(uri):
         name = posixpath.basename(entry["name"])
-        if entry["type"] == "directory" or name.startswith("."):
+        if entry["type"] == "directory" or is_hidden(name):
             continue
         extension = name.partition(".")[2].lower()
         if not wanted(extension):

@@ -1,7 +1,7 @@
 """Sources whose rows are known beforehand: rendered scenes, image folders, COCO captions, prompt files.
 
-A folder's texts come from `<name>.txt` beside the image, or from `metadata.jsonl` (`file_name`, `text`). A COCO set is
-`URI/captions.json` and the folder `URI/images`.
+A folder's texts come from `<name>.txt` or `<name>.caption` beside the image, or from a `metadata.jsonl` or `metadata.csv`
+(`file_name`, `text`) of its folder or one above. A COCO set is `URI/captions.json` and the folder `URI/images`.
 
 Prompt files are UTF-8; text is taken as it stands, edge spaces included, and blank lines are no rows.
 `.txt`: one prompt a line. `.tsv`: header with `prompt` (any case), **no** quoting: a `"` is a character. `.csv`: header
@@ -17,15 +17,17 @@ import json
 import posixpath
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
 from lidit import columns
 from lidit.uris import shown
-from pipelines.locations import absolute, is_folder, read_bytes, walk_files
+from pipelines.locations import absolute, is_folder, is_hidden, read_bytes, walk_files, what_is_left_out
 from pipelines.sources import (
     CAPTION_FIELD,
+    IMAGE_ENDINGS,
     IMAGE_FIELDS,
     MAX_IMAGE_BYTES,
     Item,
@@ -34,8 +36,11 @@ from pipelines.sources import (
     place_digest,
     writable,
 )
+from pipelines.spelling import Spelling
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+TEXT_SUFFIXES = (".txt", ".caption")
+METADATA = ("metadata.csv", "metadata.jsonl")  # of one folder the last one counts
+MAX_FIELD = 1 << 30  # characters of a field of a CSV file
 EARLIER_PROMPT_ID = re.compile(r":\d{7,}:[0-9a-f]{8}")  # after the file's name: the prompt's number and digest
 UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)  # this file's own fault, not the storage's
 
@@ -72,25 +77,32 @@ class Folder(Listed):
 
     def items(self) -> list[Item]:
         sizes = walk_files(self.root)
-        texts = self._metadata() if "metadata.jsonl" in sizes else {}
+        files = [path for path in sizes if not is_hidden(path)]
+        images = [path for path in files if _ending(path)[1:] in IMAGE_ENDINGS]
+        texts, text_paths = self._metadata(files, images), self._texts_beside(files, images)
         name = writable(posixpath.basename(self.root))
         here = f"{name}-{place_digest(self.root)}"
         items = []
-        for path in sizes:
-            stem, suffix = posixpath.splitext(path)
-            if suffix.lower() not in IMAGE_SUFFIXES:
-                continue
+        for path in images:
             inside = writable(path)
             item: Item = {"image_id": f"{here}/{inside}", "path": path, "bytes": sizes[path]}
             item["earlier_id"] = item["place"] = f"{name}/{inside}"
             if path in texts:
                 item["text"] = texts[path]
-            elif f"{stem}.txt" in sizes:
-                item["text_path"] = f"{stem}.txt"
+            elif (text_path := text_paths.get(posixpath.splitext(path)[0])) is not None:
+                item["text_path"] = text_path
             items.append(item)
+        read = {
+            path for path in files if _ending(path) in TEXT_SUFFIXES or posixpath.basename(path).lower() in METADATA
+        }
+        for path in sizes.keys() - set(images) - read:
+            self.left_out[f"left_out_{what_is_left_out(self.root, path)}"] += 1
         if not items:
-            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise ValueError(f"source folder:{self.root}: expected images ({suffixes}), found none")
+            found = ", ".join(f"{count:,} {what.removeprefix('left_out_')}" for what, count in self.left_out.items())
+            raise ValueError(
+                f"source folder:{self.root}: expected images (.{', .'.join(sorted(IMAGE_ENDINGS))}), found none"
+                f"{f'; there are {found}' if found else ''}"
+            )
         return items
 
     def record(self, item: Item) -> Record:
@@ -101,9 +113,50 @@ class Folder(Listed):
             return Record(item["place"], error=f"{item['bytes']:,} bytes, more than {MAX_IMAGE_BYTES:,} allowed")
         return _file_record(item["place"], f"{self.root}/{item['path']}", text)
 
-    def _metadata(self) -> dict[str, str]:
-        records = _json_lines(f"{self.root}/metadata.jsonl", required=("file_name", "text"))
-        return {record["file_name"]: record["text"] for record in records}
+    def _metadata(self, files: list[str], images: list[str]) -> dict[str, str]:
+        """Image -> its text by the metadata files: each holds for its own folder and what is below, the nearest one counts."""
+        texts: dict[str, str] = {}
+        found = [path for path in files if posixpath.basename(path).lower() in METADATA]
+        for path in sorted(found, key=lambda path: (path.count("/"), path)):
+            folder = posixpath.dirname(path)
+            spelling = Spelling(posixpath.relpath(image, folder or ".") for image in images if _is_below(image, folder))
+            of_this: set[str] = set()
+            for name, text in self._lines(path, topmost=not folder):
+                if text is None:
+                    self.left_out["metadata_without_text"] += 1
+                elif (image := spelling.find(name)) is None:
+                    self.left_out["texts_without_image"] += 1
+                else:
+                    whole = posixpath.join(folder, image)
+                    self.left_out["texts_more"] += whole in of_this
+                    of_this.add(whole)
+                    texts[whole] = text
+        return texts
+
+    def _lines(self, path: str, topmost: bool) -> Iterator[tuple[str, str | None]]:
+        """(file name, text) of each line; what the topmost file lacks is an error, others may be there for other purposes."""
+        uri = f"{self.root}/{path}"
+        required = ("file_name", "text") if topmost else ()
+        records = _json_lines(uri, required) if path.lower().endswith(".jsonl") else _csv_records(uri, required)
+        for record in records:
+            name, text = record.get("file_name"), record.get("text")
+            whole = isinstance(name, str) and isinstance(text, str)
+            yield (name, text) if whole else ("", None)  # type: ignore[misc]
+
+    def _texts_beside(self, files: list[str], images: list[str]) -> dict[str, str]:
+        """Name of an image without its ending -> the text file beside it."""
+        spelling = Spelling({posixpath.splitext(image)[0] for image in images})
+        found: dict[str, str] = {}
+        for suffix in reversed(TEXT_SUFFIXES):  # of several the first one counts
+            for path in files:
+                if _ending(path) != suffix:
+                    continue
+                stem = spelling.find(posixpath.splitext(path)[0])
+                if stem is None:
+                    self.left_out["texts_without_image"] += 1
+                else:
+                    found[stem] = path
+        return found
 
 
 class Coco(Listed):
@@ -120,6 +173,9 @@ class Coco(Listed):
         try:
             record = json.loads(read_bytes(path))
             names = {image["id"]: image["file_name"] for image in record["images"]}
+            self.left_out["images_without_text"] += len(
+                names.keys() - {note["image_id"] for note in record["annotations"]}
+            )
             return [
                 {
                     "image_id": writable(f"coco-{here}-{note['image_id']}-{note['id']}"),
@@ -196,11 +252,7 @@ class Prompts(Listed):
         return self._column([line.removesuffix("\r").split("\t") for line in _read(self.path).split("\n")])
 
     def _csv(self) -> list[str]:
-        try:
-            lines = list(csv.reader(io.StringIO(_read(self.path), newline=""), strict=True))
-        except csv.Error as error:
-            raise ValueError(f"{self.path}: expected fields quoted as RFC 4180 says: {error}") from error
-        return self._column(lines)
+        return self._column(_csv_lines(self.path))
 
     def _column(self, lines: list[list[str]]) -> list[str]:
         header = lines[0] if lines else []
@@ -245,6 +297,37 @@ def _read(uri: str) -> str:
         raise ValueError(
             f"{uri}: expected UTF-8, received byte {error.object[error.start]:#x} at {error.start}"
         ) from error
+
+
+def _csv_lines(uri: str) -> list[list[str]]:
+    csv.field_size_limit(MAX_FIELD)  # of this process: 131,072 by itself
+    try:
+        return list(csv.reader(io.StringIO(_read(uri), newline=""), strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{uri}: expected fields quoted as RFC 4180 says: {error}") from error
+
+
+def _csv_records(uri: str, required: tuple[str, ...]) -> list[dict[str, Any]]:
+    lines = _csv_lines(uri)
+    header = [name.strip().lower() for name in lines[0]] if lines else []
+    if missing := [name for name in required if name not in header]:
+        raise ValueError(f"{uri}: expected a header with columns {', '.join(missing)}, received {header}")
+    records = []
+    for number, line in enumerate(lines[1:], start=2):
+        if line in ([], [""]):
+            continue
+        if len(line) != len(header):
+            raise ValueError(f"{uri}, row {number}: expected {len(header)} fields, received {len(line)}")
+        records.append(dict(zip(header, line)))
+    return records
+
+
+def _ending(path: str) -> str:
+    return posixpath.splitext(path)[1].lower()
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return not folder or path.startswith(f"{folder}/")
 
 
 def _json_lines(uri: str, required: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ class Parquet(Sharded):
         self.argument, self.names, self.downloaded = absolute(argument), names, downloaded
 
     def pieces(self) -> list[Piece]:
-        files = find_files(self.argument, PARQUET_SUFFIXES, "parquet")
+        files = find_files(self.argument, PARQUET_SUFFIXES, "parquet", self.left_out)
         with ThreadPoolExecutor(STAT_THREADS) as threads:
             footers = list(threads.map(_footer, files))
         schemas = [footer.schema.to_arrow_schema() for footer in footers if not isinstance(footer, str)]

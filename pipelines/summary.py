@@ -8,6 +8,8 @@ from typing import Any
 
 from lidit.printable import one_line, printable
 
+SHOWN_ENDINGS = 8  # of files that were passed over
+
 
 @dataclass
 class Summary:
@@ -115,6 +117,20 @@ class Summary:
             )
         if counts.get("repeated"):
             lines.append(f"  repeated   {counts['repeated']:,.0f} rows came more than once, image and caption alike")
+        passed = {name.removeprefix("left_out_"): n for name, n in counts.items() if name.startswith("left_out_")}
+        if passed:
+            most = sorted(passed.items(), key=lambda item: -item[1])
+            words = [f"{count:,.0f} {what}" for what, count in most[:SHOWN_ENDINGS]]
+            words += [f"{sum(count for _, count in most[SHOWN_ENDINGS:]):,.0f} others"] * (len(most) > SHOWN_ENDINGS)
+            lines.append(f"  passed by  {one_line(', '.join(words))}: not of this source, or not read here")
+        for name, what in (
+            ("texts_without_image", "texts name or stand beside no image that is there"),
+            ("texts_more", "lines of metadata name an image that has had one: the last one counts"),
+            ("metadata_without_text", "lines of metadata below have no text"),
+            ("images_without_text", "images of the set have no annotation, so no row"),
+        ):
+            if counts.get(name):
+                lines.append(f"  not used   {counts[name]:,.0f} {what}")
         if counts.get("more_images"):
             lines.append(
                 f"  more       {counts['more_images']:,.0f} further images of samples were not taken: one is a sample's"
