@@ -148,14 +148,14 @@ def check_store(store: str) -> Check:
     """Writes, reads, lists, creates exclusively and deletes a small file."""
     import fsspec
 
-    from lidit.lease import create_exclusively
+    from lidit.files import create_exclusively, make_folder
 
     fs, root = fsspec.core.url_to_fs(store)
     folder = f"{root.rstrip('/')}/preflight"
     path, content = f"{folder}/{secrets.token_hex(8)}", b"preflight"
     step = "write"
     try:
-        fs.makedirs(folder, exist_ok=True)
+        make_folder(fs, folder)
         create_exclusively(fs, path, content)
         step = "read"
         if fs.cat_file(path) != content:

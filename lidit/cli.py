@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from lidit.config_files import check_flags, load_yaml, packages
+from lidit.places import settled
 from lidit.printable import printable, printable_streams
 
 JOBS = {
@@ -61,7 +62,7 @@ def _run(argv: list[str]) -> int:
     try:
         config = parse_config(argv[0], module, argv[1:])
         with _stdout_to_stderr() as stdout, _ray_of_its_own():
-            summary = module.main(config)
+            summary = module.main(settled(config))
             print(printable(summary.to_text()), file=sys.stderr)
             print(summary.to_json(), file=stdout, flush=True)
         return 0 if summary.ok else 1

@@ -14,6 +14,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
+WITH_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "tos", "cos", "obs"}  # of fsspec
 CREATE_TRIES = 3  # of a file that is refused and yet not there
 
 
@@ -31,6 +32,27 @@ def is_there(fs: Any, path: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def make_folder(fs: Any, path: str) -> None:
+    """Makes a folder with those above it; never a bucket: one that is not there was misspelt, or is for its owner to make.
+
+    An object store has no folders to make.
+
+    Raises:
+        ValueError: there is no bucket of that name.
+    """
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    if not protocols & WITH_BUCKETS:
+        fs.makedirs(path, exist_ok=True)
+        return
+    bucket = path.lstrip("/").partition("/")[0]
+    with contextlib.suppress(PermissionError):  # who may not look may still write
+        if not is_there(fs, path) and not is_there(fs, bucket):
+            raise ValueError(
+                f"{fs.unstrip_protocol(path)}: expected a bucket {bucket!r}, there is no bucket of that name; is it spelt "
+                f"right, and in this account or endpoint? Make it first: jobs make none"
+            )
 
 
 def create_exclusively(fs: Any, path: str, content: bytes) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 
 from lidit.alive import Heartbeat, is_alive, make_heartbeat, read_heartbeat, silent_seconds
-from lidit.files import create_exclusively, is_there, remove_file, replace_file
+from lidit.files import create_exclusively, is_there, make_folder, remove_file, replace_file
 from lidit.outage import is_away, outlast
 
 __all__ = ["Lease", "LeaseHeld", "LeaseLost", "check_number", "create_exclusively"]
@@ -57,7 +57,7 @@ class Lease:
 
     def __enter__(self) -> Lease:
         deadline = time.monotonic() + self.wait_seconds
-        outlast(lambda: self._fs.makedirs(self._folder, exist_ok=True), "making the lease's folder")
+        outlast(lambda: make_folder(self._fs, self._folder), "making the lease's folder")
         while (holder := outlast(self._take, "taking the lease")) is not None:
             if time.monotonic() >= deadline:
                 waited = f", waited {self.wait_seconds:g} s" if self.wait_seconds else ""

@@ -14,7 +14,7 @@ from typing import Any
 
 import fsspec
 
-from lidit.files import is_there, replace_file
+from lidit.files import is_there, make_folder, replace_file
 from lidit.outage import outlast
 from pipelines.sources import Piece
 
@@ -55,7 +55,7 @@ class DonePieces:
         path = f"{self._folder}/{run_id}-{self._written:06d}.json"
 
         def write() -> None:
-            self._fs.makedirs(self._folder, exist_ok=True)
+            make_folder(self._fs, self._folder)
             replace_file(self._fs, path, json.dumps(keys).encode())
 
         outlast(write, "noting what is done")

@@ -26,6 +26,7 @@ import torch
 from lidit import columns
 from lidit.companions import Companions
 from lidit.model_files import config_digest, split_revision, weights_digest
+from lidit.places import settled
 from lidit.sampler import SamplerConfig
 from lidit.weights import FILES, read_config, resolve_weights
 from pipelines.layouts import LAYOUTS, check_folder, image_files, write_layout
@@ -259,6 +260,7 @@ def main(config: GenerateConfig) -> Summary:
         ValueError: the input is wrong; nothing was made.
         RuntimeError, OSError: a worker failed, or a disk is full; the same command goes on.
     """
+    config = settled(config)
     prompts, name = _prompts(config)
     wanted = pictures(name, prompts, config.count, config.first_seed)
     cut = check_input(config, prompts)

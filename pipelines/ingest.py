@@ -22,6 +22,7 @@ import yaml
 
 from lidit import columns
 from lidit.outage import outlast
+from lidit.places import settled
 from lidit.uris import check_config
 from pipelines.filters import FiltersConfig
 from pipelines.ingest_work import Work, plain
@@ -90,7 +91,7 @@ def main(config: IngestConfig) -> Summary:
         TooManyErrors: what is committed by then is kept.
         RuntimeError, OSError: a worker failed, or the storage did; the same command goes on.
     """
-    start = time.monotonic()
+    start, config = time.monotonic(), settled(config)
     source = outlast(lambda: open_source(config.source, config.columns), "looking at the source")
     table = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
     if config.dry_run:

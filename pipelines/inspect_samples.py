@@ -6,6 +6,7 @@ Only what is shown is read: a few rows by their place in the table.
 from __future__ import annotations
 
 import base64
+import glob
 import io
 import json
 from collections.abc import Sequence
@@ -209,7 +210,9 @@ def _picture(image: Image.Image) -> Picture:
 def _models_of_runs(store: str) -> list[tuple[str, str | None]]:
     """(model, revision) of the latents runs, each once, the newest first; runs whose config is broken are left out."""
     fs, root = runs_folder(store)
-    named = [_model_of(fs, path) for path in sorted(fs.glob(f"{root}/latents-*/config.yaml"), reverse=True)]
+    named = [
+        _model_of(fs, path) for path in sorted(fs.glob(f"{glob.escape(root)}/latents-*/config.yaml"), reverse=True)
+    ]
     return list(dict.fromkeys(each for each in named if each is not None))
 
 

@@ -30,6 +30,7 @@ from lidit.durable import flushed_commit
 from lidit.files import replace_file
 from lidit.lease import Lease, LeaseHeld, LeaseLost
 from lidit.outage import outlast
+from lidit.places import absolute, settled
 from lidit.printable import printable
 from lidit.uris import check_config, shown
 from pipelines import embed, ingest, latents, recaption, verify
@@ -152,6 +153,7 @@ def main(config: PreprocessConfig) -> Result:
 
     A stage's failure is no exception here: it is in the result, which is written down all the same.
     """
+    config = settled(config)
     result = Result(config.store, started=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", dry_run=config.dry_run)
     start = time.monotonic()
     if config.dry_run:
@@ -279,7 +281,7 @@ def _samples(config: PreprocessConfig) -> Table:
 
 def _check_part(name: str, part: Any, store: str) -> None:
     """Refuses what a schedule must not say of a stage."""
-    if part.store not in (DEFAULT_STORE, store):
+    if absolute(part.store) not in (absolute(DEFAULT_STORE), absolute(store)):
         raise ValueError(f"{name}.store: expected none, for it is the job's own ({store}); received {part.store!r}")
     for switch in ("dry_run", "overwrite", "stamp", "reread"):
         if getattr(part, switch, False):

@@ -25,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lidit import columns
 from lidit.alive import Heartbeat, is_alive, make_heartbeat, read_heartbeat
-from lidit.files import is_there, remove_file, replace_file
+from lidit.files import is_there, make_folder, remove_file, replace_file
 from lidit.outage import outlast
 from pipelines.table import Table
 
@@ -54,7 +54,7 @@ class Run:
         self._heartbeat = Heartbeat(self._beat, f"run {self.id}")
 
     def __enter__(self) -> Run:
-        outlast(lambda: self._fs.makedirs(f"{self._root}/{self.id}", exist_ok=True), "making the run's folder")
+        outlast(lambda: make_folder(self._fs, f"{self._root}/{self.id}"), "making the run's folder")
         outlast(self._beat, "writing the run's heartbeat")
         self._heartbeat.start()
         return self

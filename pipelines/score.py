@@ -25,6 +25,7 @@ from lidit import columns
 from lidit.files import is_there, replace_file
 from lidit.outage import outlast
 from lidit.pixels import ImageError, open_rgb
+from lidit.places import settled
 from lidit.printable import one_line
 from pipelines.score_clip import ClipScore
 from pipelines.score_fid import fid, fid_features
@@ -196,6 +197,7 @@ def main(config: ScoreConfig) -> Scores:
     Raises:
         ValueError: no table, or a metric lacks what it needs.
     """
+    config = settled(config)
     features = fid_features(config) if "fid" in config.metrics else None
     summary = run_stage(ScoreImages, config) if config.of_images else None
     if summary is not None:

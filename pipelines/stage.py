@@ -20,6 +20,7 @@ import ray
 import yaml
 
 from lidit import columns
+from lidit.places import settled
 from lidit.uris import check_config
 from pipelines.field_prints import field_differences, unrecorded_keys
 from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
@@ -93,6 +94,7 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
         ErrorRateExceeded: too many rows failed; fragments without errors up to then are committed.
         RuntimeError: an actor failed, or fragments stayed missing; what is committed is kept.
     """
+    config = settled(config)
     table = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
     fields = [*stage.writes(config), pa.field(columns.error(stage.name), pa.string())]
     dataset = table.open()

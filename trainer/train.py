@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lidit.lease import Lease
+from lidit.places import settled
 from trainer.checkpoint import Observe
 from trainer.config import TrainConfig
 from trainer.driver import in_thread, only_driver, stopped_by_signals
 from trainer.manifest import steps_in
 from trainer.recipes import RECIPES
 from trainer.signals import STOP
-from trainer.storage import Storage, absolute
+from trainer.storage import Storage
 from trainer.tables import Tables, pinned_versions, write_versions
 
 __all__ = ["RECIPES", "TrainConfig", "TrainSummary", "main"]
@@ -93,14 +94,7 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
         RuntimeError: a checkpoint could not be saved, losses are not finite, or workers failed more than `max_failures` times.
     """
     start = time.monotonic()
-    config = dataclasses.replace(
-        config,
-        store=absolute(config.store),
-        storage=absolute(config.storage),
-        phases=tuple(
-            dataclasses.replace(phase, store=phase.store and absolute(phase.store)) for phase in config.phases
-        ),
-    )
+    config = settled(config)
     storage = Storage(f"{config.storage}/{config.name}")
     summary = TrainSummary(config.name, storage.uri, total_steps=config.total_steps)
     if config.dry_run:
