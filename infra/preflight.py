@@ -148,7 +148,8 @@ def check_store(store: str) -> Check:
     """Writes, reads, lists, creates exclusively and deletes a small file."""
     import fsspec
 
-    from lidit.files import create_exclusively, make_folder
+    from lidit.files import make_folder
+    from lidit.lease import create_exclusively
 
     fs, root = fsspec.core.url_to_fs(store)
     folder = f"{root.rstrip('/')}/preflight"
@@ -175,7 +176,7 @@ def check_store(store: str) -> Check:
             )
         step = "delete"
         fs.rm_file(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return Check("store", False, f"could not {step}: {type(error).__name__}: {error}", FIXES["store"])
     return Check("store", True, f"{store}: write, read, list, create exclusively, delete")
 

@@ -7,11 +7,13 @@ import logging
 import os
 import secrets
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 TRIES = 3  # of starting a local node
+SOCKET_TOO_LONG = "AF_UNIX path length"  # what Ray says of a long temporary folder
 TOO_SLOW = "timed out during startup"  # what Ray says when its node did not come up within 30 s, a limit of its own
 
 
@@ -26,7 +28,7 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
         local: further options of `ray.init` for a local cluster.
 
     Raises:
-        RuntimeError: the local node did not come up.
+        RuntimeError: the local node did not come up, or has no place for its token, sockets or logs; says which variable helps.
     """
     # Ray starts its processes by fork and exec, which is safe; Lance warns of any fork.
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
@@ -41,7 +43,8 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
         return
-    if os.environ.get("RAY_AUTH_MODE", "token") == "token":
+    is_given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not is_given:
         _make_token()
     options |= {"include_dashboard": False, "object_store_memory": 256 << 20, **local}
     for number in range(1, TRIES + 1):
@@ -50,6 +53,8 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
             return
         except Exception as error:  # Ray raises no class of its own
             ray.shutdown()
+            if (what := _without_place(error)) is not None:
+                raise RuntimeError(what) from error
             if TOO_SLOW not in str(error):
                 raise
             print(
@@ -61,19 +66,53 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
     )
 
 
+def _without_place(error: Exception) -> str | None:
+    """What to say where Ray found no place for its sockets and logs; None of any other error."""
+    base = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if SOCKET_TOO_LONG in str(error):
+        return (
+            f"Ray keeps its sockets below {base!r}, and the path of a socket has 107 bytes at most: set RAY_TMPDIR to a folder "
+            f"with a short name, such as /tmp"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"Ray keeps its sockets and logs below {base!r}, and there: {error}. Set RAY_TMPDIR to a folder with a short name "
+            f"that this user can write to"
+        )
+    return None
+
+
 def _make_token() -> None:
-    """The token of local clusters, readable by its owner alone: one that Ray makes may be read by everyone."""
-    path = Path.home() / ".ray" / "auth_token"
+    """The token of local clusters, readable by its owner alone: one that Ray makes may be read by everyone.
+
+    Raises:
+        RuntimeError: the home folder has no place for it.
+    """
+    try:
+        _make_token_at(Path.home() / ".ray" / "auth_token")
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home at all
+        raise RuntimeError(
+            f"Ray keeps a token in ~/.ray/auth_token, and there: {error}. Set HOME to a folder that this user can write to, or "
+            f"RAY_AUTH_TOKEN_PATH to a file with a secret of your own"
+        ) from error
+
+
+def _make_token_at(path: Path) -> None:
     beside = path.with_name(f".auth_token-{secrets.token_hex(8)}")
-    with contextlib.suppress(OSError):  # no place to write to: Ray says so
-        if path.exists():
+    if path.exists():
+        with contextlib.suppress(OSError):  # on a read-only disk it stays as it is
             path.chmod(0o600)
-            return
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.open().close()  # may this user read it?
+        return
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
         try:
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_hex(32))
-            with contextlib.suppress(FileExistsError):  # of a job that started at the same time
-                os.link(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+            os.link(beside, path)
+        except FileExistsError:  # of a job that started at the same time
+            pass
+        except OSError:  # some network disks have no links
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

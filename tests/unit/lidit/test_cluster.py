@@ -105,3 +105,62 @@ def test_no_token_where_it_is_turned_off(starts: Starts, home: Path, monkeypatch
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     cluster.start_ray(starts)
     assert not (home / ".ray").exists()
+
+
+@pytest.mark.parametrize("starts", [(0, "")], indirect=True)
+@pytest.mark.parametrize("variable", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"])
+def test_a_token_that_is_given_needs_no_home(starts: Starts, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv("HOME", "/proc/no-such-home")
+    monkeypatch.setenv(variable, "x" * 64)
+    cluster.start_ray(starts)
+    assert len(starts.options) == 1
+
+
+@pytest.mark.parametrize("starts", [(0, "")], indirect=True)
+@pytest.mark.parametrize("home_is", ["missing", "a file"])
+def test_a_home_without_a_place_for_the_token(
+    starts: Starts, home: Path, monkeypatch: pytest.MonkeyPatch, home_is: str
+) -> None:
+    (home / "file").touch()
+    monkeypatch.setenv("HOME", {"missing": "/proc/no-such-home", "a file": str(home / "file")}[home_is])
+    with pytest.raises(RuntimeError, match=r"token in ~/\.ray/auth_token, and there: .*Set HOME .*RAY_AUTH_TOKEN_PATH"):
+        cluster.start_ray(starts)
+    assert starts.options == []
+
+
+@pytest.mark.parametrize("starts", [(0, "")], indirect=True)
+def test_a_token_that_cannot_be_closed_to_others_is_used(
+    starts: Starts, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = home / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("made by Ray")
+
+    def read_only(*args: object, **options: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "chmod", read_only)
+    cluster.start_ray(starts)
+    assert len(starts.options) == 1
+
+
+LONG = "validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /long/ray/session/sockets/raylet"
+
+
+@pytest.mark.parametrize("starts", [(1, LONG)], indirect=True)
+def test_a_long_temporary_folder(starts: Starts) -> None:
+    with pytest.raises(RuntimeError, match="set RAY_TMPDIR to a folder with a short name"):
+        cluster.start_ray(starts)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied", "/tmp/ray"), OSError(30, "Read-only", "/x")]
+)
+@pytest.mark.parametrize("starts", [(0, "")], indirect=True)
+def test_a_temporary_folder_of_somebody_else(starts: Starts, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    def init(**options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(starts, "init", init)
+    with pytest.raises(RuntimeError, match="Set RAY_TMPDIR to a folder"):
+        cluster.start_ray(starts)
