@@ -145,15 +145,13 @@ def point(curves: Curves, rows: Rows, setting: Setting, seed: int, images: int) 
     added = {
         "images": images,
         "training_loss": loss,
-        "images_per_second": round((last - first) * curves.cell.batch_size / max(seconds, 1e-9), 1),
+        "images_per_second": round((last - first) * curves.cell.batch_size / seconds, 1) if last > first else None,
         "exam_seconds": round(time.monotonic() - began - seconds, 1),
         **figures,
     }
     record["points"] = sorted([*record["points"], added], key=lambda one: one["images"])
     _write(record, path)
-    print(
-        f"{path.stem}: {images:,} images, {added['images_per_second']:.0f} a second, {summary(added)}", file=sys.stderr
-    )
+    print(f"{path.stem}: {images:,} images, {added['images_per_second']} a second, {summary(added)}", file=sys.stderr)
 
 
 def summary(found: dict[str, Any]) -> str:

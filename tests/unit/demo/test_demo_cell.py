@@ -10,7 +10,7 @@ import torch
 from demo.ablation_settings import SETTINGS
 from demo.cell import Cell, CellConfig, training_rows
 from demo.cell_table import Prompts, States, encode_prompts, scene_latents
-from demo.following import HeldOutExam, SwapExam, losses, margin_figures
+from demo.following import HIGH, HeldOutExam, SwapExam, losses, margin_figures
 from demo.swaps import swaps
 from lidit.vae import load_vae
 from trainer.config import OptimizerConfig
@@ -83,12 +83,12 @@ def test_rows_come_once_in_a_pass():
 
 def test_a_cell_learns_and_its_average_is_applied_for_a_while(rows):
     cell = cell_of(rows)
-    before = losses(cell, *rows).mean()
+    before = losses(cell, *rows, HIGH).mean()
     cell.advance(30)
     own = [parameter.clone() for parameter in cell.parameters]
     with cell.averaged():
         assert not cell.model.training
-        after = losses(cell, *rows).mean()
+        after = losses(cell, *rows, HIGH).mean()
     assert after < before
     assert cell.model.training and all(map(torch.equal, own, cell.parameters))
 
