@@ -40,7 +40,7 @@ def settled(config: Config) -> Config:
     Raises:
         ValueError: a place that libraries read differently, or that workers cannot see; names the field.
     """
-    return _settled(config, "")
+    return _settled(config, "") if dataclasses.is_dataclass(config) else config
 
 
 def absolute(path: str) -> str:

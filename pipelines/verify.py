@@ -36,13 +36,27 @@ from lidit.printable import one_line
 from lidit.text import DTYPES, ENCODER_ONLY, EncoderConfig
 from lidit.uris import check_config, shown
 from pipelines.table import Table
-from pipelines.verify_files import wrong_content, wrong_places
+from pipelines.verify_files import Unchecked, wrong_content, wrong_places
 from pipelines.verify_latents import latents_fields, latents_problems
 from pipelines.verify_scope import draw_rows, fragments_since, scan
 from pipelines.worker import READS
 
 READ_ROWS = 256
 SHOWN = 5  # problems of one check that are listed
+MAKE_AGAIN = "columns of a stage are made again by its job with --overwrite"
+PUT_BACK = (
+    "columns that came with the rows: put the file back from a copy, or delete the fragment's rows and ingest them again, with "
+    "--reread"
+)
+REMEDIES = {
+    "rows": "keep one row of each image_id and delete the others",
+    "complete": "run the stage's job: it makes what is missing",
+    "content": f"{MAKE_AGAIN}; {PUT_BACK}",
+    "place": f"put the files back under their own names; else {MAKE_AGAIN}; {PUT_BACK}",
+    "embeddings": "rows without a reason: run lidit embed; others: lidit embed --overwrite",
+    "latents": "rows without a reason: run lidit latents; others: lidit latents --overwrite",
+    "again": "use the model that the embeddings were made with, or make them again: lidit embed --overwrite",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,7 @@ class Report:
     version: int = 0  # of the samples table, that was looked at
     checks: dict[str, str] = field(default_factory=dict)  # name -> what was looked at
     problems: dict[str, list[str]] = field(default_factory=dict)
+    unchecked: list[str] = field(default_factory=list)  # what could not be looked at, which is no problem by itself
 
     @property
     def ok(self) -> bool:
@@ -92,7 +107,10 @@ class Report:
             lines.append(f"  {'FAILED' if found else 'ok':7} {name:10} {what}")
             lines += [f"            - {one_line(problem)}" for problem in found[:SHOWN]]
             lines += [f"            - and {len(found) - SHOWN:,} more"] if len(found) > SHOWN else []
-        verdict = "nothing wrong found" if self.ok else "PROBLEMS FOUND: embed the fragments named again (--overwrite)"
+            lines += [f"            what to do: {REMEDIES[name]}"] if found and name in REMEDIES else []
+        lines += [f"  {'not':7} checked    {one_line(what)}" for what in self.unchecked]
+        verdict = "nothing wrong found" if self.ok else "PROBLEMS FOUND"
+        verdict += ", not all could be checked" if self.ok and self.unchecked else ""
         return "\n".join([f"verify {self.store}: {verdict}", *lines])
 
 
@@ -117,8 +135,11 @@ def main(config: VerifyConfig) -> Report:
     check("rows", f"{dataset.count_rows():,} rows, version {dataset.version}", lambda: _rows(dataset))
     check("complete", f"{len(made)} columns of stages", lambda: _complete(table, dataset, made))
     changed = f" changed since {config.since}" if config.since else ""
-    what = f"digests of every column, {len(fragments):,} fragments{changed}"
-    check("content", what, lambda: wrong_content(table.uri, dataset, fragments))
+    what, unchecked = f"digests of every column, {len(fragments):,} fragments{changed}", Unchecked(dataset)
+    check("content", what, lambda: wrong_content(table.uri, dataset, fragments, unchecked.add))
+    if unchecked.count:
+        report.checks["content"] += f"; {unchecked.count:,} files of another tool have none"
+        report.unchecked += unchecked.sentences()
 
     def looked_at(total: int, silent: int) -> None:
         unknown = f"; not checkable are {silent:,}, of an older lidit or another tool" if silent else ""
