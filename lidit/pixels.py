@@ -41,6 +41,10 @@ FORMATS = (
     "AVIF",
     "JPEG2000",
 )  # a JPEG with several pictures (MPO) is a JPEG
+OTHER_FILES = {
+    b"%PDF": "PDF", b"%!PS": "PostScript", b"PK\x03\x04": "ZIP", b"\x1f\x8b": "gzip", b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL", b"8BPS": "Photoshop", b"\0\0\1\0": "an icon",
+}  # fmt: skip
 MAX_PIXELS = 100_000_000  # of an image's header
 MAX_SCANS = 100  # of a JPEG; the usual progressive one has ten
 MAX_SCAN_PIXELS = 2_000_000_000  # pixels times scans: each of them may cost a few bytes and goes over the whole picture
@@ -80,9 +84,8 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        begin = bytes(data[:12])
         raise ImageError(
-            f"not an image of a format known here ({', '.join(FORMATS)}): begins with {begin!r}"
+            f"not an image of a format known here ({', '.join(FORMATS)}){_named(bytes(data[:16]))}"
         ) from error
     except Exception as error:  # Pillow's size limit, and whatever a damaged header makes a format's reader raise
         raise ImageError(f"the header cannot be read: {type(error).__name__}: {error}") from error
@@ -115,6 +118,14 @@ def _tile_pixels(image: Image.Image) -> int:
     tags = getattr(image, "tag_v2", {})
     sides = [tags.get(number, 0) for number in (TILE_WIDTH, TILE_HEIGHT)]
     return sides[0] * sides[1] if all(isinstance(side, int) for side in sides) else MAX_PIXELS + 1
+
+
+def _named(start: bytes) -> str:
+    """What a file is that is no such image, by its first bytes; they are not quoted, for it may be anybody's file."""
+    found = next((name for sign, name in OTHER_FILES.items() if start.startswith(sign)), None)
+    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
+        found = "HEIC"
+    return f": this is {found}" if found else ""
 
 
 def open_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -170,6 +170,18 @@ def read_bytes(uri: str) -> bytes:
     return outlast(lambda: fs.cat_file(path), "reading a file of the source")
 
 
+def read_below(root: str, path: str) -> bytes:
+    """A whole file below a folder. Nothing in `path` is a protocol, nor one of fsspec's chained ones (`::`)."""
+    fs, folder = fsspec.core.url_to_fs(root)
+    return outlast(lambda: fs.cat_file(f"{folder.rstrip('/')}/{path}"), "reading a file of the source")
+
+
+def leads_outside(path: str) -> bool:
+    """Whether a path that a file of the source names might lead out of its folder, or to another storage."""
+    plain = path.replace("\\", "/")
+    return plain.startswith("/") or ".." in plain.split("/") or ":/" in plain or "::" in plain
+
+
 def stamp_of(info: dict[str, Any]) -> str | None:
     """A short digest of what the storage says of a file's content: its ETag, or its time, and its size."""
     told = next(

@@ -24,7 +24,16 @@ import pyarrow as pa
 
 from lidit import columns
 from lidit.uris import shown
-from pipelines.locations import absolute, is_folder, is_hidden, read_bytes, walk_files, what_is_left_out
+from pipelines.locations import (
+    absolute,
+    is_folder,
+    is_hidden,
+    leads_outside,
+    read_below,
+    read_bytes,
+    walk_files,
+    what_is_left_out,
+)
 from pipelines.sources import (
     CAPTION_FIELD,
     IMAGE_ENDINGS,
@@ -108,10 +117,10 @@ class Folder(Listed):
     def record(self, item: Item) -> Record:
         text = item.get("text")
         if "text_path" in item:
-            text = read_bytes(f"{self.root}/{item['text_path']}").decode("utf-8-sig").rstrip("\r\n")
+            text = read_below(self.root, item["text_path"]).decode("utf-8-sig").rstrip("\r\n")
         if item["bytes"] > MAX_IMAGE_BYTES:
             return Record(item["place"], error=f"{item['bytes']:,} bytes, more than {MAX_IMAGE_BYTES:,} allowed")
-        return _file_record(item["place"], f"{self.root}/{item['path']}", text)
+        return _file_record(item["place"], self.root, item["path"], text)
 
     def _metadata(self, files: list[str], images: list[str]) -> dict[str, str]:
         """Image -> its text by the metadata files: each holds for its own folder and what is below, the nearest one counts."""
@@ -180,7 +189,7 @@ class Coco(Listed):
                 {
                     "image_id": writable(f"coco-{here}-{note['image_id']}-{note['id']}"),
                     "earlier_id": writable(f"coco-{note['image_id']}-{note['id']}"),
-                    "path": f"{self.root}/images/{names[note['image_id']]}",
+                    "path": str(names[note["image_id"]]),
                     "text": note["caption"],
                 }
                 for note in sorted(record["annotations"], key=lambda note: (note["image_id"], note["id"]))
@@ -194,7 +203,10 @@ class Coco(Listed):
             ) from error
 
     def record(self, item: Item) -> Record:
-        return _file_record(f"images/{posixpath.basename(item['path'])}", item["path"], item["text"])
+        place = f"images/{posixpath.basename(item['path'])}"
+        if leads_outside(item["path"]):
+            return Record(place, error="file_name: expected a path below images/, received one that leads outside")
+        return _file_record(place, f"{self.root}/images", item["path"], item["text"])
 
 
 class Prompts(Listed):
@@ -273,12 +285,12 @@ class Prompts(Listed):
         return [record["prompt"] for record in _json_lines(self.path, required=("prompt",))]
 
 
-def _file_record(place: str, uri: str, text: str | None) -> Record:
+def _file_record(place: str, root: str, path: str, text: str | None) -> Record:
     """The record of an image file; one that is not there, or not ours to read, is a row's error."""
     try:
-        return Record(place, read_bytes(uri), text)
+        return Record(place, read_below(root, path), text)
     except UNREADABLE as error:
-        return Record(place, error=f"{type(error).__name__}: {shown(posixpath.basename(uri))}")
+        return Record(place, error=f"{type(error).__name__}: {shown(posixpath.basename(path))}")
 
 
 def _folder(argument: str, kind: str) -> str:

@@ -119,7 +119,7 @@ class Summary:
             lines.append(f"  repeated   {counts['repeated']:,.0f} rows came more than once, image and caption alike")
         passed = {name.removeprefix("left_out_"): n for name, n in counts.items() if name.startswith("left_out_")}
         if passed:
-            most = sorted(passed.items(), key=lambda item: -item[1])
+            most = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
             words = [f"{count:,.0f} {what}" for what, count in most[:SHOWN_ENDINGS]]
             words += [f"{sum(count for _, count in most[SHOWN_ENDINGS:]):,.0f} others"] * (len(most) > SHOWN_ENDINGS)
             lines.append(f"  passed by  {one_line(', '.join(words))}: not of this source, or not read here")

@@ -189,7 +189,7 @@ def bomb(side: int = 30_000) -> bytes:
 SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"><circle r="20"/></svg>'
 REFUSED = {
     "0 bytes": (b"", "0 bytes: expected an image file"),
-    "SVG": (SVG, "not an image of a format known here .*begins with b'<\\?xml"),
+    "SVG": (SVG, "not an image of a format known here"),
     "text": (b"<html>404 not found</html>", "not an image of a format known here"),
     "EPS": (encoded(picture(), "EPS"), "not an image of a format known here"),
     "PDF": (b"%PDF-1.7 " + bytes(100), "not an image of a format known here"),

@@ -250,7 +250,7 @@ def test_damaged_images_are_rows_with_a_reason(tmp_path):
         row = rows[f"f/{name}"]
         assert row[ERROR_FIELD.name] and row["image"] is None and row["height"] is None, name
     assert rows["f/good.jpg"][ERROR_FIELD.name] is None and rows["f/good.jpg"]["height"] == 20
-    assert rows["f/text.png"][ERROR_FIELD.name] == "text, not an image: 'no image'"
+    assert rows["f/text.png"][ERROR_FIELD.name] == "text, not an image"
 
 
 def test_image_whose_pixels_are_cut_short_is_a_row_with_a_reason(tmp_path):
@@ -316,6 +316,49 @@ def test_coco_photo_that_is_missing_is_a_row_with_a_reason(tmp_path):
     assert all("FileNotFoundError" in row[ERROR_FIELD.name] for row in rows)
     jpeg(tmp_path / "images" / "a.jpg")
     assert [row["caption_original"] for row in rows_of(open_source(f"coco:{tmp_path}"))] == ["x", " two\nlines "]
+
+
+SECRET = "TOP SECRET LINE\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../secret.txt", "../../outside.jpg", "{root}/secret.txt", "a/../../../secret.txt", "..\\..\\secret.txt",
+     "file://{root}/secret.txt", "x::file://{root}/secret.txt", "reference::{root}/secret.txt"],
+)  # fmt: skip
+def test_coco_reads_nothing_outside_its_folder(tmp_path, name):
+    root = tmp_path / "set"
+    jpeg(root / "images" / "x.jpg")
+    jpeg(tmp_path / "outside.jpg")
+    (tmp_path / "secret.txt").write_text(SECRET)
+    record = {
+        "images": [{"id": 1, "file_name": "./x.jpg"}, {"id": 2, "file_name": name.format(root=tmp_path)}],
+        "annotations": [{"id": n, "image_id": n, "caption": "c"} for n in (1, 2)],
+    }
+    (root / "captions.json").write_text(json.dumps(record))
+    good, bad = rows_of(open_source(f"coco:{root}"))
+    assert good["image"] and bad["image"] is None
+    assert "expected a path below images/" in bad[ERROR_FIELD.name]
+
+
+@pytest.mark.parametrize(
+    "content", [SECRET.encode(), b"\xff\xfe" + SECRET.encode(), b"\0\1" + SECRET.encode(), b"%PDF secret"]
+)
+def test_nothing_of_a_file_that_is_no_image_is_kept(tmp_path, content):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "secret").write_bytes(content)
+    (tmp_path / "set/a.png").symlink_to(tmp_path / "secret")
+    (row,) = rows_of(open_source(f"folder:{tmp_path}/set"))
+    assert row[ERROR_FIELD.name] and "secret" not in str(row).lower()
+
+
+def test_odd_characters_in_file_names(tmp_path):
+    root = tmp_path / "set"
+    for name in ("a::b.jpg", "c?d#e.jpg", "f g%20h.jpg", "i*[j].jpg"):
+        jpeg(root / name)
+        (root / name).with_suffix(".txt").write_text(name)
+    rows = rows_of(open_source(f"folder:{root}"))
+    assert len(rows) == 4 and all(row["image"] and row["caption_original"] in row["source"] for row in rows)
 
 
 # -- what an ingest adds ----------------------------------------------------------------------------------------------
