@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from lidit.buckets import Bucket, bucket_name, centre_box, nearest_bucket, upscale_needed
+from lidit.png_chunks import only_pixels
 from lidit.watchdog import watched
 
 if TYPE_CHECKING:  # an ingest's actors look at images too, and need no torch: 200 MB and seconds each
@@ -50,6 +51,7 @@ MAX_SCANS = 100  # of a JPEG; the usual progressive one has ten
 MAX_SCAN_PIXELS = 2_000_000_000  # pixels times scans: each of them may cost a few bytes and goes over the whole picture
 MAX_TILE_PIXELS = 4_194_304  # of a TIFF's tile, or the picture's own where that is more: a tile is decoded whole
 LARGE_PIXELS = 16_000_000  # decoded images above it are held in memory by one thread at a time
+USUAL_MODES = ("L", "RGB", "RGBA", "P", "LA", "CMYK", "1", "YCbCr")  # that `eight_bits` takes whatever is in them
 DRAFT_MARGIN = 2  # a JPEG is decoded at no less than so many times the size needed
 RULES = "upright, first frame, centre box, lanczos, white behind, jpeg draft 2x"
 """The treatment above in a few words, for fingerprints: change it whenever a pixel may come out differently."""
@@ -82,7 +84,7 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
     if not len(data):
         raise ImageError("0 bytes: expected an image file")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(only_pixels(data)), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ImageError(
             f"not an image of a format known here ({', '.join(FORMATS)}){_named(bytes(data[:16]))}"
@@ -244,6 +246,20 @@ def eight_bits(image: Image.Image) -> Image.Image:
         behind = Image.new("RGBA", coloured.size, "white")
         return Image.alpha_composite(behind, coloured).convert("RGB")
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def check_mode(image: Image.Image) -> None:
+    """Raises ImageError where `eight_bits` cannot do with pixels of such a mode, or with these; asks no more than it must."""
+    if image.mode in USUAL_MODES:
+        return
+    try:
+        eight_bits(Image.new(image.mode, (1, 1)))  # nothing is decoded for it
+    except ImageError:
+        raise
+    except ValueError as error:
+        raise ImageError(f"{image.mode} pixels cannot be made RGB: {error}") from error
+    if image.mode == "I" and getattr(image, "_im", None) is not None:
+        eight_bits(image)
 
 
 def to_unit_range(pixels: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lidit.pixels import UPRIGHT, decode_image, eight_bits, open_image, orientation, upright_size
+from lidit.pixels import UPRIGHT, check_mode, decode_image, eight_bits, open_image, orientation, upright_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,6 +67,7 @@ def check_image(
             decode_image(image)
         elif not has_end(data, image.format or ""):
             raise ValueError(f"{image.format} cut short: its end is missing")
+        check_mode(image)
         return ImageCheck(height, width, perceptual_hash(image) if with_phash else None)
     except ValueError:
         raise

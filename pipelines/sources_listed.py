@@ -258,10 +258,10 @@ class Prompts(Listed):
         return Record(item["image_id"], values={columns.CAPTION: item["text"]})
 
     def _txt(self) -> list[str]:
-        return [line.removesuffix("\r") for line in _read(self.path).split("\n")]
+        return _lines_of(_read(self.path))
 
     def _tsv(self) -> list[str]:
-        return self._column([line.removesuffix("\r").split("\t") for line in _read(self.path).split("\n")])
+        return self._column([line.split("\t") for line in _lines_of(_read(self.path))])
 
     def _csv(self) -> list[str]:
         return self._column(_csv_lines(self.path))
@@ -311,10 +311,20 @@ def _read(uri: str) -> str:
         ) from error
 
 
+def _lines_of(text: str) -> list[str]:
+    """Lines that end with a line feed, a carriage return before it or not."""
+    return [line.removesuffix("\r") for line in _line_feeds(text).split("\n")]
+
+
+def _line_feeds(text: str) -> str:
+    """The text; where no line feed is in it, carriage returns end its lines (old Macs, some spreadsheets)."""
+    return text if "\n" in text else text.replace("\r", "\n")
+
+
 def _csv_lines(uri: str) -> list[list[str]]:
     csv.field_size_limit(MAX_FIELD)  # of this process: 131,072 by itself
     try:
-        return list(csv.reader(io.StringIO(_read(uri), newline=""), strict=True))
+        return list(csv.reader(io.StringIO(_line_feeds(_read(uri)), newline=""), strict=True))
     except csv.Error as error:
         raise ValueError(f"{uri}: expected fields quoted as RFC 4180 says: {error}") from error
 
@@ -344,7 +354,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 def _json_lines(uri: str, required: tuple[str, ...]) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(_read(uri).split("\n"), start=1):
+    for number, line in enumerate(_lines_of(_read(uri)), start=1):
         if not line.strip():
             continue
         try:

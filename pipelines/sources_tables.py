@@ -6,7 +6,7 @@ row group or a fragment is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -189,19 +189,20 @@ def table_names(schema: pa.Schema, names: ColumnsConfig) -> tuple[str, str | Non
     for what, name in (("image", image), ("caption", caption), ("score", names.score)):
         if name is not None and name not in schema.names:
             raise ValueError(f"expected column {name!r} (--columns.{what}), {has}")
-    kind = schema.field(image).type
+    kind = _plain(schema.field(image).type)
     is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     if not (is_struct or _is_binary(kind)):
         raise ValueError(
             f"column {image!r}: expected an image's bytes (binary, or a struct with `bytes`), it is {kind}"
         )
     if caption is not None:
-        kind = schema.field(caption).type
-        if not (_is_text(kind) or (pa.types.is_list(kind) and _is_text(kind.value_type))):
+        kind = _plain(schema.field(caption).type)
+        if not (_is_text(kind) or (_is_list(kind) and _is_text(_plain(kind.value_type)))):
             raise ValueError(f"column {caption!r}: expected text, or lists of texts, it is {kind}")
     if names.score is not None:
-        kind = schema.field(names.score).type
-        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+        kind = _plain(schema.field(names.score).type)
+        is_number = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal, pa.types.is_null)
+        if not any(holds(kind) for holds in is_number):
             raise ValueError(f"column {names.score!r}: expected numbers, it is {kind}")
     return image, caption, names.score
 
@@ -239,18 +240,27 @@ def table_records(
 
 
 def _texts(values: pa.Array) -> list[Any]:
-    """The values, with an error in the place of one that is not UTF-8: Arrow itself does not look."""
+    """The values, bytes as text, with an error in the place of one that is not UTF-8: Arrow itself does not look."""
     try:
-        return values.to_pylist()
+        found = values.to_pylist()
     except UnicodeDecodeError:
-        return [_text(value) for value in values]
+        found = [_or_error(value.as_py) for value in values]
+    return [
+        text if text is None or isinstance(text, str) else _or_error(lambda text=text: _decoded(text)) for text in found
+    ]
 
 
-def _text(value: pa.Scalar) -> Any:
+def _or_error(make: Callable[[], Any]) -> Any:
     try:
-        return value.as_py()
+        return make()
     except UnicodeDecodeError as error:
         return error
+
+
+def _decoded(text: Any) -> Any:
+    if isinstance(text, list):
+        return [_decoded(one) for one in text]
+    return text.decode() if isinstance(text, bytes) else text
 
 
 def _footer(file: File) -> pq.FileMetaData | str:
@@ -291,9 +301,26 @@ def _is_damage(error: OSError) -> bool:
     return error.errno is None and any(word in str(error).lower() for word in DAMAGE_WORDS)
 
 
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """What the values are, however they are laid out: in a dictionary (pandas' and Polars' categories) or an extension."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    return _plain(kind.storage_type) if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    lists = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
+    return any(getattr(pa.types, name)(kind) for name in lists)
+
+
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return any(
+        getattr(pa.types, name)(kind)
+        for name in ("is_binary", "is_large_binary", "is_fixed_size_binary", "is_binary_view")
+    )
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    """Text, bytes of text, or a column of nulls alone (tools give it no better type)."""
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null, _is_binary)
+    return any(is_such(kind) for is_such in texts)

@@ -141,3 +141,25 @@ def test_large_images_are_reduced_first(monkeypatch, photo):
     before = check_image(data, with_phash=True).phash
     monkeypatch.setattr(image_check, "REDUCED", 100_000)
     assert bits_apart(before, check_image(data, with_phash=True).phash) <= 2
+
+
+def tiff(values, **options):
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, "TIFF", **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_pixels_that_latents_cannot_use_are_refused(decode):
+    ramp = np.linspace(0, 1, 96 * 64, dtype=np.float32).reshape(64, 96)
+    for options in ({}, {"compression": "tiff_deflate"}):
+        with pytest.raises(ValueError, match="floating-point values"):
+            check_image(tiff(ramp, **options), decode=decode)
+
+
+def test_values_of_more_than_16_bits_are_refused_where_they_are_seen():
+    check_image(tiff(np.full((64, 64), 40_000, np.int32)))
+    with pytest.raises(ValueError, match="expected 16 bits at most"):
+        check_image(tiff(np.full((64, 64), 400_000, np.int32)))
+    with pytest.raises(ValueError, match="expected 16 bits at most"):
+        check_image(tiff(np.full((64, 64), -5, np.int32)))

@@ -147,8 +147,25 @@ def test_csv_knows_quotes(tmp_path):
 
 def test_csv_with_a_long_field(tmp_path):
     """The csv module itself ends at 131,072 characters."""
-    text = "word " * 20_000
-    assert prompts(tmp_path, f"prompt\n{text}\n", "p.csv") == [text]
+    text = "word " * 40_000
+    assert prompts(tmp_path, f'prompt\n"{text}"\n{text}\n', "p.csv") == [text, text]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", "red\rblue\r\rgreen\r"),
+        ("p.tsv", "prompt\tn\rred\t1\rblue\t2\rgreen\t3"),
+        ("p.csv", 'n,prompt\r1,red\r2,"blue"\r3,green\r'),
+        ("p.jsonl", '{"prompt": "red"}\r{"prompt": "blue"}\r{"prompt": "green"}\r'),
+    ],
+)
+def test_lines_that_end_with_carriage_returns_alone(tmp_path, name, content):
+    assert prompts(tmp_path, content, name) == ["red", "blue", "green"]
+
+
+def test_a_carriage_return_in_a_line_is_a_character(tmp_path):
+    assert prompts(tmp_path, "red\rblue\ngreen\r\n") == ["red\rblue", "green"]
 
 
 def test_jsonl(tmp_path):

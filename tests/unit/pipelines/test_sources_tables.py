@@ -262,3 +262,46 @@ def test_saved_splits_must_be_chosen(tmp_path):
 def test_folder_that_datasets_did_not_write(tmp_path):
     with pytest.raises(ValueError, match=r"expected a folder written by save_to_disk.*parquet:URI reads them"):
         open_source(f"hf:{tmp_path}").pieces()
+
+
+TEXTS = ["red", "blue", None]
+LAYOUTS = {
+    "dictionary": pa.array(TEXTS).dictionary_encode(),
+    "large_dictionary": pa.array(TEXTS, pa.large_string()).dictionary_encode(),
+    "string_view": pa.array(TEXTS, pa.string_view()),
+    "binary": pa.array([b"red", b"blue", None]),
+    "binary_view": pa.array([b"red", b"blue", None], pa.binary_view()),
+    "large_list": pa.array([["red"], ["blue"], None], pa.large_list(pa.large_string())),
+    "fixed_size_list": pa.array([["red"], ["blue"], None], pa.list_(pa.string(), 1)),
+    "list_of_dictionary": pa.array([["red"], ["blue"], []], pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+    "list_of_binary": pa.array([[b"red"], [b"blue"], None]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_captions_however_arrow_lays_them_out(tmp_path, layout):
+    pq.write_table(pa.table({"image": [b"1", b"2", b"3"], "caption": LAYOUTS[layout]}), tmp_path / "a.parquet")
+    source = open_source(f"parquet:{tmp_path}/a.parquet")
+    made = list(source.records(source.pieces()))
+    assert [(record.image, record.caption, record.error) for record in made] == [
+        (b"1", "red", None), (b"2", "blue", None), (b"3", None, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [pa.binary_view(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary())])
+def test_images_however_arrow_lays_them_out(tmp_path, kind):
+    images = (
+        pa.array([b"1", b"2"]).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array([b"1", b"2"], kind)
+    )
+    pq.write_table(pa.table({"image": images, "caption": pa.nulls(2), "score": pa.nulls(2)}), tmp_path / "a.parquet")
+    source = open_source(f"parquet:{tmp_path}/a.parquet", ColumnsConfig(score="score"))
+    made = list(source.records(source.pieces()))
+    assert [(record.image, record.caption, record.score) for record in made] == [(b"1", None, None), (b"2", None, None)]
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    captions = pa.array([[b"fine"], [b"fine", b"caf\xe9"]])
+    pq.write_table(pa.table({"image": [b"1", b"2"], "caption": captions}), tmp_path / "a.parquet")
+    source = open_source(f"parquet:{tmp_path}/a.parquet")
+    good, bad = source.records(source.pieces())
+    assert good.caption == "fine" and bad.error == "column 'caption': expected UTF-8, received byte 0xe9"
