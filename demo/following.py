@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from demo.cell import Cell
 from demo.cell_table import Prompts
 from demo.swaps import KINDS
 from lidit import columns
-from lidit.diffusion import loss_per_sample, sample_rng
+from lidit.diffusion import Objective, loss_per_sample, sample_rng
 from lidit.sampler import SamplerConfig, initial_noise, sample
 from lidit.vae import VAE
 from pipelines.score_scenes import Scenes
@@ -36,6 +36,21 @@ HIGH = (0.875, 0.9375, 0.984375)
 SEED = 0x666F6C  # of the noise: the same in every cell, so that losses are compared on the same numbers
 BATCH = 128
 SAMPLER = SamplerConfig(num_inference_steps=20, guidance_scale=3.5)
+
+
+class Asked(Protocol):
+    """What losses are asked of: a cell, or trained weights."""
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Names of the encoders, in the model's order."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the model was trained with."""
+
+    def predict(self, noisy_latents: Tensor, timestep: Tensor, *prompts: Any) -> Tensor:
+        """The model's prediction (B, C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,9 @@ class PictureExam:
 
 
 @torch.no_grad()
-def losses(cell: Cell, latents: Tensor, prompts: Prompts, timesteps: Sequence[float], drop: bool = False) -> np.ndarray:
+def losses(
+    cell: Asked, latents: Tensor, prompts: Prompts, timesteps: Sequence[float], drop: bool = False
+) -> np.ndarray:
     """Latents (N, C, H, W) and their prompts -> losses (timesteps, N), on noise that depends on row and timestep alone."""
     found = np.zeros((len(timesteps), len(latents)))
     for first in range(0, len(latents), BATCH):
