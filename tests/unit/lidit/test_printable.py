@@ -127,8 +127,12 @@ def test_errors_of_servers_and_files(error, monkeypatch, capsys, whole_job):
 def test_what_is_said_on_the_way():
     """In a process of its own: pytest takes warnings and logs away from a terminal."""
     script = f"""
-import logging, sys, types, warnings
+import dataclasses, logging, sys, types, warnings
 from lidit import cli
+
+@dataclasses.dataclass
+class Config:
+    pass
 
 def work(config):
     text = {HOSTILE!a}
@@ -141,7 +145,7 @@ def work(config):
 
 cli.JOBS["work"] = ("work", "")
 sys.modules["work"] = types.SimpleNamespace(main=work)
-cli.parse_config = lambda *of_this: None
+cli.parse_config = lambda *of_this: Config()
 cli.main(["work"])
 """
     command = [sys.executable, "-c", script]
