@@ -146,7 +146,7 @@ class _Pass:
         begun, ended = float("inf"), 0.0
         progress = JobProgress("ingest", self.work.rows)
         try:
-            for result in run_units(IngestWorker, worker_kwargs, self.work.units, config.actors):
+            for result in run_units(IngestWorker, worker_kwargs, self.work.units, config.actors, self.run_.seen):
                 progress.show(tracker)
                 if result is not None and self._settled(result, known):
                     begun, ended = min(begun, result["begun"]), max(ended, result["ended"])

@@ -187,12 +187,16 @@ def resolve_actors(config: ActorsConfig) -> tuple[int, int, float]:
 
 
 def run_units(
-    worker: type, worker_kwargs: dict[str, Any], units: list[dict[str, Any]], actors: ActorsConfig
+    worker: type,
+    worker_kwargs: dict[str, Any],
+    units: list[dict[str, Any]],
+    actors: ActorsConfig,
+    before: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Any] | None]:
     """Sends units through a Ray Data actor pool; yields results as they come, and None every half second without one.
 
-    `worker(**worker_kwargs)` is called once per actor, the object then with each unit. An exception in it ends the run
-    here; the death of its process does not.
+    `before()`, then `worker(**worker_kwargs)` is called once per actor, the object then with each unit. An exception in them
+    ends the run here; the death of their process does not.
     """
     smallest, largest, num_gpus = resolve_actors(actors)
     largest = min(largest, len(units))
@@ -200,7 +204,7 @@ def run_units(
     texts = [{"unit": json.dumps(unit)} for unit in units]  # as text: Ray would turn lists into arrays
     dataset = ray.data.from_items(texts, override_num_blocks=min(len(units), MAX_BLOCKS)).map_batches(
         _UnitCaller,
-        fn_constructor_args=(worker, worker_kwargs),
+        fn_constructor_args=(worker, worker_kwargs, before),
         batch_size=1,
         zero_copy_batch=True,
         num_cpus=actors.num_cpus,
@@ -214,7 +218,8 @@ def run_units(
 class _UnitCaller:
     """The batch function that Ray Data calls: unwraps the unit, wraps the result."""
 
-    def __init__(self, worker: type, worker_kwargs: dict[str, Any]):
+    def __init__(self, worker: type, worker_kwargs: dict[str, Any], before: Callable[[], None] = lambda: None):
+        before()
         self.worker = worker(**worker_kwargs)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:

@@ -12,10 +12,13 @@ never does. docs/consistency.md has the whole protocol.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
-from collections.abc import Iterable
+import socket
+import time
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -29,6 +32,7 @@ from lidit.files import is_there, make_folder, remove_file, replace_file
 from lidit.outage import outlast
 from pipelines.table import Table
 
+SEEN_SECONDS, SEEN_PAUSE = 10.0, 0.5  # a network disk may show a new folder late
 ALIVE, FENCE, OVER = "alive", "fence", "over"
 OF_EARLIER_VERSIONS = {"config.yaml", "summary.json"}  # of lidit: a run that ended left these and no `over`
 
@@ -73,6 +77,11 @@ class Run:
         path = self._path(self.id, name)
         outlast(lambda: self._fs.pipe_file(path, text.encode()), f"writing {name}")
         return self._fs.unstrip_protocol(path).removeprefix("file://")
+
+    @property
+    def seen(self) -> Callable[[], None]:
+        """What a worker calls first: `check_seen` of this run, from this machine."""
+        return functools.partial(check_seen, self.store, self.id, socket.gethostname())
 
     def check(self) -> None:
         """Asks the store whether this run may still commit.
@@ -173,6 +182,29 @@ class Run:
 
     def _beat(self) -> None:
         replace_file(self._fs, self._path(self.id, ALIVE), json.dumps(make_heartbeat()).encode())
+
+
+def check_seen(store: str, run_id: str, driver: str = "") -> None:
+    """Whether this process sees the folder that a run's driver has made in the store: whether it is the same place for both.
+
+    Args:
+        store, run_id: of the run.
+        driver: name of the driver's machine, for the message.
+
+    Raises:
+        ValueError: another place has that path here, or none.
+    """
+    fs, root = runs_folder(store)
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not outlast(lambda: is_there(fs, f"{root}/{run_id}"), "looking for the run"):
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"{store}: expected to see there what the job's driver on {driver or 'another machine'} has written "
+                f"({columns.RUNS_FOLDER}/{run_id}); this worker on {socket.gethostname()} sees another place, or none. A path "
+                f"must be the same storage on every machine of the cluster (a network disk, an object store): mount it there, "
+                f"or name a store that all see"
+            )
+        time.sleep(SEEN_PAUSE)
 
 
 def runs_folder(store: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -154,7 +154,7 @@ class _Pass:
         begun, ended = float("inf"), 0.0
         progress = JobProgress(self.stage.name, total)
         try:
-            for result in run_units(FragmentWorker, worker_kwargs, units, self.config.actors):
+            for result in run_units(FragmentWorker, worker_kwargs, units, self.config.actors, self.run_.seen):
                 progress.show(tracker)
                 self._check_errors(progress.totals, total, lambda: ray.get(tracker.first_error.remote()))
                 if result is not None and result["file"] is not None:

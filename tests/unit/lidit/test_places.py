@@ -7,6 +7,7 @@ import fsspec
 import lance
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from lidit.places import absolute, model_place, settled, source_place, store_place
 from lidit.text import EncoderConfig
@@ -16,6 +17,8 @@ from pipelines.generate import GenerateConfig
 from pipelines.ingest import IngestConfig
 from pipelines.preprocess import PreprocessConfig
 from pipelines.score import ScoreConfig
+from pipelines.sources import open_source
+from pipelines.table import Table
 from trainer.config import PhaseConfig, TrainConfig
 from trainer.export import ExportConfig
 
@@ -71,6 +74,17 @@ def test_every_place_of_every_job_is_settled_and_settling_again_changes_nothing(
 def test_a_word_that_is_no_place_stays_though_a_folder_has_that_name(tmp_path):
     (tmp_path / "raw").mkdir()
     assert settled(ExportConfig(weights="raw")).weights == "raw"
+
+
+def test_a_worker_in_another_folder_opens_what_the_driver_named(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    (tmp_path / "elsewhere" / "store").mkdir(parents=True)
+    config = settled(IngestConfig(source="folder:.", store="./store"))
+    items = open_source(config.source, config.columns).items()
+    Table(f"{config.store}/samples.lance").create(pa.schema([pa.field("image_id", pa.string())]))
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where somebody has started the cluster, who has a ./store too
+    assert open_source(config.source, config.columns).items() == items != []
+    assert Table(f"{config.store}/samples.lance").open().uri.endswith(f"{tmp_path}/store/samples.lance")
 
 
 def test_hub_ids_and_models_of_the_project_stay(tmp_path):

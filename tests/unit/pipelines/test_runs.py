@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from ray import cloudpickle
 
 from lidit import alive
 from lidit.alive import DEAD_AFTER_SECONDS
+from pipelines.pool import _UnitCaller
 from pipelines.runs import Fenced, Run
 from pipelines.table import ColumnFileWriter, Table
 
@@ -306,3 +309,33 @@ def test_a_run_that_changes_between_two_looks_is_fenced_or_a_rival(store, table,
         rivals = run.rivals(table, ["ingest"])
         fenced = os.path.exists(os.path.join(store, "runs", other, "fence"))
         assert rivals == [other] or fenced, "neither: both would add the same rows"
+
+
+def test_a_worker_that_sees_the_store_begins(store):
+    with Run(store, "embed") as run:
+        cloudpickle.loads(cloudpickle.dumps(run.seen))()
+        assert _UnitCaller(dict, {"a": 1}, run.seen).worker == {"a": 1}
+
+
+@pytest.mark.parametrize("there", ["nothing", "another store"])
+def test_a_worker_that_sees_another_place_refuses_it_before_anything_is_made(tmp_path, store, monkeypatch, there):
+    """As if a second machine had its own disk at that path."""
+    monkeypatch.setattr("pipelines.runs.SEEN_SECONDS", 0.1)
+    made = []
+    with Run(store, "embed") as run:
+        os.rename(store, tmp_path / "disk-of-the-driver")
+        if there == "another store":
+            os.makedirs(os.path.join(store, "runs", "embed-of-another"))
+        with pytest.raises(ValueError, match=r"sees another place, or none.*same storage on every machine"):
+            _UnitCaller(lambda: made.append("worker"), {}, run.seen)
+        shutil.rmtree(store, ignore_errors=True)
+        os.rename(tmp_path / "disk-of-the-driver", store)
+    assert made == []
+
+
+def test_a_folder_that_a_network_disk_shows_late(store):
+    with Run(store, "embed") as run:
+        folder = os.path.join(store, "runs", run.id)
+        os.rename(folder, folder + "-late")
+        threading.Timer(0.7, os.rename, (folder + "-late", folder)).start()
+        run.seen()
