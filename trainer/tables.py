@@ -16,6 +16,7 @@ from lidit.buckets import parse_bucket
 from lidit.config import LIDiTConfig
 from lidit.diffusion import Objective
 from lidit.fingerprints import comparable, warn_unrecorded
+from lidit.places import store_place
 from trainer.batches import plan_phase
 from trainer.config import PhaseConfig, TrainConfig
 from trainer.features import Features
@@ -160,7 +161,15 @@ def pinned_versions(storage: Storage, config: TrainConfig) -> dict[str, int]:
     content = storage.read_if_there(VERSIONS)
     if content is None:
         return {}
-    return {str(store): int(version) for store, version in json.loads(content).items()}
+    return {_as_named_now(store): int(version) for store, version in json.loads(content).items()}
+
+
+def _as_named_now(store: str) -> str:
+    """A store as a config names it once it is settled; earlier versions wrote it down as the user had."""
+    try:
+        return store_place(store)
+    except ValueError:
+        return store
 
 
 def write_versions(storage: Storage, tables: Tables, known: Mapping[str, int]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lidit import columns
+from lidit.places import settled
 from trainer.config import TrainConfig
 from trainer.features import Features
 from trainer.storage import Storage
@@ -112,3 +113,15 @@ def test_a_store_that_takes_no_tag(training: Any, store: str, tmp_path: Path) ->
     )
     assert Features(store, ["one"], {columns.CAPTION: 1.0}, version=tables.versions[store]).total == 30
     assert tables.unpin(storage) == []
+
+
+@pytest.mark.parametrize("written", ["{store}/", "file://{store}", "file://{store}/"])
+def test_a_run_keeps_its_version_however_an_earlier_start_wrote_the_store_down(
+    training: Any, store: str, tmp_path: Path, written: str
+) -> None:
+    config, storage, tables, _ = begin(training, written.format(store=store), tmp_path / "runs")
+    before = set(tables.versions.values())
+    append(store)
+    known = pinned_versions(storage, settled(config))
+    again = Tables(settled(config), known)
+    assert set(again.versions) == {store} and set(again.versions.values()) == before
