@@ -54,7 +54,7 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
         except Exception as error:  # Ray raises no class of its own
             ray.shutdown()
             if (what := _without_place(error)) is not None:
-                raise RuntimeError(what) from error
+                raise RuntimeError(what) from None  # it has all of the error's own words
             if TOO_SLOW not in str(error):
                 raise
             print(
@@ -94,7 +94,7 @@ def _make_token() -> None:
         raise RuntimeError(
             f"Ray keeps a token in ~/.ray/auth_token, and there: {error}. Set HOME to a folder that this user can write to, or "
             f"RAY_AUTH_TOKEN_PATH to a file with a secret of your own"
-        ) from error
+        ) from None
 
 
 def _make_token_at(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lidit import cluster
+from lidit.cli import _last_cause
 
 pytestmark = pytest.mark.unit
 
@@ -123,8 +124,11 @@ def test_a_home_without_a_place_for_the_token(
 ) -> None:
     (home / "file").touch()
     monkeypatch.setenv("HOME", {"missing": "/proc/no-such-home", "a file": str(home / "file")}[home_is])
-    with pytest.raises(RuntimeError, match=r"token in ~/\.ray/auth_token, and there: .*Set HOME .*RAY_AUTH_TOKEN_PATH"):
+    with pytest.raises(
+        RuntimeError, match=r"token in ~/\.ray/auth_token, and there: .*Set HOME .*RAY_AUTH_TOKEN_PATH"
+    ) as found:
         cluster.start_ray(starts)
+    assert _last_cause(found.value) == str(found.value), "what the command line shows"
     assert starts.options == []
 
 
@@ -149,8 +153,9 @@ LONG = "validate_socket_filename failed: AF_UNIX path length cannot exceed 107 b
 
 @pytest.mark.parametrize("starts", [(1, LONG)], indirect=True)
 def test_a_long_temporary_folder(starts: Starts) -> None:
-    with pytest.raises(RuntimeError, match="set RAY_TMPDIR to a folder with a short name"):
+    with pytest.raises(RuntimeError, match="set RAY_TMPDIR to a folder with a short name") as found:
         cluster.start_ray(starts)
+    assert _last_cause(found.value) == str(found.value), "what the command line shows"
 
 
 @pytest.mark.parametrize(
@@ -162,5 +167,6 @@ def test_a_temporary_folder_of_somebody_else(starts: Starts, monkeypatch: pytest
         raise error
 
     monkeypatch.setattr(starts, "init", init)
-    with pytest.raises(RuntimeError, match="Set RAY_TMPDIR to a folder"):
+    with pytest.raises(RuntimeError, match="Set RAY_TMPDIR to a folder") as found:
         cluster.start_ray(starts)
+    assert _last_cause(found.value) == str(found.value), "what the command line shows"
