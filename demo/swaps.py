@@ -11,6 +11,7 @@ A model that follows prompts has a lower loss on the scene with the true one. Ki
 | `binding_after` | the circle is red and the square is blue | the circle is blue and the square is red |
 | `relation` | a red circle above a blue square | a red circle below a blue square |
 | `relation_after` | a red circle and a blue square, the circle is above the square | ... is below the square |
+| `axis` | a red circle above a blue square | a red circle left of a blue square |
 | `first`, `second` | a red circle and a blue square | the colour of the first, or second, replaced |
 | `quarter_1` to `quarter_4` | a red circle, a blue square, a pink star and a cyan cross | one colour replaced |
 
@@ -35,10 +36,11 @@ from demo.weights_table import TRAIN_SHARES
 from demo.world import COLOURS, OPPOSITE, SHAPES, Group, Scene, relation_between
 
 KINDS = (
-    "colour", "shape", "count", "binding", "binding_after", "relation", "relation_after",
+    "colour", "shape", "count", "binding", "binding_after", "relation", "relation_after", "axis",
     "first", "second", "quarter_1", "quarter_2", "quarter_3", "quarter_4",
 )  # fmt: skip
 T = TypeVar("T")
+OTHER_AXIS = {"above": "left of", "below": "right of", "left of": "above", "right of": "below"}
 AFTER_SHARE = 0.35  # of training prompts of scenes that allow it: with words that decide after their noun
 
 
@@ -143,6 +145,8 @@ def _two(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str, str
         direction = _pick(relation.directions, rng)
         for kind, write in (("relation", relation_before), ("relation_after", relation_after)):
             yield kind, write(groups, direction), write(groups, OPPOSITE[direction])
+        if len(relation.directions) == 1:
+            yield "axis", relation_before(groups, direction), relation_before(groups, OTHER_AXIS[direction])
     for kind, place in (("first", 0), ("second", 1)):
         yield kind, colours_before(groups), colours_before(_recoloured(groups, place, rng))
 
