@@ -60,6 +60,7 @@ def saved(checkout: Path, inputs: Path, store: Path) -> float:
     steps = 24
     lidit(
         checkout, "train", "--store", inputs / "features", "--storage", store, "--name", "saves", "--num_workers", 1,
+        "--data.text_mix", json.dumps({"caption_original": 1.0}),
         "--phases.0.steps", steps, "--phases.0.global_batch_size", 2, "--phases.0.resolution", 32, "--microbatch_size", 2,
         "--zero.stage", 0, "--checkpoint.every_steps", 1, "--checkpoint.keep_last", steps,
     )  # fmt: skip
