@@ -246,7 +246,8 @@ def _texts(values: pa.Array) -> list[Any]:
     except UnicodeDecodeError:
         found = [_or_error(value.as_py) for value in values]
     return [
-        text if text is None or isinstance(text, str) else _or_error(lambda text=text: _decoded(text)) for text in found
+        text if text is None or isinstance(text, str) else _or_error(functools.partial(_decoded, text))
+        for text in found
     ]
 
 
