@@ -61,12 +61,12 @@ def read_labels(vectors: Tensor, labels: Sequence[np.ndarray], split: Split) -> 
     """Vectors (N, E) and labels (N,) of whole numbers, several of them -> how well each is read from the vectors.
 
     One-hot targets, features standardised over the rows of the fit; the penalty is chosen, for each label, by accuracy on the
-    rows set aside for it. One singular value decomposition serves all labels and penalties.
+    rows set aside for it. One decomposition serves all labels and penalties.
     """
     x = vectors.double()
     mean, deviation = x[split.fit].mean(dim=0), x[split.fit].std(dim=0)
     x = (x - mean) / torch.where(deviation > 1e-9, deviation, torch.ones_like(deviation))
-    u, s, vh = torch.linalg.svd(x[split.fit], full_matrices=False)  # n r, r, r E
+    u, s, vh = _svd(x[split.fit])  # n r, r, r E
     asked = {name: x[rows] @ vh.T for name, rows in (("choose", split.choose), ("test", split.test))}  # rows r
     return [_read(u, s, asked["choose"], asked["test"], np.asarray(label), split) for label in labels]
 
@@ -77,6 +77,20 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     middle = (share + square / (2 * count)) / (1 + square / count)
     half = NORMAL / (1 + square / count) * np.sqrt(share * (1 - share) / count + square / (4 * count**2))
     return float(max(0.0, middle - half)), float(min(1.0, middle + half))
+
+
+def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, E) float64 -> u (n, r), s (r,), vh (r, E), by the smaller of the two Gram matrices: many times faster than an SVD.
+
+    Directions whose singular value is lost in rounding are left out; the least penalty would silence them.
+    """
+    wide = x.shape[1] > x.shape[0]
+    squares, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
+    kept = squares > 1e-10 * squares[-1]
+    s, vectors = squares[kept].sqrt(), vectors[:, kept]
+    if wide:
+        return vectors, s, (x.T @ vectors / s).T
+    return x @ vectors / s, s, vectors.T
 
 
 def _read(u: Tensor, s: Tensor, choose: Tensor, test: Tensor, label: np.ndarray, split: Split) -> Reading:

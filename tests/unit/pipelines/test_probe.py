@@ -14,7 +14,7 @@ import torch
 from lidit.cli import main
 from lidit.text import EncoderConfig, PromptEncoder
 from pipelines import probe
-from pipelines.probe_linear import read_labels, split_rows, wilson
+from pipelines.probe_linear import _svd, read_labels, split_rows, wilson
 from pipelines.probe_states import Way, pooled_states, ways_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,6 +52,15 @@ def test_more_features_than_rows_are_fitted_too():
     vectors = torch.from_numpy(rng.normal(size=(300, 600)))
     vectors[:, 0] += torch.from_numpy(6.0 * label)
     assert read_labels(vectors, [label], split_rows([str(row) for row in range(300)], 0))[0].accuracy > 0.7
+
+
+@pytest.mark.parametrize("shape", [(40, 9), (9, 40)])
+def test_the_decomposition_is_the_svd(shape: tuple[int, int]):
+    x = torch.from_numpy(np.random.default_rng(2).normal(size=shape))
+    x[:, 3] = x[:, 4]  # less than full rank
+    u, s, vh = _svd(x)
+    torch.testing.assert_close(u * s @ vh, x)
+    torch.testing.assert_close(s.sort(descending=True).values, torch.linalg.svdvals(x)[: len(s)])
 
 
 def test_wilson():
