@@ -77,7 +77,7 @@ class Cell:
     ):
         self.config, self.encoders, self.seed = config, tuple(encoders), seed
         self.latents, self.prompts, self.device = latents, prompts, latents.device
-        widths = {name: prompts.states[name].tokens.shape[1] for name in encoders}
+        widths = {name: prompts.states[name].embeds.shape[1] for name in encoders}
         torch.manual_seed(seed)
         self.model = LIDiT(config.model(widths, latents.shape[1], changes)).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from demo.prompts import plain_scene
 from demo.scenes import render
+from lidit.pixels import to_unit_range
 from lidit.sampler import PromptBatch
 from lidit.text import EncoderConfig, PromptEncoder
 from lidit.vae import VAE
@@ -33,10 +34,10 @@ ENCODE_TOGETHER = 256
 class States:
     """Prompts as one encoder gives them, ragged."""
 
-    tokens: Tensor
-    """(T, E) bfloat16, the prompts' tokens one after the other."""
+    embeds: Tensor
+    """(T, E) bfloat16, `prompt_embeds` of all prompts one after the other, then the empty prompt's."""
     starts: Tensor
-    """(N + 1,) where each prompt begins in `tokens`."""
+    """(N + 1,) where each prompt begins in `embeds`."""
     instruction_embeds: Tensor
     """(P, E), what stands before every prompt."""
     null_embeds: Tensor
@@ -44,15 +45,15 @@ class States:
 
     def rows(self, index: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rows (B,), of them dropped (B,) bool -> prompt_embeds (B, L, E) float32, prompt_mask (B, L)."""
-        tokens, starts = self.tokens, self.starts[index]
+        every, starts = self.embeds, self.starts[index]
         lengths = self.starts[index + 1] - starts
-        if dropped is not None:  # the empty prompt stands at the end of `tokens`
-            starts = torch.where(dropped, len(tokens) - len(self.null_embeds), starts)
+        if dropped is not None:  # the empty prompt stands at the end
+            starts = torch.where(dropped, len(every) - len(self.null_embeds), starts)
             lengths = torch.where(dropped, len(self.null_embeds), lengths)
-        place = torch.arange(int(lengths.max()), device=tokens.device)
+        place = torch.arange(int(lengths.max()), device=every.device)
         mask = place < lengths[:, None]
-        embeds = tokens[(starts[:, None] + place).clamp(max=len(tokens) - 1)].float()
-        return embeds * mask[..., None], mask
+        prompt_embeds = every[(starts[:, None] + place).clamp(max=len(every) - 1)].float()
+        return prompt_embeds * mask[..., None], mask
 
     def to(self, device: torch.device) -> States:
         """The same on another device."""
@@ -85,8 +86,7 @@ def scene_latents(folder: Path, seeds: Sequence[int], side: int, vae: VAE, devic
             images = [
                 np.asarray(render(plain_scene(seed), side, side)) for seed in seeds[first : first + ENCODE_TOGETHER]
             ]
-            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1  # B 3 height width
-            parts.append(vae.encode(pixels).cpu())
+            parts.append(vae.encode(to_unit_range(torch.from_numpy(np.stack(images)))).cpu())
         _save({"latents": torch.cat(parts)}, path)
     return load_file(path)["latents"].to(device)
 
@@ -116,7 +116,7 @@ def _encode(encoder: PromptEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
     rows = [parts[place[text]] for text in texts]
     null = torch.from_numpy(encoder.null_embeds).bfloat16()
     return {
-        "tokens": torch.cat([*rows, null]),
+        "embeds": torch.cat([*rows, null]),
         "starts": torch.tensor([0, *np.cumsum([len(row) for row in rows]).tolist()]),
         "instruction_embeds": torch.from_numpy(encoder.instruction_embeds.copy()),
         "null_embeds": null,

@@ -25,6 +25,7 @@ from demo.cell_table import Prompts
 from demo.swaps import KINDS
 from lidit import columns
 from lidit.diffusion import Objective, loss_per_sample, sample_rng
+from lidit.pixels import to_bytes
 from lidit.sampler import SamplerConfig, initial_noise, sample
 from lidit.vae import VAE
 from pipelines.score_scenes import Scenes
@@ -121,8 +122,7 @@ class PictureExam:
         empty = self.prompts.batch(cell.encoders, index, torch.ones_like(index, dtype=torch.bool))
         predict: Any = cell.predict  # called like a model
         latents = sample(predict, cell.objective, noise, given, empty, SAMPLER)
-        pixels = ((self.vae.decode(latents).clamp(-1, 1) + 1) * 127.5).round().byte()
-        return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        return list(to_bytes(self.vae.decode(latents)))
 
 
 @torch.no_grad()
@@ -134,13 +134,15 @@ def losses(
     for first in range(0, len(latents), BATCH):
         index = torch.arange(first, min(first + BATCH, len(latents)), device=latents.device)
         batch = prompts.batch(cell.encoders, index, torch.full_like(index, drop, dtype=torch.bool))
-        clean = latents[index]
-        for number, timestep in enumerate(timesteps):
-            noise = _noise([row * len(timesteps) + number for row in index.tolist()], clean.shape[1:]).to(clean.device)
-            t = torch.full((len(index),), timestep, device=clean.device)
-            noisy = cell.objective.add_noise(clean, noise, t)
-            predicted = cell.predict(noisy, t, batch.prompt_embeds, batch.prompt_mask, batch.instruction_embeds)
-            loss = loss_per_sample(cell.objective, predicted, clean, noise, t)
+        some = latents[index]  # B C H W
+        for number, value in enumerate(timesteps):
+            noise = _noise([row * len(timesteps) + number for row in index.tolist()], some.shape[1:]).to(some.device)
+            timestep = torch.full((len(index),), value, device=some.device)
+            noisy_latents = cell.objective.add_noise(some, noise, timestep)
+            prediction = cell.predict(
+                noisy_latents, timestep, batch.prompt_embeds, batch.prompt_mask, batch.instruction_embeds
+            )
+            loss = loss_per_sample(cell.objective, prediction, some, noise, timestep)
             found[number, first : first + len(index)] = loss.double().cpu().numpy()
     return found
 

@@ -148,8 +148,7 @@ def check_store(store: str) -> Check:
     """Writes, reads, lists, creates exclusively and deletes a small file."""
     import fsspec
 
-    from lidit.files import make_folder
-    from lidit.lease import create_exclusively
+    from lidit.files import create_exclusively, make_folder
 
     fs, root = fsspec.core.url_to_fs(store)
     folder = f"{root.rstrip('/')}/preflight"

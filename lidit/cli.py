@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from lidit.config_files import check_flags, load_yaml, packages
 from lidit.places import settled
-from lidit.printable import printable, printable_streams
+from lidit.printable import printable_streams
 
 JOBS = {
     "ingest": ("pipelines.ingest", "rows of a source -> the samples table"),
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with printable_streams():
+    with printable_streams():  # captions, file names and servers' words come to the terminal below
         return _run(argv)
 
 
@@ -63,19 +63,19 @@ def _run(argv: list[str]) -> int:
         config = parse_config(argv[0], module, argv[1:])
         with _stdout_to_stderr() as stdout, _ray_of_its_own():
             summary = module.main(settled(config))
-            print(printable(summary.to_text()), file=sys.stderr)
+            print(summary.to_text(), file=sys.stderr)
             print(summary.to_json(), file=stdout, flush=True)
         return 0 if summary.ok else 1
     except ValueError as error:
-        print(f"lidit {argv[0]}: {printable(str(error))}", file=sys.stderr)
+        print(f"lidit {argv[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"lidit {argv[0]}: stopped; what is committed is kept, the same command goes on", file=sys.stderr)
         return 130
     except (RuntimeError, OSError) as error:
-        print(f"lidit {argv[0]}: {printable(_last_cause(error))}", file=sys.stderr)
+        print(f"lidit {argv[0]}: {_last_cause(error)}", file=sys.stderr)
         return 1
-    except Exception:  # a fault of lidit's own, its traceback still through the streams of `printable_streams`
+    except Exception:  # a fault of lidit's own
         traceback.print_exc()
         return 1
 

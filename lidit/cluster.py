@@ -33,9 +33,7 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
     # Ray starts its processes by fork and exec, which is safe; Lance warns of any fork.
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_COLOR_PREFIX", "0"
-    )  # colours are control characters, which the command line shows as text
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # the command line would show colours as escapes
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own processes warn at every start
     if ray.is_initialized():
         return

@@ -36,14 +36,18 @@ def stop_here(module: torch.nn.Module, inputs: Any, output: Any) -> None:
     raise BlockReached(output[0] if isinstance(output, tuple) else output)
 
 
-def last_block(model: torch.nn.Module, depth: int) -> torch.nn.Module:
-    """The last of the model's `depth` transformer blocks: the largest ModuleList of that many modules."""
+def blocks_of(model: torch.nn.Module, depth: int) -> torch.nn.ModuleList:
+    """The model's `depth` transformer blocks: the largest ModuleList of that many modules.
+
+    Raises:
+        ValueError: it has none of that many.
+    """
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth]
     if not lists:
         raise ValueError(
             f"{type(model).__name__}: expected a ModuleList of {depth} blocks, found none; is it decoder-only?"
         )
-    return max(lists, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters()))[-1]
+    return max(lists, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters()))
 
 
 def context_length(text_config: transformers.PretrainedConfig) -> int:

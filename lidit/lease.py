@@ -19,8 +19,6 @@ from lidit.alive import Heartbeat, is_alive, make_heartbeat, read_heartbeat, sil
 from lidit.files import create_exclusively, is_there, make_folder, remove_file, replace_file
 from lidit.outage import is_away, outlast
 
-__all__ = ["Lease", "LeaseHeld", "LeaseLost", "check_number", "create_exclusively"]
-
 POLL_SECONDS = 2.0  # between two looks while waiting
 KEPT = 3  # files of earlier holders that stay, to be looked at
 PREFIX = "lease-"

@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from lidit import codec
 from lidit.batches import EncodedBatch, finish_batch, plan_batches, to_host
-from lidit.cut import BlockReached, SharedPrefixLayer, context_length, last_block, no_load_report, stop_here
+from lidit.cut import BlockReached, SharedPrefixLayer, blocks_of, context_length, no_load_report, stop_here
 from lidit.loading import load_config, load_model, load_tokenizer
 from lidit.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
 
@@ -228,7 +228,7 @@ class PromptEncoder:
             if config is not self.text_config:
                 model = model.get_decoder()  # a multimodal LLM: its language model alone
             if self.layer < self.num_blocks:
-                last_block(model, self.layer).register_forward_hook(stop_here)
+                blocks_of(model, self.layer)[-1].register_forward_hook(stop_here)
         model = model.requires_grad_(False).eval().to(self.device)
         if self.is_decoder:
             self._check_causal(model)

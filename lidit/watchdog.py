@@ -1,7 +1,7 @@
 """Ends a process in which a decoder hangs: C code cannot be interrupted, but its process can be ended.
 
-Ray then begins the unit of work again, and the tracker, which knows what was in hand, takes it row by row: what hangs a second
-time is left out with a reason. Nothing is watched in a process that has not asked for it.
+Ray then begins the unit of work again, and the tracker, which knows what was in hand, takes it row by row: what hangs
+twice by itself is left out with a reason. Nothing is watched in a process that has not asked for it.
 """
 
 from __future__ import annotations

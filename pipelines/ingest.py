@@ -37,9 +37,8 @@ from pipelines.table import ColumnFile, Table
 
 COMMIT_FRAGMENTS = 32  # finished fragments that wait at most
 COMMIT_SECONDS = 30.0  # and how long
-ERROR_BASE = (
-    1000  # rows that the error rate is taken over at least before the end (or all, if there are known to be fewer)
-)
+ERROR_BASE = 1000
+"""Rows that the error rate is taken over at least before the end, or all, if there are known to be fewer."""
 
 
 @dataclass(frozen=True)

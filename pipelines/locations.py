@@ -46,8 +46,11 @@ class File:
         return "/".join(uri.rstrip("/").split("/")[-2:])
 
 
-def absolute(uri: str) -> str:
-    """A path of this machine made absolute, `~` and links resolved: workers may stand in another folder. Others as they are."""
+def real_place(uri: str) -> str:
+    """A path of this machine made absolute, `~` and links resolved: ids are made of it. A URI stays.
+
+    `lidit.places.absolute` leaves links: a store may be mounted elsewhere on another machine.
+    """
     return uri if "://" in uri else str(Path(uri).expanduser().resolve())
 
 

@@ -27,8 +27,9 @@ from pipelines.job_metrics import JobMetrics
 DEATHS_OF_A_ROW = 2  # before it is quarantined
 DEATHS_OF_A_UNIT = 16  # before the job gives up on it
 POLL_SECONDS = 0.5
-Window = TypeVar("Window")
 MAX_BLOCKS = 2000  # blocks that Ray Data is given; more units than that share blocks
+
+Window = TypeVar("Window")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from lidit.uris import check_config
 from pipelines.embed import DEMO_ENCODERS
 from pipelines.probe_linear import Reading, Split, read_labels, split_rows
 from pipelines.probe_states import Pooled, Way, pooled_states, ways_of
+from pipelines.score_intervals import NORMAL
 
 FEWEST = 50  # rows that accuracy is told on
 MOST_CLASSES = 64
@@ -110,7 +111,7 @@ class Line:
     def half_width(self) -> float:
         """Half of the mean's 95 % interval: over texts, whose labels are not independent."""
         texts = np.mean([reading.right for reading in self.readings.values()], axis=0)
-        return float(1.96 * texts.std(ddof=1) / len(texts) ** 0.5)
+        return float(NORMAL * texts.std(ddof=1) / len(texts) ** 0.5)
 
 
 @dataclass
@@ -147,6 +148,11 @@ class ProbeSummary:
 
 
 def main(config: ProbeConfig) -> ProbeSummary:
+    """Reads every label from every way to use the encoders, and ranks the ways.
+
+    Raises:
+        ValueError: the file lacks columns or texts, or an encoder or a layer does not exist.
+    """
     truth = read_truth(config)
     split = split_rows(truth.texts, config.seed)
     if min(map(len, (split.fit, split.choose, split.test))) < FEWEST:
@@ -202,11 +208,11 @@ def _read_table(path: str) -> pa.Table:
 def _label_columns(config: ProbeConfig, table: pa.Table) -> list[str]:
     if config.labels:
         for name in config.labels:
-            classes = table[name].n_unique() if hasattr(table[name], "n_unique") else len(table[name].unique())
             if not _is_label(table[name]):
                 raise ValueError(
                     f"{config.texts}: label {name!r} must have 2 to {MOST_CLASSES} different words, whole numbers or truth "
-                    f"values and no nulls; it has {classes} of {table[name].type} and {table[name].null_count} nulls"
+                    f"values and no nulls; it has {len(table[name].unique())} of {table[name].type} and "
+                    f"{table[name].null_count} nulls"
                 )
         return list(config.labels)
     return [name for name in table.column_names if name not in (config.text, config.at) and _is_label(table[name])]

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.score_intervals import wilson
+
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the rows of the training part
-NORMAL = 1.96  # standard deviations that hold 95 % of a normal variable
 SHARES = (0.6, 0.2)  # of the texts, to fit with and to choose the penalty with; the rest is what accuracy is told on
 
 
@@ -69,14 +70,6 @@ def read_labels(vectors: Tensor, labels: Sequence[np.ndarray], split: Split) -> 
     u, s, vh = _svd(x[split.fit])  # n r, r, r E
     asked = {name: x[rows] @ vh.T for name, rows in (("choose", split.choose), ("test", split.test))}  # rows r
     return [_read(u, s, asked["choose"], asked["test"], np.asarray(label), split) for label in labels]
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    share, square = right / count, NORMAL**2
-    middle = (share + square / (2 * count)) / (1 + square / count)
-    half = NORMAL / (1 + square / count) * np.sqrt(share * (1 - share) / count + square / (4 * count**2))
-    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
 
 
 def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lidit.batches import plan_batches
-from lidit.cut import last_block
+from lidit.cut import blocks_of
 from lidit.text import EncoderConfig, PromptEncoder
 
 MOST_WORDS = 4096  # of the control's vocabulary, the most frequent tokens
@@ -176,20 +176,12 @@ def _all_layers(
     """Batch by batch: (which texts, layer -> states (B, L, E), mask (B, L))."""
     encoder = PromptEncoder(dataclasses.replace(config, layer_index=layers[-1]), device)
     seen: dict[int, Tensor] = {}
-    blocks = _blocks(encoder)
+    blocks = blocks_of(encoder.model, encoder.layer if encoder.is_decoder else encoder.num_blocks)  # a decoder is cut
     for layer in layers[:-1]:
         blocks[layer - 1].register_forward_hook(functools.partial(_keep, seen, layer))
     for rows in plan_batches(np.array([len(tokens) for tokens in ids]), batch_tokens):
         states, mask = encoder.forward([ids[row] for row in rows])
         yield np.asarray(rows), {**seen, layers[-1]: states}, mask
-
-
-def _blocks(encoder: PromptEncoder) -> torch.nn.ModuleList:
-    """The transformer blocks that the encoder has: the largest ModuleList of that many modules, as in `lidit.cut`."""
-    depth = encoder.layer if encoder.is_decoder else encoder.num_blocks
-    last = last_block(encoder.model, depth)
-    lists = (module for module in encoder.model.modules() if isinstance(module, torch.nn.ModuleList))
-    return next(blocks for blocks in lists if len(blocks) == depth and blocks[-1] is last)
 
 
 def _keep(seen: dict[int, Tensor], layer: int, module: torch.nn.Module, inputs: Any, output: Any) -> None:

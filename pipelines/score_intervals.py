@@ -40,7 +40,8 @@ def estimate(groups: Groups) -> Estimate:
     means, counts = _means(groups)
     low, high = np.quantile(_resampled(means, counts, 0), _tails())
     if means.min() == means.max() and means[0] in (0.0, 1.0):
-        low, high = _wilson(float(means[0]), len(means))
+        # resampling what is all alike would say that there is no doubt at all
+        low, high = wilson(round(means[0] * len(means)), len(means))
     return Estimate(float(means @ counts / counts.sum()), float(low), float(high), len(means), int(counts.sum()))
 
 
@@ -58,9 +59,12 @@ def mean_of_means(tasks: Mapping[str, Groups]) -> Estimate:
     )
 
 
-def _wilson(share: float, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share of 0 or 1: resampling what is all alike would say that there is no doubt at all."""
-    return (0.0, NORMAL**2 / (count + NORMAL**2)) if share == 0 else (count / (count + NORMAL**2), 1.0)
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share `right` of `count`."""
+    share, square = right / count, NORMAL**2
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = NORMAL / (1 + square / count) * np.sqrt(share * (1 - share) / count + square / (4 * count**2))
+    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
 
 
 def _means(groups: Groups) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ import fsspec
 
 from lidit.uris import shown
 from pipelines.compression import UnknownArchive, decompressed, is_damage
-from pipelines.locations import absolute, find_files, is_folder, is_hidden, list_folder, open_stream, stamp_of
+from pipelines.locations import find_files, is_folder, is_hidden, list_folder, open_stream, real_place, stamp_of
 from pipelines.sources import IMAGE_ENDINGS, MAX_IMAGE_BYTES, USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
 from pipelines.sources_listed import UNREADABLE
 
@@ -74,7 +74,7 @@ class WebDataset(Grouped):
     """Tar shards: one file, braces (`{0000..0012}`), a wildcard, or all tars below a folder."""
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
-        self.argument = absolute(argument)
+        self.argument = real_place(argument)
         self.names = SampleNames(names)
 
     def pieces(self) -> list[Piece]:
@@ -97,7 +97,7 @@ class PlainFiles(Grouped):
     """The `files` layout of img2dataset: a folder per shard, `00000/000000123.jpg` and `.txt` and `.json`."""
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
-        self.root = absolute(argument).rstrip("/")
+        self.root = real_place(argument).rstrip("/")
         self.names = SampleNames(names)
 
     def pieces(self) -> list[Piece]:
@@ -338,10 +338,8 @@ def tar_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
     tar = None
     try:
         with open_stream(uri) as raw:
-            options: dict[str, Any] = {
-                "tarinfo": _StrictTarInfo,
-                "ignore_zeros": True,
-            }  # joined tars are read one by one
+            # Zeros end a tar; behind them may be the next one of several that were joined.
+            options: dict[str, Any] = {"tarinfo": _StrictTarInfo, "ignore_zeros": True}
             with _StrictTarFile.open(fileobj=decompressed(raw), mode="r:", **options) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined] # it would keep every header

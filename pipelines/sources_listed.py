@@ -25,12 +25,12 @@ import pyarrow as pa
 from lidit import columns
 from lidit.uris import shown
 from pipelines.locations import (
-    absolute,
     is_folder,
     is_hidden,
     leads_outside,
     read_below,
     read_bytes,
+    real_place,
     walk_files,
     what_is_left_out,
 )
@@ -219,7 +219,7 @@ class Prompts(Listed):
     has_images = False
 
     def __init__(self, argument: str):
-        self.path = absolute(argument)
+        self.path = real_place(argument)
         self.name = posixpath.basename(self.path)
         self.suffix = posixpath.splitext(self.name)[1].lower()
 
@@ -294,7 +294,7 @@ def _file_record(place: str, root: str, path: str, text: str | None) -> Record:
 
 
 def _folder(argument: str, kind: str) -> str:
-    uri = absolute(argument)
+    uri = real_place(argument)
     if not is_folder(uri):
         raise ValueError(f"source {kind}:{argument}: expected a folder, nothing is there")
     return uri.rstrip("/")

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lidit.outage import is_away
-from pipelines.locations import STAT_THREADS, File, absolute, find_files, list_folder, open_parts, stamp_of
+from pipelines.locations import STAT_THREADS, File, find_files, list_folder, open_parts, real_place, stamp_of
 from pipelines.sources import USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
@@ -33,7 +33,7 @@ class Parquet(Sharded):
     """Parquet files: one, braces, a wildcard, or all below a folder. `downloaded`: rows without an image are left out."""
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES, downloaded: bool = False):
-        self.argument, self.names, self.downloaded = absolute(argument), names, downloaded
+        self.argument, self.names, self.downloaded = real_place(argument), names, downloaded
 
     def pieces(self) -> list[Piece]:
         files = find_files(self.argument, PARQUET_SUFFIXES, "parquet", self.left_out)
@@ -79,7 +79,7 @@ class LanceTable(Sharded):
     """A Lance table, its version of now: one piece per fragment."""
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
-        self.argument, self.names = absolute(argument), names
+        self.argument, self.names = real_place(argument), names
 
     def pieces(self) -> list[Piece]:
         try:
@@ -121,7 +121,7 @@ class HuggingFace(Sharded):
     """A folder that `datasets` wrote with `save_to_disk`; needs the extra `hf`."""
 
     def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
-        self.argument, self.names = absolute(argument), names
+        self.argument, self.names = real_place(argument), names
         self._dataset: Any = None  # opened at first use
 
     def pieces(self) -> list[Piece]:

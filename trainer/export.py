@@ -24,6 +24,7 @@ from torch import Tensor
 from lidit.config import LIDiTConfig
 from lidit.model import LIDiT
 from lidit.model_files import split_revision
+from lidit.places import absolute
 from lidit.uris import check_config
 from lidit.weights import expected_shapes, save_weights
 from trainer.checkpoint import EMA_FOLDER, ENGINE
@@ -33,7 +34,7 @@ from trainer.fragments import FragmentReader
 from trainer.manifest import Damaged, Manifest, check_content, read_manifest, steps_in
 from trainer.optimizer import parameter_groups
 from trainer.resume import read_state
-from trainer.storage import Storage, absolute, inside
+from trainer.storage import Storage, inside
 from trainer.universal import restricted_unpickling
 
 VAE_KEYS = (

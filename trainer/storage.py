@@ -20,7 +20,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lidit.durable import flush, make_folders, publish
-from lidit.lease import create_exclusively
+from lidit.files import create_exclusively
 from lidit.outage import outlast
 
 LOOKS = 3  # at a folder that is there and cannot be listed: something else changes it
@@ -168,11 +168,6 @@ class Storage:
             flush(beside)
             os.link(beside, path)
             flush(path.parent)
-
-
-def absolute(uri: str) -> str:
-    """A path -> the absolute one (workers have another working directory); a URI with a protocol stays."""
-    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
 
 def inside(folder: Path, name: str) -> Path:

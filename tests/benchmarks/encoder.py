@@ -29,7 +29,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lidit.cut import last_block, stop_here
+from lidit.cut import blocks_of, stop_here
 from lidit.text import DTYPES, EncoderConfig, PromptEncoder
 
 ROWS = 64  # of a batch of the loops
@@ -78,7 +78,7 @@ def load(encoder: PromptEncoder, shape: str | None, lm_head: bool) -> torch.nn.M
     cut.load_state_dict(base.state_dict(), strict=False, assign=True)
     cut.rotary_emb = base.rotary_emb
     if encoder.layer < encoder.num_blocks:
-        last_block(cut, encoder.layer).register_forward_hook(stop_here)
+        blocks_of(cut, encoder.layer)[-1].register_forward_hook(stop_here)
     encoder.model = cut.requires_grad_(False).eval()
     return model
 
@@ -141,7 +141,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def flops(encoder: PromptEncoder, ids: list[list[int]]) -> float:
     """What the prompts' real tokens need: 2 per block parameter and token, and the causal attention over the prefix too."""
-    block = last_block(encoder.model, encoder.layer)
+    block = blocks_of(encoder.model, encoder.layer)[-1]
     parameters = encoder.layer * sum(weight.numel() for weight in block.parameters())
     config, prefix = encoder.text_config, len(encoder.prefix_ids)
     heads = config.num_attention_heads

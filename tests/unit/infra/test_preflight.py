@@ -86,9 +86,9 @@ def test_a_store_that_cannot_be_written(preflight, tmp_path):
 
 
 def test_a_store_that_ignores_conditions(preflight, store, monkeypatch):
-    import lidit.lease
+    import lidit.files
 
-    monkeypatch.setattr(lidit.lease, "create_exclusively", lambda fs, path, content: fs.pipe_file(path, b"preflight"))
+    monkeypatch.setattr(lidit.files, "create_exclusively", lambda fs, path, content: fs.pipe_file(path, b"preflight"))
     check = preflight.check_store(store)
     assert not check.ok and "twice" in check.found and "If-None-Match" in check.fix
 

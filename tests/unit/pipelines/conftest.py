@@ -18,6 +18,7 @@ from pipelines.known import Known
 from pipelines.pool import Tracker
 from pipelines.sources import open_source
 from pipelines.table import ColumnFile, ColumnFileWriter, Table
+from tests.table_rows import EMBEDS, ERROR, KEY, LENGTH, ROWS, write_rows
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,3 +89,19 @@ class Job:
 
     def rows(self) -> list[dict[str, Any]]:
         return self.table.open().to_table().to_pylist()
+
+
+@pytest.fixture
+def table(tmp_path):
+    """An empty table."""
+    made = Table(str(tmp_path / "store" / "samples.lance"))
+    made.create(ROWS)
+    return made
+
+
+@pytest.fixture
+def filled(table):
+    """Three fragments of 4 rows, and the stage's columns declared."""
+    table.append([write_rows(table, first) for first in (0, 4, 8)])
+    table.declare([EMBEDS, LENGTH, ERROR], KEY)
+    return table

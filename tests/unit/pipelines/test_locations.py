@@ -7,7 +7,7 @@ import pytest
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
-from pipelines.locations import File, absolute, expand_braces, find_files, is_local, list_folder, stamp_of, walk_files
+from pipelines.locations import File, expand_braces, find_files, is_local, list_folder, real_place, stamp_of, walk_files
 
 pytestmark = pytest.mark.unit
 
@@ -145,7 +145,7 @@ def test_place_holds_no_token():
 
 def test_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert absolute("s3://bucket/a") == "s3://bucket/a"
-    assert absolute("sub/{0..3}.tar") == str(tmp_path.resolve() / "sub" / "{0..3}.tar")
-    assert absolute("~/x").endswith("/x") and "~" not in absolute("~/x")
+    assert real_place("s3://bucket/a") == "s3://bucket/a"
+    assert real_place("sub/{0..3}.tar") == str(tmp_path.resolve() / "sub" / "{0..3}.tar")
+    assert real_place("~/x").endswith("/x") and "~" not in real_place("~/x")
     assert is_local(str(tmp_path)) and not is_local("memory://x")

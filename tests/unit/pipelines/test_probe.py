@@ -14,7 +14,7 @@ import torch
 from lidit.cli import main
 from lidit.text import EncoderConfig, PromptEncoder
 from pipelines import probe
-from pipelines.probe_linear import _svd, read_labels, split_rows, wilson
+from pipelines.probe_linear import _svd, read_labels, split_rows
 from pipelines.probe_states import Way, pooled_states, ways_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,11 +61,6 @@ def test_the_decomposition_is_the_svd(shape: tuple[int, int]):
     u, s, vh = _svd(x)
     torch.testing.assert_close(u * s @ vh, x)
     torch.testing.assert_close(s.sort(descending=True).values, torch.linalg.svdvals(x)[: len(s)])
-
-
-def test_wilson():
-    assert wilson(0, 10) == (0.0, pytest.approx(0.2775, abs=1e-3))
-    assert wilson(50, 100) == (pytest.approx(0.4038, abs=1e-3), pytest.approx(0.5962, abs=1e-3))
 
 
 # -- the states -------------------------------------------------------------------------------------------------------

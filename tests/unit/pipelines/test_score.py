@@ -18,7 +18,7 @@ from pipelines.pool import ActorsConfig
 from pipelines.score import ScoreConfig, ScoreImages, Scores, main
 from pipelines.score_clip import ClipScore
 from pipelines.score_fid import open_distance, open_features, result, update
-from pipelines.score_intervals import estimate, mean_of_means
+from pipelines.score_intervals import estimate, mean_of_means, wilson
 from pipelines.score_scenes import Scenes
 
 pytestmark = pytest.mark.unit
@@ -293,3 +293,8 @@ def test_clip_score_knows_all_that_its_values_depend_on(clip_folder, tmp_path, f
     (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), "other": 1}))
     after = ClipScore.fingerprint(ScoreConfig(metrics=("clip_score",), clip=str(folder), actors=CPU))
     assert {name for name in before if before[name] != after[name]} == {key}
+
+
+def test_wilson():
+    assert wilson(0, 10) == (0.0, pytest.approx(0.2775, abs=1e-3))
+    assert wilson(50, 100) == (pytest.approx(0.4038, abs=1e-3), pytest.approx(0.5962, abs=1e-3))

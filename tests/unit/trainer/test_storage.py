@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from trainer.storage import Storage, absolute, inside
+from trainer.storage import Storage, inside
 
 pytestmark = pytest.mark.unit
 
@@ -95,9 +95,3 @@ def test_names_out_of_storage_stay_inside(tmp_path: Path, name: str) -> None:
     assert inside(tmp_path, "a/b.pt") == tmp_path / "a" / "b.pt"
     with pytest.raises(ValueError, match="stays below"):
         inside(tmp_path, name)
-
-
-def test_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert absolute("./store") == str(tmp_path / "store")
-    assert absolute("s3://bucket/store") == "s3://bucket/store"
