@@ -6,12 +6,10 @@ twice by itself is left out with a reason. Nothing is watched in a process that 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 DECODE_SECONDS = 120.0  # of one picture; the largest that is let in takes a few
 EXIT_STATUS = 71
@@ -26,15 +24,14 @@ def arm(seconds: float = DECODE_SECONDS) -> None:
         threading.Thread(target=_watch, args=(seconds,), name="watchdog", daemon=True).start()
 
 
-@contextlib.contextmanager
-def watched() -> Iterator[None]:
+class watched:  # a class, and no generator: every picture goes through it
     """Work that is given up, process and all, if it takes too long; it must let other threads run meanwhile (the GIL)."""
-    thread = threading.get_ident()
-    _since[thread] = time.monotonic()
-    try:
-        yield
-    finally:
-        _since.pop(thread, None)
+
+    def __enter__(self) -> None:
+        _since[threading.get_ident()] = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        _since.pop(threading.get_ident(), None)
 
 
 def _watch(seconds: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import secrets
@@ -125,17 +124,22 @@ class Unforeseen(Exception):
     """An error that nobody has thought of, at a row that the message names; the error is its cause."""
 
 
-@contextlib.contextmanager
-def at(where: Callable[[], str]) -> Iterator[None]:
+FORESEEN = (Unforeseen, OSError, RuntimeError, MemoryError, ray.exceptions.RayError)
+
+
+class at:  # a class, and no generator: every row goes through it
     """Has an unforeseen error say where it came up. What storage, Ray and other processes do is not meant."""
-    try:
-        yield
-    except (Unforeseen, OSError, RuntimeError, MemoryError, ray.exceptions.RayError):
-        raise
-    except Exception as error:
-        if is_away(error):
-            raise
-        raise Unforeseen(where()) from error
+
+    def __init__(self, where: Callable[[], str]):
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, FORESEEN) or is_away(error):
+            return
+        raise Unforeseen(self.where()) from error
 
 
 class _Task:
@@ -168,18 +172,14 @@ class _Task:
 
     def _windows(self) -> Iterator[_Window]:
         window, size, place = _Window(0), 0, f"the begin of {_named(self.unit['parts'][0])}"
-        records = self.source.records(self.unit["parts"])
-        while True:
-            with at(lambda place=place: f"reading what follows {place}"):  # type: ignore[misc]
-                record = next(records, None)
-            if record is None:
-                break
-            place = record.place
-            window.records.append(record)
-            size += len(record.image or b"")
-            if len(window.records) == WINDOW_ROWS or size >= WINDOW_BYTES:
-                yield window
-                window, size = _Window(window.first + len(window.records)), 0
+        with at(lambda: f"reading what follows {place}"):
+            for record in self.source.records(self.unit["parts"]):
+                place = record.place
+                window.records.append(record)
+                size += len(record.image or b"")
+                if len(window.records) == WINDOW_ROWS or size >= WINDOW_BYTES:
+                    yield window
+                    window, size = _Window(window.first + len(window.records)), 0
         if window.records:
             yield window
 
