@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from lidit import codec
 from lidit.batches import EncodedBatch, finish_batch, plan_batches, to_host
+from lidit.beginnings import beginnings
 from lidit.cut import BlockReached, SharedPrefixLayer, blocks_of, context_length, no_load_report, stop_here
 from lidit.loading import load_config, load_model, load_tokenizer
 from lidit.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
@@ -139,9 +140,13 @@ class PromptEncoder:
     # -- tokens -------------------------------------------------------------------------------------------------------
 
     def tokenize(self, prompts: list[str]) -> tuple[list[list[int]], np.ndarray]:
-        """Prompts -> (token ids of each, the number of tokens cut off each). The prefix is not among them."""
+        """Prompts -> (token ids of each, the number of tokens cut off each). The prefix is not among them.
+
+        Of a very long prompt (`beginnings`) the end is not looked at: at least so many tokens are cut off.
+        """
         if not prompts:
             return [], np.zeros(0, np.int32)
+        prompts = beginnings(self.tokenizer, prompts, self.max_prompt_tokens)
         ids = self.tokenizer(prompts, add_special_tokens=not self.is_decoder, verbose=False)["input_ids"]
         excess = np.array([max(0, len(tokens) - self.max_prompt_tokens) for tokens in ids], np.int32)
         if self.is_decoder:

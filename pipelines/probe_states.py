@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lidit.batches import plan_batches
+from lidit.beginnings import beginnings
 from lidit.cut import blocks_of
 from lidit.text import EncoderConfig, PromptEncoder
 
@@ -158,6 +159,7 @@ class _Tokens:
 
     def _parts(self, encoder: PromptEncoder, texts: list[str], spans: Sequence[tuple[int, int]]) -> np.ndarray:
         """(N, longest L) bool."""
+        texts = beginnings(encoder.tokenizer, texts, encoder.max_prompt_tokens)
         given: Any = encoder.tokenizer(texts, add_special_tokens=not encoder.is_decoder, return_offsets_mapping=True)
         parts = np.zeros((len(texts), max(map(len, self.ids))), bool)
         for row, (offsets, (first, last)) in enumerate(zip(given["offset_mapping"], spans)):

@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 
 from lidit import columns
+from lidit.beginnings import beginnings
 from lidit.loading import load_model, load_processor
 from lidit.model_files import (
     config_digest,
@@ -69,9 +70,9 @@ class ClipScore:
     def _batch(self, images: Sequence[np.ndarray], prompts: list[str]) -> list[float]:
         device = self.model.device
         pixels = self.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        words = self.processor.tokenizer(
-            prompts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
+        tokenizer = self.processor.tokenizer
+        prompts = beginnings(tokenizer, prompts, self.max_tokens)
+        words = tokenizer(prompts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         outputs = self.model(
             input_ids=words["input_ids"].to(device),
             attention_mask=words["attention_mask"].to(device),

@@ -27,6 +27,7 @@ import torch
 import transformers
 
 from lidit import columns
+from lidit.beginnings import beginnings
 from lidit.checksum import no_panic
 from lidit.codec import bytes_per_token, decode, decode_bytes, excess, finite_values
 from lidit.fingerprints import comparable, warn_unrecorded
@@ -275,6 +276,7 @@ class PlainEncoder:
 
     def encode(self, prompt: str, limit: int) -> np.ndarray:
         """(L, E) float32 of the prompt's tokens, at most `limit`."""
+        (prompt,) = beginnings(self.tokenizer, [prompt], limit)
         ids = self.tokenizer(prompt, add_special_tokens=not self.is_decoder)["input_ids"]
         if not self.is_decoder and len(ids) > limit:
             ids = ids[: limit - 1] + ids[-1:]

@@ -270,6 +270,19 @@ def test_truncation_is_counted_and_exact(llama_folder):
         assert open_encoder(llama_folder, max_prompt_tokens=limit).tokenize([PROMPTS[2]])[1].tolist() == [wanted]
 
 
+def test_the_end_of_a_very_long_prompt_is_not_tokenised(llama_folder, monkeypatch):
+    prompt = "two large blue dogs below the small green table " * 20_000
+    encoder = open_encoder(llama_folder, max_prompt_tokens=8)
+    given = []
+    tokenizer = encoder.tokenizer
+    monkeypatch.setattr(
+        encoder, "tokenizer", lambda texts, **options: given.append(texts) or tokenizer(texts, **options)
+    )
+    (ids,), (excess,) = encoder.tokenize([prompt])
+    assert ids == encoder.tokenize([prompt[:200]])[0][0] and excess > 0
+    assert sum(len("".join(texts)) for texts in given) < 20_000 < len(prompt)
+
+
 def test_tokenize_nothing(llama_folder):
     ids, excess = open_encoder(llama_folder).tokenize([])
     assert ids == [] and excess.shape == (0,)
