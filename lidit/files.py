@@ -6,15 +6,20 @@ A lease, a heartbeat, a fence: each is a file of a few bytes, and each must be w
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import secrets
+import stat
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fsspec.implementations.local import LocalFileSystem
 
 WITH_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "tos", "cos", "obs"}  # of fsspec
+OTHER_KINDS = {
+    stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
 CREATE_TRIES = 3  # of a file that is refused and yet not there
 
 
@@ -53,6 +58,35 @@ def make_folder(fs: Any, path: str) -> None:
                 f"{fs.unstrip_protocol(path)}: expected a bucket {bucket!r}, there is no bucket of that name; is it spelt "
                 f"right, and in this account or endpoint? Make it first: jobs make none"
             )
+
+
+class NoRegularFile(ValueError):
+    """A pipe, a socket or a device: who reads it may wait for ever, or read without end."""
+
+
+def check_regular(path: str | Path) -> None:
+    """Whether a file of this machine, links followed, is one of bytes on a disk. Opens nothing.
+
+    Raises:
+        NoRegularFile: it is a pipe, a socket or a device; says which.
+        FileNotFoundError: nothing is there.
+    """
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind in OTHER_KINDS:
+        raise NoRegularFile(
+            f"{Path(path).name}: expected a regular file, this is {OTHER_KINDS[kind]}, which is not read"
+        )
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file of this machine to read its bytes; pipes, sockets and devices are not opened.
+
+    Raises:
+        NoRegularFile: it is one.
+        OSError: it cannot be opened.
+    """
+    check_regular(path)
+    return open(path, "rb")
 
 
 def create_exclusively(fs: Any, path: str, content: bytes) -> None:

@@ -258,7 +258,7 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def _weight_files(folder: Path, files: ModelFiles) -> list[Path]:
-    return sorted({path for pattern in files.weights for path in folder.glob(pattern)})
+    return sorted({path for pattern in files.weights for path in folder.glob(pattern) if path.is_file()})
 
 
 def _listing(folder: Path) -> str:

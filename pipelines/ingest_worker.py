@@ -175,8 +175,9 @@ class _Task:
         with at(lambda: f"reading what follows {place}"):
             for record in self.source.records(self.unit["parts"]):
                 place = record.place
+                record.drop_long_texts()
                 window.records.append(record)
-                size += len(record.image or b"")
+                size += len(record.image or b"") + len(record.caption or "")
                 if len(window.records) == WINDOW_ROWS or size >= WINDOW_BYTES:
                     yield window
                     window, size = _Window(window.first + len(window.records)), 0

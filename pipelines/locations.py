@@ -22,7 +22,8 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from lidit.outage import outlast
+from lidit.files import NoRegularFile, check_regular, open_regular
+from lidit.outage import is_away, outlast
 from lidit.uris import shown
 
 STAT_THREADS = 16
@@ -85,9 +86,23 @@ def what_is_left_out(uri: str, path: str) -> str:
     if is_hidden(path):
         return "hidden"
     fs, root = fsspec.core.url_to_fs(uri)
-    if isinstance(fs, LocalFileSystem) and os.path.isdir(f"{root}/{path}"):
-        return "link to a folder"
+    if isinstance(fs, LocalFileSystem):
+        if os.path.isdir(f"{root}/{path}"):
+            return "link to a folder"
+        if not is_regular(f"{root}/{path}"):
+            return "no regular file"
     return posixpath.splitext(path)[1].lower() or "without an ending"
+
+
+def is_regular(path: str) -> bool:
+    """Whether a path of this machine is no pipe, socket or device; True where it leads nowhere: reading it says so."""
+    try:
+        check_regular(path)
+    except NoRegularFile:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def find_files(spec: str, suffixes: Sequence[str], kind: str, left_out: Counter[str] | None = None) -> list[File]:
@@ -118,11 +133,20 @@ def list_folder(uri: str) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda entry: entry["name"])
 
 
-def walk_files(uri: str) -> dict[str, int]:
-    """Path below the folder -> bytes, of all files below it, sorted; links to folders are not followed."""
+def walk_files(uri: str, left_out: Counter[str] | None = None) -> dict[str, int]:
+    """Path below the folder -> bytes, of all files below it, sorted; links to folders are not followed.
+
+    `left_out` is added the pipes, sockets and devices, which are no files here.
+    """
     fs, root = fsspec.core.url_to_fs(uri)
     root = root.rstrip("/")
-    return dict(sorted((entry["name"].removeprefix(root).lstrip("/"), entry["size"]) for entry in _below(fs, root)))
+    found = {}
+    for entry in _below(fs, root):
+        if _may_be_read(fs, entry):
+            found[entry["name"].removeprefix(root).lstrip("/")] = entry["size"]
+        elif left_out is not None:
+            left_out["left_out_no regular file"] += 1
+    return dict(sorted(found.items()))
 
 
 def _below(fs: Any, root: str) -> list[dict[str, Any]]:
@@ -158,25 +182,41 @@ def is_local(uri: str) -> bool:
 def open_stream(uri: str) -> Any:
     """A file to be read from front to back once, as a context."""
     fs, path = fsspec.core.url_to_fs(uri)
+    if isinstance(fs, LocalFileSystem):
+        return open_regular(path)
     return fs.open(path, "rb", block_size=READ_BLOCK, cache_type="readahead")
 
 
 def open_parts(uri: str) -> Any:
     """A file of which parts are read here and there, as a context; who reads does its own buffering."""
     fs, path = fsspec.core.url_to_fs(uri)
-    return open(path, "rb") if isinstance(fs, LocalFileSystem) else fs.open(path, "rb", cache_type="none")
+    return open_regular(path) if isinstance(fs, LocalFileSystem) else fs.open(path, "rb", cache_type="none")
 
 
 def read_bytes(uri: str) -> bytes:
-    """A whole file."""
+    """A whole file. Raises NoRegularFile where it is a pipe, a socket or a device."""
     fs, path = fsspec.core.url_to_fs(uri)
-    return outlast(lambda: fs.cat_file(path), "reading a file of the source")
+    return outlast(lambda: _whole(fs, path, None, None), "reading a file of the source")
 
 
-def read_below(root: str, path: str) -> bytes:
-    """A whole file below a folder. Nothing in `path` is a protocol, nor one of fsspec's chained ones (`::`)."""
+def read_below(root: str, path: str, most: int, size: int | None = None) -> bytes:
+    """A whole file below a folder. Nothing in `path` is a protocol, nor one of fsspec's chained ones (`::`).
+
+    Args:
+        root, path: the folder's URI, and the path below it.
+        most: bytes that it may have.
+        size: bytes that it has, where a listing told it: an object store is then not asked again.
+
+    Raises:
+        ValueError: it is larger, or has grown since it was opened, or is a pipe, a socket or a device.
+    """
     fs, folder = fsspec.core.url_to_fs(root)
-    return outlast(lambda: fs.cat_file(f"{folder.rstrip('/')}/{path}"), "reading a file of the source")
+    return outlast(lambda: _whole(fs, f"{folder.rstrip('/')}/{path}", most, size), "reading a file of the source")
+
+
+def too_large(size: int, most: int) -> str:
+    """The reason for a file or text of so many bytes."""
+    return f"{size:,} bytes, more than {most:,} allowed"
 
 
 def leads_outside(path: str) -> bool:
@@ -193,6 +233,50 @@ def stamp_of(info: dict[str, Any]) -> str | None:
     return None if told is None else hashlib.sha256(f"{told} {info.get('size')}".encode()).hexdigest()[:16]
 
 
+def _may_be_read(fs: Any, entry: dict[str, Any]) -> bool:
+    """Whether an entry of a listing is no pipe, socket or device; of `other` type, as links of this machine are too."""
+    if entry["type"] != "other":
+        return True
+    return isinstance(fs, LocalFileSystem) and is_regular(entry["name"])
+
+
+def _whole(fs: Any, path: str, most: int | None, size: int | None) -> bytes:
+    if isinstance(fs, LocalFileSystem):
+        return _whole_local(path, most)
+    if most is None:
+        return fs.cat_file(path)
+    if size is None:
+        data = _beginning(fs, path, most + 1)
+    elif size > most:
+        raise ValueError(too_large(size, most))
+    else:
+        data = fs.cat_file(path)
+    if len(data) > most:
+        raise ValueError(too_large(len(data), most))
+    return data
+
+
+def _whole_local(path: str, most: int | None) -> bytes:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise ValueError(too_large(size, most))
+        data = file.read(size + 1)  # never without an end: files of /proc have a size of 0 and any content
+    if len(data) > size:
+        raise ValueError(f"more than the {size:,} bytes that its folder tells: it is being written, or on no disk")
+    return data
+
+
+def _beginning(fs: Any, path: str, size: int) -> bytes:
+    """The first bytes of a file of an object store, in one request."""
+    try:
+        return fs.cat_file(path, end=size)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or is_away(error) or fs.info(path)["size"]:
+            raise
+        return b""  # of an object without bytes no range can be asked for
+
+
 def _files_at(uri: str, suffixes: Sequence[str], left_out: Counter[str]) -> list[File]:
     fs, path = fsspec.core.url_to_fs(uri)
     try:
@@ -200,14 +284,17 @@ def _files_at(uri: str, suffixes: Sequence[str], left_out: Counter[str]) -> list
     except FileNotFoundError:
         if not any(sign in path for sign in "*?["):
             return []
-        infos = [entry for name, entry in fs.glob(path, detail=True).items() if not is_hidden(posixpath.basename(name))]
+        found = fs.glob(path, detail=True).items()
+        infos = [entry for name, entry in found if not is_hidden(posixpath.basename(name)) and _may_be_read(fs, entry)]
     else:
         infos = [info]
+        if not _may_be_read(fs, info):
+            check_regular(path)
         if info["type"] == "directory":
             infos = []
             for entry in _below(fs, path):
                 inside = entry["name"].removeprefix(path.rstrip("/")).lstrip("/")
-                if inside.lower().endswith(tuple(suffixes)) and not is_hidden(inside):
+                if inside.lower().endswith(tuple(suffixes)) and not is_hidden(inside) and _may_be_read(fs, entry):
                     infos.append(entry)
                 else:
                     left_out[f"left_out_{what_is_left_out(uri, inside)}"] += 1

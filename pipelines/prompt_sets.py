@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from lidit import columns
+from lidit.files import check_regular
 from pipelines.ingest_work import new_items
 from pipelines.runs import Run
 from pipelines.sources_listed import Prompts
@@ -79,6 +80,8 @@ def read_prompts(path: str) -> list[Prompt]:
         files = sorted(folder.glob("*.txt"))
         if not files:
             raise ValueError(f"prompts: expected .txt files in {path}, a prompt each, found none")
+        for file in files:
+            check_regular(file)
         texts = [file.read_text(encoding="utf-8-sig").strip() for file in files]
         if empty := [file.name for file, text in zip(files, texts) if not text]:
             raise ValueError(f"prompts: {path}/{empty[0]} is empty")

@@ -31,6 +31,7 @@ import pyarrow as pa
 from lidit import columns
 from lidit.uris import shown
 from pipelines.image_check import check_image, digest
+from pipelines.locations import too_large
 from pipelines.table import UNCOMPRESSED
 
 IMAGE_ENDINGS = (
@@ -38,6 +39,9 @@ IMAGE_ENDINGS = (
     "jpf", "j2c", "jpc", "mpo",
 )  # fmt: skip
 MAX_IMAGE_BYTES = 256 << 20  # of an encoded image; larger files are refused before they are read
+MAX_TEXT_BYTES = 64 << 10  # UTF-8 of a text that comes with a row; a dense caption has a few kB
+MAX_JSON_BYTES = 4 << 20  # of a file that belongs to a row and holds its texts among other things
+SURELY_SHORT = MAX_TEXT_BYTES // 4  # characters
 ID_FIELD = pa.field(columns.IMAGE_ID, pa.string())
 ERROR_FIELD = pa.field(columns.error("ingest"), pa.string())
 IMAGE_FIELDS = [
@@ -85,6 +89,20 @@ class Record:
     image_id: str | None = None  # None: made from the content, see `identify`
     values: dict[str, Any] = field(default_factory=dict)  # further columns
     digest: str | None = None  # of the image's bytes; None until `identify`
+
+    def drop_long_texts(self) -> None:
+        """Takes texts of more than `MAX_TEXT_BYTES` away, and says so in `error`; the `image_id` is made of the whole text."""
+        if (self.caption is None or len(self.caption) <= SURELY_SHORT) and not self.values:
+            return
+        for name, text in (("caption", self.caption), *list(self.values.items())):
+            if not isinstance(text, str) or len(text) <= SURELY_SHORT:
+                continue
+            if (size := len(text.encode("utf-8", "surrogatepass"))) > MAX_TEXT_BYTES:
+                self.identify()
+                self.error = self.error or f"{name}: {too_large(size, MAX_TEXT_BYTES)}"
+                if name == "caption":
+                    self.caption = None
+                self.values.pop(name, None)
 
     def identify(self) -> str:
         """The `image_id` of its row: the source's own, or digests of image (of the place, without one) and caption."""
@@ -202,6 +220,7 @@ def make_row(
 
     `decode`, `with_phash` as `check_image` has them. None: `wanted`, given height and width, does not want it.
     """
+    record.drop_long_texts()
     row = {columns.IMAGE_ID: record.identify(), **record.values}
     if (reason := record.error or _unwritable(record)) is not None:
         return error_row(record, reason)

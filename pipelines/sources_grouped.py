@@ -16,12 +16,30 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
-
 from lidit.uris import shown
 from pipelines.compression import UnknownArchive, decompressed, is_damage
-from pipelines.locations import find_files, is_folder, is_hidden, list_folder, open_stream, real_place, stamp_of
-from pipelines.sources import IMAGE_ENDINGS, MAX_IMAGE_BYTES, USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
+from pipelines.locations import (
+    find_files,
+    is_folder,
+    is_hidden,
+    list_folder,
+    open_stream,
+    read_below,
+    real_place,
+    stamp_of,
+    too_large,
+)
+from pipelines.sources import (
+    IMAGE_ENDINGS,
+    MAX_IMAGE_BYTES,
+    MAX_JSON_BYTES,
+    MAX_TEXT_BYTES,
+    USUAL_NAMES,
+    ColumnsConfig,
+    Piece,
+    Record,
+    Sharded,
+)
 from pipelines.sources_listed import UNREADABLE
 
 TAR_SUFFIXES = (
@@ -152,7 +170,8 @@ class SampleNames:
         self.captions = CAPTION_CHOICES if names.caption is None else (names.caption.lstrip("."),)
         self.score = names.score
         texts = [*self.captions, *([self.score] if self.score else [])]
-        self._texts = {name for text in texts for name in (text.partition(".")[0].lower(), text.lower())}
+        self._most = {text.lower(): MAX_TEXT_BYTES for text in texts}  # extension -> bytes of a file with it
+        self._most |= {text.partition(".")[0].lower(): MAX_JSON_BYTES for text in texts if "." in text}
         named = {"caption": names.caption and self.captions[0], "score": names.score}
         self._named = {what: name for what, name in named.items() if name}
 
@@ -164,13 +183,13 @@ class SampleNames:
         """The extensions, for a message."""
         return f".{self.image}" if self.image else ", ".join(f".{name}" for name in IMAGE_ENDINGS)
 
-    def wanted(self, extension: str) -> bool:
-        """Whether a file with this extension need be read at all."""
-        return self.is_image(extension) or extension in self._texts
+    def wanted(self, extension: str) -> int:
+        """Bytes that a file with this extension may have; 0: it need not be read at all."""
+        return MAX_IMAGE_BYTES if self.is_image(extension) else self._most.get(extension, 0)
 
-    def needed_to_check(self, extension: str) -> bool:
-        """Whether `check` looks into a file with this extension."""
-        return bool(self._named) and extension in self._texts
+    def needed_to_check(self, extension: str) -> int:
+        """The same of the files that `check` looks into."""
+        return self._most.get(extension, 0) if self._named else 0
 
     def check(self, samples: Iterable[Sample], where: str) -> None:
         """Looks at a shard's first samples for what was named.
@@ -330,7 +349,7 @@ def grouped(files: Iterable[tuple[str, bytes | str]]) -> Iterator[Sample]:
 def tar_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
     """(name, bytes) of a tar's files in order, read in one pass; instead of bytes a reason where they are not taken.
 
-    `wanted(extension)`: whether the bytes are needed; b"" if not.
+    `wanted(extension)`: how many bytes a file may have; b"" for one that is not needed, of which that is 0.
 
     Raises:
         DamagedShard: no tar, or one that is cut short.
@@ -364,21 +383,23 @@ def tar_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
 
 def folder_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
     """The same for the files of a folder."""
-    fs, _ = fsspec.core.url_to_fs(uri)
     for entry in list_folder(uri):
         name = posixpath.basename(entry["name"])
         if entry["type"] == "directory" or is_hidden(name):
             continue
         extension = name.partition(".")[2].lower()
-        if not wanted(extension):
+        most = wanted(extension)
+        if not most:
             yield name, b""
-        elif entry["size"] > MAX_IMAGE_BYTES:
-            yield name, _too_large(entry["size"])
+        elif entry["size"] > most:
+            yield name, too_large(entry["size"], most)
         else:
             try:
-                yield name, fs.cat_file(entry["name"])
+                yield name, read_below(uri, name, most, entry["size"])
             except UNREADABLE as error:
                 yield name, type(error).__name__
+            except ValueError as error:  # such as a pipe
+                yield name, str(error)
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, wanted: Any) -> bytes | str:
@@ -387,10 +408,11 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, wanted: Any) -> byte
     if not member.isreg():
         return "no regular file"
     extension = posixpath.basename(member.name).partition(".")[2].lower()
-    if not wanted(extension):
+    most = wanted(extension)
+    if not most:
         return b""
-    if member.size > MAX_IMAGE_BYTES:
-        return _too_large(member.size)
+    if member.size > most:
+        return too_large(member.size, most)
     if member.issparse():
         content = tar.extractfile(member).read()  # type: ignore[union-attr]
     else:  # as `extractfile` does, without its two layers of buffers
@@ -399,10 +421,6 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, wanted: Any) -> byte
     if len(content) < member.size:
         raise tarfile.ReadError(f"{member.name} ends after {len(content):,} of {member.size:,} bytes")
     return content
-
-
-def _too_large(size: int) -> str:
-    return f"{size:,} bytes, more than {MAX_IMAGE_BYTES:,} allowed"
 
 
 class _StrictTarFile(tarfile.TarFile):

@@ -39,6 +39,7 @@ from pipelines.sources import (
     IMAGE_ENDINGS,
     IMAGE_FIELDS,
     MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
     Item,
     Listed,
     Record,
@@ -85,7 +86,7 @@ class Folder(Listed):
         self.root = _folder(argument, "folder")
 
     def items(self) -> list[Item]:
-        sizes = walk_files(self.root)
+        sizes = walk_files(self.root, self.left_out)
         files = [path for path in sizes if not is_hidden(path)]
         images = [path for path in files if _ending(path)[1:] in IMAGE_ENDINGS]
         texts, text_paths = self._metadata(files, images), self._texts_beside(files, images)
@@ -99,7 +100,7 @@ class Folder(Listed):
             if path in texts:
                 item["text"] = texts[path]
             elif (text_path := text_paths.get(posixpath.splitext(path)[0])) is not None:
-                item["text_path"] = text_path
+                item["text_path"], item["text_bytes"] = text_path, sizes[text_path]
             items.append(item)
         read = {
             path for path in files if _ending(path) in TEXT_SUFFIXES or posixpath.basename(path).lower() in METADATA
@@ -117,10 +118,8 @@ class Folder(Listed):
     def record(self, item: Item) -> Record:
         text = item.get("text")
         if "text_path" in item:
-            text = read_below(self.root, item["text_path"]).decode("utf-8-sig").rstrip("\r\n")
-        if item["bytes"] > MAX_IMAGE_BYTES:
-            return Record(item["place"], error=f"{item['bytes']:,} bytes, more than {MAX_IMAGE_BYTES:,} allowed")
-        return _file_record(item["place"], self.root, item["path"], text)
+            text = _text_beside(self.root, item["text_path"], item["text_bytes"])
+        return _file_record(item["place"], self.root, item["path"], text, item["bytes"])
 
     def _metadata(self, files: list[str], images: list[str]) -> dict[str, str]:
         """Image -> its text by the metadata files: each holds for its own folder and what is below, the nearest one counts."""
@@ -206,6 +205,8 @@ class Coco(Listed):
         place = f"images/{posixpath.basename(item['path'])}"
         if leads_outside(item["path"]):
             return Record(place, error="file_name: expected a path below images/, received one that leads outside")
+        if not isinstance(item["text"], str | None):
+            return Record(place, error=f"caption: expected text, received {type(item['text']).__name__}")
         return _file_record(place, f"{self.root}/images", item["path"], item["text"])
 
 
@@ -285,12 +286,23 @@ class Prompts(Listed):
         return [record["prompt"] for record in _json_lines(self.path, required=("prompt",))]
 
 
-def _file_record(place: str, root: str, path: str, text: str | None) -> Record:
-    """The record of an image file; one that is not there, or not ours to read, is a row's error."""
+def _text_beside(root: str, path: str, size: int) -> str:
+    """The text of a file. Raises ValueError where it is too large, no UTF-8, or no file of bytes."""
     try:
-        return Record(place, read_below(root, path), text)
+        data = read_below(root, path, MAX_TEXT_BYTES, size)
+    except ValueError as error:
+        raise ValueError(f"{posixpath.basename(path)}: {error}") from error
+    return data.decode("utf-8-sig").rstrip("\r\n")
+
+
+def _file_record(place: str, root: str, path: str, text: str | None, size: int | None = None) -> Record:
+    """The record of an image file; one that is not there, not ours to read, too large or no file of bytes is a row's error."""
+    try:
+        return Record(place, read_below(root, path, MAX_IMAGE_BYTES, size), text)
     except UNREADABLE as error:
         return Record(place, error=f"{type(error).__name__}: {shown(posixpath.basename(path))}")
+    except ValueError as error:
+        return Record(place, error=str(error))
 
 
 def _folder(argument: str, kind: str) -> str:

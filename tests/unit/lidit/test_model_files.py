@@ -131,6 +131,15 @@ def test_shards(own_llama):
         check_model_folder(folder)
 
 
+@pytest.mark.timeout(30)
+def test_weights_that_are_a_pipe_are_none(own_llama):
+    path = own_llama() / "model.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"missing \*\.safetensors"):
+        resolve_model(str(path.parent), None)
+
+
 def test_pickled_weights_alone(own_llama):
     folder = own_llama()
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

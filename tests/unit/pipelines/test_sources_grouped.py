@@ -347,7 +347,7 @@ def test_last_sample_is_given_only_if_the_files_end_well():
 def test_headers_are_not_kept(tmp_path):
     """tarfile keeps every header of a tar that it reads."""
     path = write_tar(tmp_path / "0.tar", [(f"{number}.cls", b"") for number in range(3000)])
-    reader, seen = tar_files(str(path), lambda extension: True), set()
+    reader, seen = tar_files(str(path), lambda extension: 1 << 20), set()
     for _ in reader:
         seen.add(len(reader.gi_frame.f_locals["tar"].members))
     assert max(seen) <= 1
