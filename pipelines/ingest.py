@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -126,13 +127,16 @@ class _Pass:
         self.pending: list[dict[str, Any]] = []  # results whose files wait for the commit
         self.leaning: set[str] = set()  # units that may be noted as done only when all are
         self.oldest = time.monotonic()  # when the first of them came
-        self.errors: list[str] = []  # a few
 
     def run(self) -> None:
         """Sends the units, commits what comes back; on any end but a crash, what is finished is committed."""
         config = self.config
         start_ray_data()
         tracker = start_tracker("ingest")
+
+        def first_error() -> str:
+            return ray.get(tracker.first_error.remote())
+
         known = start_known(self.table.uri, config.filters.duplicates, config.filters.near_duplicates)
         self._say_what_cannot_be_compared()
         worker_kwargs = {
@@ -149,11 +153,11 @@ class _Pass:
                 progress.show(tracker)
                 if result is not None and self._settled(result, known):
                     begun, ended = min(begun, result["begun"]), max(ended, result["ended"])
-                self._check_errors(progress.totals)
+                self._check_errors(progress.totals, first_error)
                 if self._due():
                     self._commit()
             progress.show(tracker, final=True)
-            self._check_errors(progress.totals, at_end=True)
+            self._check_errors(progress.totals, first_error, at_end=True)
         except TooManyErrors:
             self.pending = [result for result in self.pending if not result["errors"]]
             raise
@@ -183,7 +187,6 @@ class _Pass:
             self.leaning.add(name)
         self.oldest = self.oldest if self.pending else time.monotonic()
         self.pending.append(result)
-        self.errors = [*self.errors, *(example["error"] for example in result["examples"])][:EXAMPLES]
         return True
 
     def _due(self) -> bool:
@@ -225,15 +228,15 @@ class _Pass:
             if wanted and (count := dataset.count_rows(f"{columns.HEIGHT} IS NOT NULL AND {name} IS NULL")):
                 self.summary.counts[f"without_{name}"] = count
 
-    def _check_errors(self, totals: dict[str, float], at_end: bool = False) -> None:
+    def _check_errors(self, totals: dict[str, float], first_error: Callable[[], str], at_end: bool = False) -> None:
         errors, rows = int(totals.get("errors", 0)), int(totals.get("rows", 0))
         base = rows if at_end else max(rows, min(self.work.rows or ERROR_BASE, ERROR_BASE))
         if errors > self.config.max_error_rate * base:
             raise TooManyErrors(
                 f"{errors:,} of {rows:,} rows are damaged, more than max_error_rate {self.config.max_error_rate:g} allows"
-                f"{'; such as: ' + self.errors[0] if self.errors else ''}. Finished units without errors are committed. Are "
-                f"the columns named rightly (--columns.image, --columns.caption)? Else raise max_error_rate, and run the "
-                f"same command again"
+                f"; such as: {first_error()}. Finished units without errors are committed. Are the "
+                f"columns named rightly (--columns.image, --columns.caption)? Else raise max_error_rate, and run the same "
+                f"command again"
             )
 
 

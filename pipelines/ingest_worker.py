@@ -22,7 +22,7 @@ from lidit import columns
 from lidit.outage import is_away, outlast
 from lidit.uris import shown
 from lidit.watchdog import arm
-from pipelines.known import IN_TABLE, NEW, REPEATED, UNKNOWN
+from pipelines.known import IN_RUN, IN_TABLE, NEW, REPEATED, UNKNOWN
 from pipelines.pool import Attempt, read_ahead
 from pipelines.runs import runs_folder
 from pipelines.sources import ERROR_FIELD, Record, Source, error_row, make_row, open_source, writable
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 WINDOW_ROWS = 256  # of one look, claim and write: bounds an actor's memory, together with
 WINDOW_BYTES = 32 << 20
 EXAMPLES = 5  # errors of a unit that are shown in the summary
+NOT_NEW = {IN_TABLE: "already_there", IN_RUN: "repeated", REPEATED: "repeated"}  # what `Known` says -> count
 DIED = "the process died on this row, and again when it was tried alone"
 
 
@@ -193,14 +194,16 @@ class _Task:
             if state == UNKNOWN:
                 fresh.append((window.first + number, record))
             else:
-                counts["already_there" if state == IN_TABLE else "repeated"] += 1
+                counts[NOT_NEW[state]] += 1
         rows = self._claimed(self._looked_at(fresh), counts)
         failed = [f"{row.get(columns.SOURCE)}: {row[ERROR_FIELD.name]}" for row in rows if row.get(ERROR_FIELD.name)]
         self.examples = [*self.examples, *({"error": reason} for reason in failed)][:EXAMPLES]
         self.errors += len(failed)
         self.counts.update(counts)
         progress = {"rows": len(window.records), "errors": len(failed)}
-        self.tracker.leave.remote(self.unit["name"], progress)  # in order with what follows: no need to wait
+        self.tracker.leave.remote(
+            self.unit["name"], progress, "".join(failed[:1])
+        )  # in order with what follows: no need to wait
         return rows
 
     def _looked_at(self, fresh: Sequence[tuple[int, Record]]) -> list[_Looked]:
@@ -214,7 +217,8 @@ class _Task:
         looked = []
         for number, record in fresh:
             if number in self.attempt.quarantined:
-                looked.append(_Looked(error_row(record, DIED)))
+                # By its content, so that the next run knows it, wherever it lies, before it kills again.
+                looked.append(_Looked({**error_row(record, DIED), columns.IMAGE_ID: record.identify()}))
                 continue
             ray.get(self.tracker.enter.remote(name, number, number + 1))
             looked.append(self._look(record))
@@ -262,7 +266,7 @@ class _Task:
                 counts.update([f"caption_null_{nulled}"] if nulled else [])
                 counts["no_caption"] += self.source.has_images and not nulled and _lacks_caption(row)
             else:
-                counts["repeated" if verdict == REPEATED else f"filtered_{verdict}"] += 1
+                counts[NOT_NEW.get(verdict, f"filtered_{verdict}")] += 1
         counts += Counter()  # without the zeros
         return kept
 

@@ -31,7 +31,7 @@ Key = tuple[int, int]
 
 # What `seen` says of an identity.
 UNKNOWN, IN_TABLE, IN_RUN = "unknown", "in_table", "in_run"
-# What `claim` says of a row: keep it, or why not. The last two are names of filters.
+# What `claim` says of a row: keep it, or why not, which may also be IN_TABLE. The last two are names of filters.
 NEW, REPEATED, DUPLICATE, NEAR_DUPLICATE = "new", "repeated", "duplicates", "near_duplicates"
 # What `settle` says of a result: the unit has one already; good; good, but rows were left to units that are not settled yet.
 REFUSED, ALONE, LEANING = "refused", "alone", "leaning"
@@ -83,7 +83,7 @@ class Known:
         if claims is None:
             return [REPEATED] * len(ids)  # another attempt's result is settled: this one's will be refused
         keys = keys_of(ids)
-        known = self._table.contains(keys) | self._run.contains(keys)
+        in_table, in_run = self._table.contains(keys), self._run.contains(keys)
         image_keys = keys_of([text or "" for text in digests])
         double = self._digests.contains(image_keys)
         near = self._near([value or 0 for value in hashes])
@@ -92,7 +92,9 @@ class Known:
         for row, (key, image_key) in enumerate(zip(_tuples(keys), _tuples(image_keys))):
             has_digest = self._duplicates and digests[row] is not None
             has_hash = self._distance is not None and hashes[row] is not None
-            if known[row] or self._taken(key, claims.keys, self._owner, claims, unit):
+            if in_table[row]:
+                verdicts.append(IN_TABLE)
+            elif in_run[row] or self._taken(key, claims.keys, self._owner, claims, unit):
                 verdicts.append(REPEATED)
             elif has_digest and (
                 double[row] or self._taken(image_key, claims.digests, self._digest_owner, claims, unit)

@@ -89,6 +89,7 @@ class Record:
     image_id: str | None = None  # None: made from the content, see `identify`
     values: dict[str, Any] = field(default_factory=dict)  # further columns
     digest: str | None = None  # of the image's bytes; None until `identify`
+    shard: str | None = None  # the file that it was read from, in full; of sharded sources
 
     def drop_long_texts(self) -> None:
         """Takes texts of more than `MAX_TEXT_BYTES` away, and says so in `error`; the `image_id` is made of the whole text."""
@@ -113,6 +114,17 @@ class Record:
             caption = digest(b"" if self.caption is None else f"text:{self.caption}".encode("utf-8", "surrogatepass"))
             self.image_id = f"{image}-{caption[:16]}"
         return self.image_id
+
+    def identify_error(self) -> str:
+        """The `image_id` of a row that says why there is no good one: of sharded sources made from the place, in full.
+
+        So the same damaged bytes in a hundred places are a hundred errors.
+        """
+        identity = self.identify()
+        if self.shard is None:
+            return identity
+        place = digest(f"place:{self.shard}#{self.place}".encode("utf-8", "surrogatepass"))
+        return f"{place}-{identity[-16:]}"
 
 
 class Source(ABC):
@@ -206,7 +218,10 @@ class Sharded(Source):
 
     def records(self, parts: Iterable[Piece]) -> Iterator[Record]:
         for piece in parts:
-            yield from self.read(piece)
+            shard = piece.get("uri", piece["place"])
+            for record in self.read(piece):
+                record.shard = shard
+                yield record
 
 
 def make_row(
@@ -259,7 +274,7 @@ def writable(text: str) -> str:
 def error_row(record: Record, reason: str) -> dict[str, Any]:
     """A row that says why there is nothing in it."""
     return {
-        columns.IMAGE_ID: record.identify(),
+        columns.IMAGE_ID: record.identify_error(),
         columns.SOURCE: writable(record.place),
         ERROR_FIELD.name: writable(shown(reason)),
     }

@@ -14,9 +14,9 @@ from pipelines.done_pieces import DonePieces
 from pipelines.filters import FiltersConfig
 from pipelines.ingest import IngestConfig
 from pipelines.ingest_work import Work, options_of, packed
-from pipelines.sources import ColumnsConfig, open_source
+from pipelines.sources import ColumnsConfig, Record, error_row, open_source
 from pipelines.summary import Summary
-from pipelines.table import Table
+from pipelines.table import ColumnFileWriter, Table
 
 pytestmark = pytest.mark.unit
 ERROR = columns.error("ingest")
@@ -267,10 +267,42 @@ def test_more_than_half_is_asked_of_the_true_number_at_the_end(job, photo, tmp_p
     made = job(f"parquet:{tmp_path}/a.parquet")
     made.work.rows = None
     driver = ingest._Pass(made.config, made.table, None, made.work, Summary("ingest", "s"))
-    driver._check_errors({"rows": 40, "errors": errors})
+    first = made.tracker.first_error.remote
+    driver._check_errors({"rows": 40, "errors": errors}, first)
     with pytest.raises(ingest.TooManyErrors, match=f"{errors} of 40 rows are damaged"):
-        driver._check_errors({"rows": 40, "errors": errors}, at_end=True)
-    driver._check_errors({"rows": 40, "errors": 20}, at_end=True)
+        driver._check_errors({"rows": 40, "errors": errors}, first, at_end=True)
+    driver._check_errors({"rows": 40, "errors": 20}, first, at_end=True)
+
+
+def test_the_same_damage_in_many_places_is_as_many_errors(job, photo, tmp_path):
+    """A site that answers every request with one page: all rows are damaged, though only one has bytes of its own."""
+    page = b"<!doctype html><html>gone</html>"
+    for shard in ("one/a.parquet", "two/one/a.parquet"):  # alike in folder, file and row
+        (tmp_path / shard).parent.mkdir(parents=True)
+        write(tmp_path / shard, [(page, "a"), (page, "a"), (page, "b"), (photo(0), "good"), (photo(0), "good")])
+    made = job(f"parquet:{tmp_path}/**/a.parquet")
+    results = made.run()
+    assert sum(result["errors"] for result in results) == 6
+    assert total(results) == {"read": 10, "repeated": 3}
+    assert len({row["image_id"] for row in made.rows()}) == len(made.rows()) == 7
+    assert made.tracker.first_error.remote() == "one/a.parquet#0: a web page, not an image"
+    again = job(f"parquet:{tmp_path}/**/a.parquet", reread=True)
+    assert (len(again.rows()), sum(result["errors"] for result in again.run()), len(again.rows())) == (7, 0, 7)
+
+
+def test_damage_that_is_known_by_its_content_stays(job, photo, tmp_path):
+    """Tables from before name damaged rows by their bytes."""
+    page = b"<!doctype html><html>gone</html>"
+    write(tmp_path / "a.parquet", [(page, "a"), (photo(0), "good")])
+    made = job(f"parquet:{tmp_path}/a.parquet")
+    record = Record("a.parquet#0", page, "a")
+    old = pa.RecordBatch.from_pylist([error_row(record, "a web page")], made.source.schema)
+    writer = ColumnFileWriter(made.table.uri, made.source.schema, "ingest-1")
+    writer.write(old)
+    made.table.append([writer.finish(made.table.open())])
+    made = job(f"parquet:{tmp_path}/a.parquet")
+    assert total(made.run()) == {"read": 2, "already_there": 1}
+    assert [row[ERROR] for row in made.rows()] == ["a web page", None]
 
 
 def test_one_result_of_a_unit_counts(job, photo, tmp_path, monkeypatch):

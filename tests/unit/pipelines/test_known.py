@@ -38,7 +38,7 @@ def test_an_identity_is_new_once(known):
     known = known([("old", None, None)])
     attempt = known.begin("u")
     assert known.seen(["old", "a"]) == [IN_TABLE, UNKNOWN]
-    assert claim(known, "u", attempt, ["a", "b", "a", "old"]) == ["new", "new", "repeated", "repeated"]
+    assert claim(known, "u", attempt, ["a", "b", "a", "old"]) == ["new", "new", "repeated", IN_TABLE]
     assert known.seen(["a"]) == [UNKNOWN], "not settled yet: its unit may die"
     assert known.settle("u", attempt) == ALONE
     assert known.seen(["old", "a", "b", "c"]) == [IN_TABLE, IN_RUN, IN_RUN, UNKNOWN]
