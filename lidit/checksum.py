@@ -100,6 +100,11 @@ def data_file_uri(table_uri: str, path: str) -> str:
     return f"{table_uri.rstrip('/')}/data/{path}"
 
 
+def is_ours(path: str) -> bool:
+    """Whether a `ColumnFileWriter` wrote the data file of that name; Lance's own names have no dash."""
+    return "-" in path
+
+
 def held_files(dataset: Any, table_uri: str, fragment: Any) -> list[HeldFile]:
     """The data files of a fragment (of a Lance dataset), as this version has them."""
     names = {field.id(): field.name() for field in dataset.lance_schema.fields()}

@@ -49,6 +49,8 @@ META_SCALING_FACTOR = "lidit:scaling_factor"  # what stored latents were multipl
 META_SHIFT_FACTOR = "lidit:shift_factor"  # what was subtracted from the VAE's own before
 META_MOMENTS = "lidit:moments"  # mean | mean,deviation
 META_STAGE = "lidit:stage"
+META_READS = "lidit:reads"  # the column that a column is made from; without it there is nothing to do
+META_ALSO_READS = "lidit:also_reads"  # a column that is looked at too where it is there
 META_FINGERPRINT = "lidit:fingerprint"  # JSON: everything the values depend on
 META_VERSIONS = "lidit:versions"  # JSON: library versions when the column was begun; a job that goes on compares
 

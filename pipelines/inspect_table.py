@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,10 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from lance.file import LanceFileReader
 
 from lidit import columns
+from lidit.stale import stale_columns
 from lidit.uris import shown
 from pipelines.runs import Run, runs_folder
 from pipelines.table import Table, field_ids
@@ -58,6 +61,24 @@ class StageFacts:
 
 
 @dataclass
+class StaleFacts:
+    """Columns of a stage that were made from values which have changed since."""
+
+    stage: str
+    columns: list[str]
+    fragments: int
+    rows: int
+
+    @property
+    def words(self) -> str:
+        """One sentence, with what to do."""
+        return (
+            f"{', '.join(self.columns)}: in {self.fragments:,} fragments ({self.rows:,} rows) made from values that have "
+            f"changed since; the command that made them (lidit {self.stage}) makes them again there"
+        )
+
+
+@dataclass
 class Reason:
     """Errors that differ in numbers only."""
 
@@ -80,6 +101,7 @@ class Facts:
     changed: str  # time of the version
     columns: list[ColumnFacts]
     stages: list[StageFacts]
+    stale: list[StaleFacts]
     reasons: list[Reason]
     encoders: list[dict[str, Any]]
     runs: list[dict[str, Any]]
@@ -110,10 +132,26 @@ def gather(store: str, version: int | None = None) -> Facts:
         changed=f"{about['timestamp']:%Y-%m-%d %H:%M:%S}",
         columns=known,
         stages=_stages(dataset),
+        stale=stale_facts(dataset, stale_columns(LanceFileReader, dataset, table.uri, dataset.schema)),
         reasons=_reasons(dataset),
         encoders=_encoders(store),
         runs=_runs(store),
     )
+
+
+def stale_facts(dataset: lance.LanceDataset, stale: Mapping[int, Sequence[str]]) -> list[StaleFacts]:
+    """What is stale (fragment id -> columns), by stage."""
+    found: dict[str, StaleFacts] = {}
+    stages = {f.name: metadata_of(f).get(columns.META_STAGE) for f in dataset.schema}
+    rows = {fragment.fragment_id: fragment.count_rows() for fragment in dataset.get_fragments()}
+    for fragment_id, names in stale.items():
+        for stage in dict.fromkeys(stages[name] for name in names):
+            facts = found.setdefault(stage or "", StaleFacts(stage or "", [], 0, 0))
+            facts.fragments += 1
+            facts.rows += rows[fragment_id]
+            own = [name for name in names if stages[name] == stage]
+            facts.columns = [name for name in dataset.schema.names if name in {*facts.columns, *own}]
+    return list(found.values())
 
 
 def metadata_of(stored: pa.Field) -> dict[str, str]:

@@ -102,6 +102,7 @@ class Inspection:
                 "",
                 *_table(["stage", "fingerprint", ">fragments", ">waiting", "columns"], list(_stage_rows(facts))),
             ]
+        lines += ["", *(f"stale: {stale.words}" for stale in facts.stale)] if facts.stale else []
         if facts.encoders:
             rows = [
                 [e["encoder"], e["digest"], f"{e['width']:,}", str(e["instruction_tokens"]), e["model"]]
@@ -125,6 +126,7 @@ def main(config: InspectConfig) -> Inspection:
     decoder = open_decoder(config.store, dataset, config.vae, config.vae_revision)
     notes = [] if decoder is None or not decoder.problem else [f"Latents are not decoded: {decoder.problem}."]
     samples = draw_samples(dataset, config.samples, config.seed, decoder)
+    notes += [f"{stale.words}." for stale in facts.stale]
     page = Page(facts, list(_charts(dataset, config.histogram_rows)), samples, notes)
     with fsspec.open(config.html, "w", encoding="utf-8") as file:
         file.write(render(page))

@@ -18,9 +18,12 @@ import lance
 import pyarrow as pa
 import ray
 import yaml
+from lance.file import LanceFileReader
 
 from lidit import columns
+from lidit.checksum import is_ours
 from lidit.places import settled
+from lidit.stale import stale_columns
 from lidit.uris import check_config
 from pipelines.field_prints import field_differences, unrecorded_keys
 from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
@@ -28,7 +31,7 @@ from pipelines.progress import JobProgress
 from pipelines.runs import Run
 from pipelines.stamp import stamp
 from pipelines.summary import Summary
-from pipelines.table import ColumnFile, Guard, Table, is_ours
+from pipelines.table import ColumnFile, Guard, Table
 from pipelines.versions import check_versions
 from pipelines.worker import EXAMPLES, MAY_BE_NULL, READS, FragmentWorker, Stage, add_examples, columns_read
 
@@ -117,6 +120,7 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
                 break
             if number == 0:
                 check_versions(table.open().schema, fields[:-1], config.strict_versions)
+            summary.fragments_stale += sum(unit.pop("stale") for unit in units)
             _Pass(stage, config, table, run, summary).run(units)
         else:
             raise RuntimeError(
@@ -244,35 +248,38 @@ def _reads(fields: list[pa.Field]) -> list[str]:
     return sorted({f.metadata[READS.encode()].decode() for f in fields})
 
 
-def _units(table: Table, fields: list[pa.Field]) -> tuple[list[dict[str, Any]], int]:
+def _units(table: Table, fields: list[pa.Field], with_stale: bool = True) -> tuple[list[dict[str, Any]], int]:
     """(fragments with the columns they lack and can get now, number of fragments that wait for a column to read).
 
-    A compaction by another tool writes nulls where a column was missing: such fragments are looked into, and done again.
+    A column is lacking, too, where what it was made from has changed since (`lidit.stale`). A compaction by another tool writes
+    nulls where a column was missing: such fragments are looked into, and done again.
     """
     dataset = table.open()
     reads = {f.name: f.metadata[READS.encode()].decode() for f in fields}
     unread = table.missing(_reads(fields), dataset)
     lacking = table.missing(list(reads), dataset)
     rows = {fragment.fragment_id: fragment.count_rows() for fragment in dataset.get_fragments()}
+    stale = stale_columns(LanceFileReader, dataset, table.uri, fields) if with_stale else {}
     units, waiting = [], 0
+
+    def add(fragment: int, wanted: list[str], again: bool) -> None:
+        changed = stale.pop(fragment, [])
+        wanted = [name for name in reads if name in {*wanted, *changed}]
+        if wanted and rows[fragment]:
+            about = {"again": again or bool(changed), "stale": bool(changed), "rows": rows[fragment]}
+            units.append({"fragment": fragment, "wanted": wanted, **about})
+
     for fragment, absent in lacking.items():
         wanted = [name for name in absent if reads[name] not in unread.get(fragment, ())]
-        if wanted and rows[fragment]:
-            units.append({"fragment": fragment, "wanted": wanted, "again": False, "rows": rows[fragment]})
         waiting += not wanted
+        add(fragment, wanted, again=False)
     for fragment in dataset.get_fragments():
         if fragment.fragment_id not in lacking and not all(is_ours(file.path) for file in fragment.metadata.files):
             wanted = [f.name for f in fields if _has_gaps(fragment, f)]
-            if wanted:
-                group = [f.name for f in fields if reads[f.name] in {reads[name] for name in wanted}]
-                units.append(
-                    {
-                        "fragment": fragment.fragment_id,
-                        "wanted": group,
-                        "again": True,
-                        "rows": rows[fragment.fragment_id],
-                    }
-                )
+            group = [f.name for f in fields if reads[f.name] in {reads[name] for name in wanted}]
+            add(fragment.fragment_id, group, again=True)
+    for fragment in list(stale):
+        add(fragment, [], again=True)
     return units, waiting
 
 
@@ -293,7 +300,7 @@ def _overwrite(table: Table, fields: list[pa.Field], guard: Guard | None = None)
     """
     schema = table.open().schema
     present = [f for f in fields[:-1] if f.name in schema.names]
-    complete = not _units(table, present)[0]
+    complete = not _units(table, present, with_stale=False)[0]
     drop = {f.name for f in present if complete or field_differences(schema.field(f.name), f, columns.META_FINGERPRINT)}
     stage = fields[0].metadata[columns.META_STAGE.encode()]
     kept = [f for f in schema if (f.metadata or {}).get(columns.META_STAGE.encode()) == stage and f.name not in drop]
@@ -324,8 +331,10 @@ def _plan(stage: type[Stage], config: StageConfig, table: Table, fields: list[pa
             differences = field_differences(present, wanted, key)
             state = f"REFUSED unless {remedy}: {'; '.join(differences)}" if differences else "there, same fingerprint"
         plan.append(f"column     {wanted.name}: {state}")
+    stale = sum(unit["stale"] for unit in units)
     plan.append(
         f"to do      {len(units):,} fragments, {rows:,} rows{f'; {waiting:,} fragments wait' if waiting else ''}"
+        f"{f'; {stale:,} of them anew, as what they were made from has changed' if stale else ''}"
     )
     plan.append(f"actors     {smallest} to {largest}, each {config.actors.num_cpus:g} CPUs, {num_gpus:g} GPUs")
     plan.append(

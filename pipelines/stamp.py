@@ -17,9 +17,11 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from lance.file import LanceFileReader
 
 from lidit import columns
 from lidit.codec import decode, excess
+from lidit.stale import stale_columns
 from pipelines.field_prints import field_differences, unrecorded_keys
 from pipelines.summary import Summary
 from pipelines.table import Table
@@ -92,9 +94,10 @@ def _compare(stage: type[Stage], config: Any, table: Table, dataset: lance.Lance
 
 
 def _spread(table: Table, dataset: lance.LanceDataset, names: list[str]) -> list[lance.LanceFragment]:
-    """Up to `FRAGMENTS` fragments that have all of the columns, from the first to the last."""
-    missing = table.missing(names, dataset)
-    done = [fragment for fragment in dataset.get_fragments() if fragment.fragment_id not in missing]
+    """Up to `FRAGMENTS` fragments that have all of the columns, none of them stale, from the first to the last."""
+    stale = stale_columns(LanceFileReader, dataset, table.uri, map(dataset.schema.field, names))
+    without = {*table.missing(names, dataset), *stale}
+    done = [fragment for fragment in dataset.get_fragments() if fragment.fragment_id not in without]
     places = np.unique(np.linspace(0, max(0, len(done) - 1), FRAGMENTS).round().astype(int))
     return [done[place] for place in places] if done else []
 

@@ -23,6 +23,7 @@ class Summary:
     plan: list[str] = field(default_factory=list)  # of a dry run; of a stamp, what was recorded
     fragments: int = 0  # committed by this run
     fragments_waiting: int = 0  # that lack the column to read
+    fragments_stale: int = 0  # done again, as a column that theirs were made from has changed
     rows: int = 0
     errors: int = 0
     error_examples: list[dict[str, Any]] = field(default_factory=list)
@@ -96,6 +97,8 @@ class Summary:
         lines += self._status_lines()
         if self.fragments_waiting:
             lines.append(f"  waiting    {self.fragments_waiting:,} fragments lack the column to read")
+        if self.fragments_stale:
+            lines.append(f"  again      {self.fragments_stale:,} fragments: what they were made from has changed since")
         if self.errors:
             lines.append(f"  errors     {self.errors:,} rows have nulls and a reason in `{self.job}_error`; such as")
             lines += [f"             {one_line(example['error'])}" for example in self.error_examples]

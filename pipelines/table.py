@@ -62,6 +62,9 @@ class ColumnFile:
     layout: dict[str, Any]  # field ids and the rest of Lance's DataFile
     fragment_id: int | None = None  # None: rows of a new fragment
     replaces: dict[str, str] = field(default_factory=dict)  # column -> the file that held it when we read it
+    reads: dict[str, str] = field(
+        default_factory=dict
+    )  # column that the values were made from -> the file that held it
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for the way through Ray."""
@@ -108,7 +111,11 @@ class ColumnFileWriter:
         self.rows += batch.num_rows
 
     def finish(
-        self, dataset: lance.LanceDataset, fragment_id: int | None = None, replaces: dict[str, str] | None = None
+        self,
+        dataset: lance.LanceDataset,
+        fragment_id: int | None = None,
+        replaces: dict[str, str] | None = None,
+        reads: dict[str, str] | None = None,
     ) -> ColumnFile:
         """Closes the file; only now it is whole, and on the disk. `dataset` is the table that it is meant for."""
         for name, digest in self._digests.items():
@@ -130,7 +137,8 @@ class ColumnFileWriter:
             "file_size_bytes": made.file_size_bytes,
         }
         size = made.file_size_bytes or 0
-        return ColumnFile(self.path, self._schema.names, self.rows, size, layout, fragment_id, replaces or {})
+        names = self._schema.names
+        return ColumnFile(self.path, names, self.rows, size, layout, fragment_id, replaces or {}, reads or {})
 
     def discard(self) -> None:
         """Takes the unfinished file away: a full disk stays full otherwise."""
@@ -293,9 +301,9 @@ class Table:
         """Makes finished column files part of their fragments, in one commit.
 
         Rebases on whatever was committed meanwhile. A file whose columns somebody else has filled is a `duplicate`; one
-        whose fragment is gone, has other rows, or had a column that it replaces changed under it, or that is itself not
-        there any more, is `stale`: its fragment is still missing and will be done again. An unknown outcome is resolved by
-        reading the table.
+        whose fragment is gone, has other rows, or had a column that it replaces or was made from changed under it, or that is
+        itself not there any more, is `stale`: its fragment is still missing and will be done again. An unknown outcome is
+        resolved by reading the table.
         """
         outcome = Attached()
 
@@ -444,11 +452,6 @@ def column_holder(metadata: FragmentMetadata, field_id: int) -> str | None:
     return next((file.path for file in metadata.files if field_id in file.fields), None)
 
 
-def is_ours(path: str) -> bool:
-    """Whether a `ColumnFileWriter` wrote the data file of that name; Lance's own names have no dash."""
-    return "-" in path
-
-
 def file_digests(table_uri: str, path: str) -> dict[str, str]:
     """Column -> content digest, as the writer left it in the file's metadata; empty where another tool wrote it."""
     return read_notes(LanceFileReader, data_file_uri(table_uri, path)).digests
@@ -468,7 +471,8 @@ def _place(file: ColumnFile, fragment: FragmentMetadata | None, ids: dict[str, i
         return "duplicate"
     if any(ids[name] in held_ids for name in new):
         return "stale"
-    if any(column_holder(fragment, ids[name]) != path for name, path in file.replaces.items()):
+    held_now = {**file.replaces, **file.reads}
+    if any(name not in ids or column_holder(fragment, ids[name]) != path for name, path in held_now.items()):
         return "stale"
     replaced = {ids[name] for name in file.replaces}
     for held in fragment.files:

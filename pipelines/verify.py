@@ -8,6 +8,8 @@
 - **latents**: byte lengths fit the buckets, nulls have a reason, no NaN or Inf.
 - **again**: random rows encoded once more by an independent path (plain transformers, one prompt at a time, full depth, no
   shared prefix) agree within the codec's tolerance.
+
+Columns that were made from values which have changed since are named as stale, and not held against the new values.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import transformers
+from lance.file import LanceFileReader
 
 from lidit import columns
 from lidit.beginnings import beginnings
@@ -34,12 +37,14 @@ from lidit.fingerprints import comparable, warn_unrecorded
 from lidit.loading import load_config, load_model, load_tokenizer
 from lidit.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
 from lidit.printable import one_line
+from lidit.stale import stale_columns
 from lidit.text import DTYPES, ENCODER_ONLY, EncoderConfig
 from lidit.uris import check_config, shown
+from pipelines.inspect_table import stale_facts
 from pipelines.table import Table
 from pipelines.verify_files import Unchecked, wrong_content, wrong_places
 from pipelines.verify_latents import latents_fields, latents_problems
-from pipelines.verify_scope import draw_rows, fragments_since, scan
+from pipelines.verify_scope import draw_rows, fragments_since, fresh_in, scan
 from pipelines.worker import READS
 
 READ_ROWS = 256
@@ -90,6 +95,9 @@ class Report:
     checks: dict[str, str] = field(default_factory=dict)  # name -> what was looked at
     problems: dict[str, list[str]] = field(default_factory=dict)
     unchecked: list[str] = field(default_factory=list)  # what could not be looked at, which is no problem by itself
+    stale: list[str] = field(
+        default_factory=list
+    )  # made from values that have changed since: no problem, but to be made again
 
     @property
     def ok(self) -> bool:
@@ -110,6 +118,7 @@ class Report:
             lines += [f"            - and {len(found) - SHOWN:,} more"] if len(found) > SHOWN else []
             lines += [f"            what to do: {REMEDIES[name]}"] if found and name in REMEDIES else []
         lines += [f"  {'not':7} checked    {one_line(what)}" for what in self.unchecked]
+        lines += [f"  {'stale':7} {one_line(what)}" for what in self.stale]
         verdict = "nothing wrong found" if self.ok else "PROBLEMS FOUND"
         verdict += ", not all could be checked" if self.ok and self.unchecked else ""
         return "\n".join([f"verify {self.store}: {verdict}", *lines])
@@ -121,6 +130,8 @@ def main(config: VerifyConfig) -> Report:
     dataset = table.open()
     report = Report(config.store, dataset.version)
     fragments = fragments_since(dataset, config.since)
+    stale = stale_columns(LanceFileReader, dataset, table.uri, dataset.schema)
+    report.stale = [facts.words for facts in stale_facts(dataset, stale)]
     made = [f for f in dataset.schema if columns.META_FINGERPRINT.encode() in (f.metadata or {})]
     embeds = [f for f in made if {columns.META_CODEC.encode(), columns.META_ENCODER.encode()} <= f.metadata.keys()]
 
@@ -147,11 +158,13 @@ def main(config: VerifyConfig) -> Report:
         report.checks["place"] = f"{total - silent:,} of {total:,} files lie where they were made for{unknown}"
 
     check("place", "data files", lambda: wrong_places(table.uri, dataset, fragments, looked_at))
-    check("embeddings", f"{len(embeds)} columns", lambda: _embeddings(dataset, fragments, embeds))
+    check("embeddings", f"{len(embeds)} columns", lambda: _embeddings(dataset, fragments, embeds, stale))
     if latents := latents_fields(dataset.schema):
-        check("latents", f"{len(latents)} columns", lambda: latents_problems(dataset, latents, fragments))
+        check("latents", f"{len(latents)} columns", lambda: latents_problems(dataset, latents, fragments, stale))
     if config.sample:
-        sample = draw_rows(dataset, fragments, config.sample, config.seed)
+        stale_embeds = {fragment for fragment, names in stale.items() if {f.name for f in embeds} & {*names}}
+        fresh = [fragment for fragment in fragments if fragment.fragment_id not in stale_embeds]
+        sample = draw_rows(dataset, fresh, config.sample, config.seed)
         what = f"{len(sample)} rows of {len(embeds)} columns"
         check("again", what, lambda: _again(config, dataset, embeds, sample))
     return report
@@ -176,7 +189,10 @@ def _complete(table: Table, dataset: lance.LanceDataset, made: list[pa.Field]) -
 
 
 def _embeddings(
-    dataset: lance.LanceDataset, fragments: list[lance.LanceFragment], embeds: list[pa.Field]
+    dataset: lance.LanceDataset,
+    fragments: list[lance.LanceFragment],
+    embeds: list[pa.Field],
+    stale: Mapping[int, Sequence[str]],
 ) -> Iterator[str]:
     for stored in embeds:
         metadata = {key.decode(): value.decode() for key, value in stored.metadata.items()}
@@ -185,7 +201,7 @@ def _embeddings(
         length, error = columns.length(text, encoder), columns.error(metadata[columns.META_STAGE])
         per_token = bytes_per_token(codec, width)
         read = [text, stored.name, length, error, columns.IMAGE_ID]
-        for batch in scan(dataset, fragments, read, READ_ROWS):
+        for batch in scan(dataset, fresh_in(fragments, stored.name, stale), read, READ_ROWS):
             values, tokens = batch.column(stored.name), batch.column(length)
             sizes = pc.fill_null(pc.binary_length(values), 0).to_numpy()
             is_null = values.is_null().to_numpy(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import lance
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from lidit import columns
 from lidit.codec import decode_latents
-from pipelines.verify_scope import scan
+from pipelines.verify_scope import fresh_in, scan
 
 READ_ROWS = 64
 
@@ -21,16 +21,22 @@ def latents_fields(schema: pa.Schema) -> list[pa.Field]:
 
 
 def latents_problems(
-    dataset: lance.LanceDataset, fields: list[pa.Field], fragments: Sequence[lance.LanceFragment]
+    dataset: lance.LanceDataset,
+    fields: list[pa.Field],
+    fragments: Sequence[lance.LanceFragment],
+    stale: Mapping[int, Sequence[str]] | None = None,
 ) -> Iterator[str]:
-    """One sentence for every row of every such column, in these fragments, in which something is wrong."""
+    """One sentence for every row of every such column, in these fragments, in which something is wrong.
+
+    `stale`: fragment id -> columns that are to be made again there, and are passed over.
+    """
     for stored in fields:
         bucket = columns.bucket_of(stored.name)
         error = columns.error(stored.metadata[columns.META_STAGE.encode()].decode())
         # The images themselves are large and are not read: that there is one is told by its height.
         wanted = [columns.IMAGE_ID, columns.HEIGHT, stored.name, bucket, error]
         present = [name for name in wanted if name in dataset.schema.names]
-        for batch in scan(dataset, fragments, present, READ_ROWS):
+        for batch in scan(dataset, fresh_in(fragments, stored.name, stale or {}), present, READ_ROWS):
             for row in range(batch.num_rows):
                 problem = _problem(batch.slice(row, 1), stored, bucket, error)
                 if problem:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import lance
 import numpy as np
@@ -38,6 +38,13 @@ def scan(
     """Columns of these fragments, so many rows at a time."""
     for fragment in fragments:
         yield from dataset.scanner(columns=columns, batch_size=rows, fragments=[fragment]).to_batches()
+
+
+def fresh_in(
+    fragments: Sequence[lance.LanceFragment], name: str, stale: Mapping[int, Sequence[str]]
+) -> list[lance.LanceFragment]:
+    """Those of the fragments in which the column is not stale (fragment id -> its stale columns)."""
+    return [fragment for fragment in fragments if name not in stale.get(fragment.fragment_id, ())]
 
 
 def draw_rows(

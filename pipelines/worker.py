@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from lance.file import LanceFileReader
 
 from lidit import columns
 from lidit.checksum import no_panic
 from lidit.outage import outlast
+from lidit.stale import made_from
 from lidit.uris import shown
 from lidit.watchdog import arm
 from pipelines.field_prints import field_differences
@@ -26,8 +28,7 @@ from pipelines.pool import Attempt, read_ahead
 from pipelines.table import ColumnFileWriter, Table, column_holder, field_ids, missing_in
 from pipelines.versions import check_versions, made_with
 
-READS = "lidit:reads"  # field metadata: the column that a column is made from; without it there is nothing to do
-ALSO_READS = "lidit:also_reads"  # field metadata: a column that is looked at too where it is there
+READS, ALSO_READS = columns.META_READS, columns.META_ALSO_READS
 MAY_BE_NULL = "lidit:may_be_null"  # field metadata: null is an answer too; another column of the stage tells why
 STAGE_KEY = columns.META_STAGE.encode()
 READ_BUFFER_BYTES = 64 << 20  # that Lance may have read and not handed out yet
@@ -76,7 +77,7 @@ class Stage(Protocol):
 class FragmentWorker:
     """One actor of a stage. Its unit is `{"fragment": id, "wanted": [columns], "again": bool}`.
 
-    `again`: the fragment has values of these columns that do not count, and they are replaced.
+    `again`: the fragment has values of these columns that do not count, or no longer do, and they are replaced.
     """
 
     def __init__(self, stage: type[Stage], config: Any, table_uri: str, run_id: str, tracker: Any):
@@ -145,7 +146,10 @@ class _Task:
         self.earlier_errors = self._earlier_errors() if self.error_column in self.replaces else {}
         self.schema = pa.schema([dataset.schema.field(name) for name in [*wanted, self.error_column]])
         self.reads = columns_read([self.schema.field(name) for name in wanted], dataset.schema.names)
-        self.writer = ColumnFileWriter(worker.table.uri, self.schema, worker.run_id, worker.made_with)
+        read_from = {name: column_holder(fragment.metadata, ids[name]) for name in self.reads}
+        self.read_from = {name: path for name, path in read_from.items() if path is not None}
+        notes = {**worker.made_with, **made_from(LanceFileReader, worker.table.uri, self.read_from)}
+        self.writer = ColumnFileWriter(worker.table.uri, self.schema, worker.run_id, notes)
         self.errors: dict[int, str] = {}
         self.counts: Counter[str] = Counter()
         self.kinds: dict[str, list[str]] = {}
@@ -166,7 +170,7 @@ class _Task:
             trailing = self.fragment.physical_rows - self.writer.rows
             if trailing:
                 self.writer.write(pa.record_batch([pa.nulls(trailing, f.type) for f in self.schema], self.schema))
-        return self.writer.finish(self.dataset, self.fragment_id, self.replaces)
+        return self.writer.finish(self.dataset, self.fragment_id, self.replaces, self.read_from)
 
     def _windows(self) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
         """(position of each row in the fragment, the columns read) in order; deleted rows are not among them."""

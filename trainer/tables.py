@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from lance.file import LanceFileReader
 
 from lidit.buckets import parse_bucket
 from lidit.config import LIDiTConfig
 from lidit.diffusion import Objective
 from lidit.fingerprints import comparable, warn_unrecorded
 from lidit.places import store_place
+from lidit.stale import stale_columns
 from trainer.batches import plan_phase
 from trainer.config import PhaseConfig, TrainConfig
 from trainer.features import Features
@@ -108,6 +110,20 @@ class Tables:
             if problem is not None:
                 warnings.append(f"{problem}: a clean-up of old versions there may end this run")
         return list(dict.fromkeys(warnings))
+
+    def stale(self) -> list[str]:
+        """Warnings: columns that were made from captions or images which have changed since; they are read as they are."""
+        warnings = []
+        for features in {features.table.uri: features for features in self._features.values()}.values():
+            fields = [features.table.schema.field(name) for name in features.columns]
+            stale = stale_columns(LanceFileReader, features.table, features.table.uri, fields)
+            if stale:
+                names = sorted({name for names in stale.values() for name in names})
+                warnings.append(
+                    f"{features.store}: {', '.join(names)} were made from values that have changed since, in {len(stale):,} "
+                    f"fragments; they are trained on as they are. `lidit inspect` names the commands that make them again"
+                )
+        return warnings
 
     def unpin(self, storage: Storage) -> list[str]:
         """Takes this run's tags away, and nobody else's. Returns warnings: stores that keep theirs, or one that may be ours."""

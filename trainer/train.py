@@ -104,7 +104,7 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
         pinned = pinned_versions(storage, config)
         tables = Tables(config, pinned)
         write_versions(storage, tables, pinned)
-        warnings = _told(tables.pin(storage, pinned))
+        warnings = _told([*tables.pin(storage, pinned), *tables.stale()])
         storage.remove(STOP)
         _start_ray(config)
         config = _resolve_hardware(config)

@@ -6,7 +6,7 @@ import lance
 import pyarrow as pa
 import pytest
 
-from lidit.checksum import ColumnDigest
+from lidit.checksum import ColumnDigest, is_ours
 from pipelines.field_prints import field_differences
 from pipelines.table import (
     TOMBSTONE,
@@ -17,7 +17,6 @@ from pipelines.table import (
     data_file_uri,
     field_ids,
     file_digests,
-    is_ours,
 )
 from tests.table_rows import (
     EMBEDS,

@@ -14,7 +14,8 @@ import pytest
 from lance.file import LanceFileReader
 
 from lidit import checksum, columns
-from pipelines.table import UNCOMPRESSED, ColumnFileWriter, Table, is_ours
+from lidit.checksum import is_ours
+from pipelines.table import UNCOMPRESSED, ColumnFileWriter, Table
 from pipelines.verify import VerifyConfig, main
 
 pytestmark = pytest.mark.unit

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.verify_scope import draw_rows, fragments_since, scan
+from pipelines.verify_scope import draw_rows, fragments_since, fresh_in, scan
 
 pytestmark = pytest.mark.unit
 
@@ -77,3 +77,9 @@ def test_deleted_rows_are_not_drawn(dataset):
     fragments = dataset.get_fragments()
     drawn = draw_rows(dataset, fragments[:2], 1000, seed=0)
     assert dataset.take(drawn.tolist())["row"].to_pylist() == [2, 25, 26, 27, 28, 29]
+
+
+def test_stale_fragments_are_left_out_by_column(dataset):
+    stale = {1: ["row"], 3: ["other"]}
+    assert ids(fresh_in(dataset.get_fragments(), "row", stale)) == [0, 2, 3]
+    assert ids(fresh_in(dataset.get_fragments(), "third", stale)) == [0, 1, 2, 3]

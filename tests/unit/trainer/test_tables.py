@@ -9,10 +9,14 @@ from typing import Any
 
 import lance
 import numpy as np
+import pyarrow as pa
 import pytest
+from lance.file import LanceFileReader
 
 from lidit import columns
 from lidit.places import settled
+from lidit.stale import made_from
+from pipelines.table import ColumnFileWriter, Table, column_holder, field_ids
 from trainer.config import TrainConfig
 from trainer.features import Features
 from trainer.storage import Storage
@@ -125,3 +129,31 @@ def test_a_run_keeps_its_version_however_an_earlier_start_wrote_the_store_down(
     known = pinned_versions(storage, settled(config))
     again = Tables(settled(config), known)
     assert set(again.versions) == {store} and set(again.versions.values()) == before
+
+
+def put_column(table: Table, name: str, values: list[Any], notes: dict[str, str] | None = None) -> None:
+    """Puts a column of the first fragment into a file of its own, in place of the one that holds it."""
+    dataset = table.open()
+    held = column_holder(dataset.get_fragment(0).metadata, field_ids(dataset)[name])
+    field = dataset.schema.field(name)
+    writer = ColumnFileWriter(table.uri, pa.schema([field]), "stage-1", notes)
+    writer.write(pa.record_batch([pa.array(values, field.type)], schema=pa.schema([field])))
+    assert len(table.attach([writer.finish(dataset, 0, {} if held is None else {name: held})]).done) == 1
+
+
+def test_a_run_is_told_of_what_was_made_from_values_that_have_changed(
+    training: Any, store: str, tmp_path: Path
+) -> None:
+    table = Table(f"{store}/{columns.SAMPLES_TABLE}")
+    table.declare([pa.field("image", pa.large_binary())], columns.META_FINGERPRINT)
+    table.record({columns.LATENTS: {columns.META_READS: "image"}})
+    put_column(table, "image", [b"old"] * 20)
+    dataset = table.open()
+    image = column_holder(dataset.get_fragment(0).metadata, field_ids(dataset)["image"])
+    assert image is not None
+    latents = dataset.get_fragment(0).to_table(columns=[columns.LATENTS])[columns.LATENTS].to_pylist()
+    put_column(table, columns.LATENTS, latents, made_from(LanceFileReader, table.uri, {"image": image}))
+    assert begin(training, store, tmp_path / "anna")[2].stale() == []
+    put_column(table, "image", [b"new"] * 20)
+    (warning,) = begin(training, store, tmp_path / "bob")[2].stale()
+    assert f"{store}: latents were made from values that have changed since, in 1 fragments" in warning
