@@ -1,8 +1,7 @@
 """Sources whose samples are groups of files: WebDataset tars, and what img2dataset leaves (tars, Parquet, plain files).
 
 Files that follow each other and share their name up to the first dot are one sample: `000123.jpg`, `000123.txt`,
-`000123.json`. A tar is read from front to back and nothing of it is ever unpacked to a disk: names with `../` are only
-names, links are not followed. A name that comes twice makes two samples.
+`000123.json`. A name that comes twice makes two samples.
 """
 
 from __future__ import annotations
@@ -10,20 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import posixpath
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from lidit.uris import shown
-from pipelines.compression import UnknownArchive, decompressed, is_damage
 from pipelines.locations import (
     find_files,
     is_folder,
     is_hidden,
     list_folder,
-    open_stream,
     read_below,
     real_place,
     stamp_of,
@@ -41,6 +37,7 @@ from pipelines.sources import (
     Sharded,
 )
 from pipelines.sources_listed import UNREADABLE
+from pipelines.tars import DamagedShard, tar_files
 
 TAR_SUFFIXES = (
     ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tar.zstd", ".tzst",
@@ -48,6 +45,8 @@ TAR_SUFFIXES = (
 CAPTION_CHOICES = ("txt", "caption", "text", "json.caption", "json.text")
 PEEK_SAMPLES = 16  # of the first shard, read beforehand: wrong names stop the job before it begins
 PEEK_FOR_NAMES = 1000  # of the first shard, as long as a caption or score that was named has not been seen
+MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES + 2 * MAX_JSON_BYTES  # of all files of a sample that are read
+MAX_PARTS = 100_000  # files of one sample; those that follow make another one
 MISSING = object()  # no such file, or no such key in it; JSON's null is a value
 
 
@@ -57,17 +56,6 @@ class Sample:
 
     key: str
     parts: dict[str, bytes | str] = field(default_factory=dict)
-
-
-class DamagedShard(Exception):
-    """A shard that ends in the middle, or is none; what came before is good, but for the last sample.
-
-    `behind_end`: it is whole, last sample and all, and something else stands behind it.
-    """
-
-    def __init__(self, reason: str, behind_end: bool = False):
-        super().__init__(reason)
-        self.behind_end = behind_end
 
 
 class Grouped(Sharded):
@@ -328,57 +316,24 @@ def _keys_of(part: bytes | str) -> list[str]:
 def grouped(files: Iterable[tuple[str, bytes | str]]) -> Iterator[Sample]:
     """Files in order -> samples. The last one is given only when the files have ended well: it may lack something."""
     sample: Sample | None = None
+    size = 0
     try:
         for name, content in files:
             folder, base = posixpath.split(name)
             stem, _, extension = base.partition(".")
             key, extension = posixpath.join(folder, stem), extension.lower()
-            if sample is None or key != sample.key or extension in sample.parts:
+            if sample is None or key != sample.key or extension in sample.parts or len(sample.parts) == MAX_PARTS:
                 if sample is not None:
                     yield sample
-                sample = Sample(key)
-            sample.parts[extension] = content
+                sample, size = Sample(key), 0
+            size += len(content)
+            sample.parts[extension] = content if size <= MAX_SAMPLE_BYTES else too_large(size, MAX_SAMPLE_BYTES)
     except DamagedShard as error:
         if error.behind_end and sample is not None:
             yield sample
         raise
     if sample is not None:
         yield sample
-
-
-def tar_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
-    """(name, bytes) of a tar's files in order, read in one pass; instead of bytes a reason where they are not taken.
-
-    `wanted(extension)`: how many bytes a file may have; b"" for one that is not needed, of which that is 0.
-
-    Raises:
-        DamagedShard: no tar, or one that is cut short.
-    """
-    tar = None
-    try:
-        with open_stream(uri) as raw:
-            # Zeros end a tar; behind them may be the next one of several that were joined.
-            options: dict[str, Any] = {"tarinfo": _StrictTarInfo, "ignore_zeros": True}
-            with _StrictTarFile.open(fileobj=decompressed(raw), mode="r:", **options) as tar:
-                for member in tar:
-                    tar.members = []  # type: ignore[attr-defined] # it would keep every header
-                    if member.isdir() or is_hidden(member.name):
-                        continue
-                    yield member.name, _content(tar, member, wanted)
-    except UnknownArchive as error:
-        raise DamagedShard(f"expected a tar, compressed or not: {error}") from error
-    except Exception as error:
-        if not (isinstance(error, tarfile.TarError) or is_damage(error)):
-            raise
-        what = f"({type(error).__name__}: {error})"
-        if tar is not None and tar.ended:
-            raise DamagedShard(
-                f"the shard is read to its end, and what stands behind that is no tar {what}", True
-            ) from error
-        raise DamagedShard(
-            f"the shard is damaged {what}: the samples before that place are taken, but for the last one; what comes after "
-            f"is lost"
-        ) from error
 
 
 def folder_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
@@ -400,52 +355,3 @@ def folder_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
                 yield name, type(error).__name__
             except ValueError as error:  # such as a pipe
                 yield name, str(error)
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, wanted: Any) -> bytes | str:
-    if member.issym() or member.islnk():
-        return f"a link (to {member.linkname!r}): not followed"
-    if not member.isreg():
-        return "no regular file"
-    extension = posixpath.basename(member.name).partition(".")[2].lower()
-    most = wanted(extension)
-    if not most:
-        return b""
-    if member.size > most:
-        return too_large(member.size, most)
-    if member.issparse():
-        content = tar.extractfile(member).read()  # type: ignore[union-attr]
-    else:  # as `extractfile` does, without its two layers of buffers
-        tar.fileobj.seek(member.offset_data)  # type: ignore[union-attr]
-        content = tar.fileobj.read(member.size)  # type: ignore[union-attr]
-    if len(content) < member.size:
-        raise tarfile.ReadError(f"{member.name} ends after {len(content):,} of {member.size:,} bytes")
-    return content
-
-
-class _StrictTarFile(tarfile.TarFile):
-    """A tar that knows whether its end mark has been passed, and no header since."""
-
-    ended = False
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """Headers of a tar that must end as tars end; tarfile itself takes a damaged header for the end, and says nothing."""
-
-    @classmethod
-    def fromtarfile(cls, tar: Any) -> Any:
-        try:
-            info = super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            tar.ended = True
-            raise
-        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
-            if tar.ended:
-                raise  # the end of the file
-            raise tarfile.ReadError("it ends without the mark that ends a tar") from error
-        except tarfile.TruncatedHeaderError as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError("it ends without the mark that ends a tar") from error
-        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(f"no header where one is due: {error}") from error
-        tar.ended = False
-        return info
