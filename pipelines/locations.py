@@ -94,6 +94,15 @@ def what_is_left_out(uri: str, path: str) -> str:
     return posixpath.splitext(path)[1].lower() or "without an ending"
 
 
+def is_link_outside(uri: str, path: str) -> bool:
+    """Whether a file below a local folder is a link to a file elsewhere: somebody else's text, perhaps."""
+    fs, root = fsspec.core.url_to_fs(uri)
+    if not isinstance(fs, LocalFileSystem) or not os.path.islink(whole := f"{root}/{path}"):
+        return False
+    inside = os.path.realpath(root)
+    return os.path.commonpath([inside, os.path.realpath(whole)]) != inside
+
+
 def is_regular(path: str) -> bool:
     """Whether a path of this machine is no pipe, socket or device; True where it leads nowhere: reading it says so."""
     try:

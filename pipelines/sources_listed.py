@@ -17,16 +17,18 @@ import json
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 
 from lidit import columns
 from lidit.uris import shown
+from pipelines.image_check import digest
 from pipelines.locations import (
     is_folder,
     is_hidden,
+    is_link_outside,
     leads_outside,
     read_below,
     read_bytes,
@@ -89,7 +91,8 @@ class Folder(Listed):
         sizes = walk_files(self.root, self.left_out)
         files = [path for path in sizes if not is_hidden(path)]
         images = [path for path in files if _ending(path)[1:] in IMAGE_ENDINGS]
-        texts, text_paths = self._metadata(files, images), self._texts_beside(files, images)
+        read = {path for path in files if _is_text(path) and not is_link_outside(self.root, path)}
+        texts, text_paths = self._metadata(read, images), self._texts_beside(read, images)
         name = writable(posixpath.basename(self.root))
         here = f"{name}-{place_digest(self.root)}"
         items = []
@@ -102,11 +105,9 @@ class Folder(Listed):
             elif (text_path := text_paths.get(posixpath.splitext(path)[0])) is not None:
                 item["text_path"], item["text_bytes"] = text_path, sizes[text_path]
             items.append(item)
-        read = {
-            path for path in files if _ending(path) in TEXT_SUFFIXES or posixpath.basename(path).lower() in METADATA
-        }
         for path in sizes.keys() - set(images) - read:
-            self.left_out[f"left_out_{what_is_left_out(self.root, path)}"] += 1
+            what = "link to a text elsewhere" if _is_text(path) else what_is_left_out(self.root, path)
+            self.left_out[f"left_out_{'hidden' if is_hidden(path) else what}"] += 1
         if not items:
             found = ", ".join(f"{count:,} {what.removeprefix('left_out_')}" for what, count in self.left_out.items())
             raise ValueError(
@@ -121,7 +122,7 @@ class Folder(Listed):
             text = _text_beside(self.root, item["text_path"], item["text_bytes"])
         return _file_record(item["place"], self.root, item["path"], text, item["bytes"])
 
-    def _metadata(self, files: list[str], images: list[str]) -> dict[str, str]:
+    def _metadata(self, files: Iterable[str], images: list[str]) -> dict[str, str]:
         """Image -> its text by the metadata files: each holds for its own folder and what is below, the nearest one counts."""
         texts: dict[str, str] = {}
         found = [path for path in files if posixpath.basename(path).lower() in METADATA]
@@ -145,18 +146,20 @@ class Folder(Listed):
         """(file name, text) of each line; what the topmost file lacks is an error, others may be there for other purposes."""
         uri = f"{self.root}/{path}"
         required = ("file_name", "text") if topmost else ()
-        records = _json_lines(uri, required) if path.lower().endswith(".jsonl") else _csv_records(uri, required)
+        records = (
+            _json_lines(uri, required, ("text",)) if path.lower().endswith(".jsonl") else _csv_records(uri, required)
+        )
         for record in records:
             name, text = record.get("file_name"), record.get("text")
             whole = isinstance(name, str) and isinstance(text, str)
             yield (name, text) if whole else ("", None)  # type: ignore[misc]
 
-    def _texts_beside(self, files: list[str], images: list[str]) -> dict[str, str]:
+    def _texts_beside(self, files: Iterable[str], images: list[str]) -> dict[str, str]:
         """Name of an image without its ending -> the text file beside it."""
         spelling = Spelling({posixpath.splitext(image)[0] for image in images})
         found: dict[str, str] = {}
         for suffix in reversed(TEXT_SUFFIXES):  # of several the first one counts
-            for path in files:
+            for path in sorted(files):
                 if _ending(path) != suffix:
                     continue
                 stem = spelling.find(posixpath.splitext(path)[0])
@@ -180,19 +183,24 @@ class Coco(Listed):
         path, here = f"{self.root}/captions.json", place_digest(self.root)
         try:
             record = json.loads(read_bytes(path))
-            names = {image["id"]: image["file_name"] for image in record["images"]}
-            self.left_out["images_without_text"] += len(
-                names.keys() - {note["image_id"] for note in record["annotations"]}
-            )
-            return [
-                {
-                    "image_id": writable(f"coco-{here}-{note['image_id']}-{note['id']}"),
-                    "earlier_id": writable(f"coco-{note['image_id']}-{note['id']}"),
-                    "path": str(names[note["image_id"]]),
-                    "text": note["caption"],
-                }
-                for note in sorted(record["annotations"], key=lambda note: (note["image_id"], note["id"]))
-            ]
+            names: dict[Any, list[str]] = {}
+            for image in record["images"]:
+                names.setdefault(image["id"], []).append(image["file_name"])
+            notes = sorted(record["annotations"], key=lambda note: (note["image_id"], note["id"], str(note["caption"])))
+            self.left_out["images_without_text"] += len(names.keys() - {note["image_id"] for note in notes})
+            if notes and not any(note["image_id"] in names for note in notes):
+                raise ValueError(f"no annotation's image is there, such as {notes[0]['image_id']}")
+            items: dict[str, Item] = {}
+            for note in notes:
+                item = self._item(here, note, sorted({str(name) for name in names.get(note["image_id"], [])}))
+                if (earlier := items.get(item["image_id"])) is not None:
+                    if earlier == item:
+                        self.left_out["annotations_twice"] += 1
+                        continue
+                    item["image_id"] += f":{digest(json.dumps(note['caption']).encode())[:8]}"  # ids given twice
+                    del item["earlier_id"]
+                items[item["image_id"]] = item
+            return list(items.values())
         except FileNotFoundError as error:
             raise ValueError(f"source coco:{self.root}: expected captions.json and a folder images") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -201,8 +209,24 @@ class Coco(Listed):
                 f"caption), received {type(error).__name__}: {error}"
             ) from error
 
+    @staticmethod
+    def _item(here: str, note: dict[str, Any], paths: list[str]) -> Item:
+        """An annotation whose image has these names: one, if all is well."""
+        item = {
+            "image_id": writable(f"coco-{here}-{note['image_id']}-{note['id']}"),
+            "earlier_id": writable(f"coco-{note['image_id']}-{note['id']}"),
+            "path": paths[0] if paths else "",
+            "text": note["caption"],
+        }
+        if len(paths) != 1:
+            received = f"{len(paths)}: {', '.join(paths[:3])}" if paths else "none"
+            item["error"] = f"image_id {note['image_id']}: expected one file_name under `images`, received {received}"
+        return item
+
     def record(self, item: Item) -> Record:
         place = f"images/{posixpath.basename(item['path'])}"
+        if "error" in item:
+            return Record(place, error=item["error"])
         if leads_outside(item["path"]):
             return Record(place, error="file_name: expected a path below images/, received one that leads outside")
         if not isinstance(item["text"], str | None):
@@ -360,11 +384,21 @@ def _ending(path: str) -> str:
     return posixpath.splitext(path)[1].lower()
 
 
+def _is_text(path: str) -> bool:
+    """Whether a file of a folder has texts for its images."""
+    return _ending(path) in TEXT_SUFFIXES or posixpath.basename(path).lower() in METADATA
+
+
 def _is_below(path: str, folder: str) -> bool:
     return not folder or path.startswith(f"{folder}/")
 
 
-def _json_lines(uri: str, required: tuple[str, ...]) -> list[dict[str, Any]]:
+def _json_lines(uri: str, required: tuple[str, ...], nullable: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The objects of a file. Raises ValueError where one lacks text under a key that is required (null where it may be)."""
+
+    def has(record: dict[str, Any], key: str) -> bool:
+        return isinstance(record.get(key), str) or (key in nullable and record.get(key, "") is None)
+
     records = []
     for number, line in enumerate(_lines_of(_read(uri)), start=1):
         if not line.strip():
@@ -373,7 +407,7 @@ def _json_lines(uri: str, required: tuple[str, ...]) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{uri}, line {number}: expected a JSON object: {error}") from error
-        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in required):
+        if not isinstance(record, dict) or not all(has(record, key) for key in required):
             raise ValueError(f"{uri}, line {number}: expected an object with text under {', '.join(required)}")
         records.append(record)
     return records

@@ -129,7 +129,8 @@ class Summary:
         for name, what in (
             ("texts_without_image", "texts name or stand beside no image that is there"),
             ("texts_more", "lines of metadata name an image that has had one: the last one counts"),
-            ("metadata_without_text", "lines of metadata below have no text"),
+            ("metadata_without_text", "lines of metadata have no text"),
+            ("annotations_twice", "annotations are there twice, caption and all"),
             ("images_without_text", "images of the set have no annotation, so no row"),
         ):
             if counts.get(name):

@@ -325,6 +325,59 @@ def test_coco_that_is_wrong(tmp_path, content, match):
         open_source(f"coco:{tmp_path}").items()
 
 
+def test_metadata_lines_without_a_text_are_counted(tmp_path):
+    for name in "ab":
+        jpeg(tmp_path / f"{name}.jpg")
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.jpg", "text": null}\n{"file_name": "b.jpg", "text": "x"}\n'
+    )
+    source = open_source(f"folder:{tmp_path}")
+    assert [row["caption_original"] for row in rows_of(source)] == [None, "x"]
+    assert source.left_out["metadata_without_text"] == 1
+
+
+def test_texts_that_are_links_elsewhere_are_not_read(tmp_path):
+    """Whoever may put links into a folder may not read the files of others through it."""
+    (tmp_path / "secret.txt").write_text("a key")
+    (tmp_path / "secret.jsonl").write_text('{"file_name": "b.jpg", "text": "another"}\n')
+    folder = tmp_path / "set"
+    for name in "abc":
+        jpeg(folder / f"{name}.jpg")
+    (folder / "a.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "metadata.jsonl").symlink_to("../secret.jsonl")
+    (folder / "texts").mkdir()
+    (folder / "texts" / "c").write_text("of this folder")
+    (folder / "c.txt").symlink_to("texts/c")
+    source = open_source(f"folder:{folder}")
+    assert [row["caption_original"] for row in rows_of(source)] == [None, None, "of this folder"]
+    assert source.left_out == {"left_out_link to a text elsewhere": 2, "left_out_without an ending": 1}
+
+
+def test_coco_ids_that_are_given_twice(tmp_path):
+    """As sets that were put together have them: no caption is swallowed, and none goes to another image."""
+    for name in "abc":
+        jpeg(tmp_path / "images" / f"{name}.jpg")
+    notes = [(1, 5, "first"), (1, 5, "first"), (1, 5, "second"), (2, 6, "whose?"), (3, 9, "of none")]
+    record = {
+        "images": [
+            {"id": image, "file_name": f"{name}.jpg"} for image, name in ((5, "a"), (6, "b"), (6, "c"), (5, "a"))
+        ],
+        "annotations": [{"id": number, "image_id": image, "caption": text} for number, image, text in notes],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(record))
+    source = open_source(f"coco:{tmp_path}")
+    rows = rows_of(source)
+    assert [row["caption_original"] for row in rows] == ["first", "second", None, None]
+    assert len({row["image_id"] for row in rows}) == 4 and source.left_out["annotations_twice"] == 1
+    assert [row[ERROR_FIELD.name] for row in rows[2:]] == [
+        "image_id 6: expected one file_name under `images`, received 2: b.jpg, c.jpg",
+        "image_id 9: expected one file_name under `images`, received none",
+    ]
+    record["annotations"] = record["annotations"][::-1]
+    (tmp_path / "captions.json").write_text(json.dumps(record))
+    assert {row["caption_original"] for row in rows_of(open_source(f"coco:{tmp_path}"))} == {"first", "second", None}
+
+
 def test_coco_photo_that_is_missing_is_a_row_with_a_reason(tmp_path):
     record = {
         "images": [{"id": 5, "file_name": "a.jpg"}],
