@@ -125,6 +125,7 @@ class _Pass:
         self.parts = {unit["name"]: unit["parts"] for unit in work.units}
         self.unsettled = set(self.parts)
         self.pending: list[dict[str, Any]] = []  # results whose files wait for the commit
+        self.unread: set[str] = set()  # places of pieces that could not be read whole
         self.leaning: set[str] = set()  # units that may be noted as done only when all are
         self.oldest = time.monotonic()  # when the first of them came
 
@@ -186,6 +187,7 @@ class _Pass:
         if verdict == LEANING:
             self.leaning.add(name)
         self.oldest = self.oldest if self.pending else time.monotonic()
+        self.unread.update(result["unread"])
         self.pending.append(result)
         return True
 
@@ -206,6 +208,9 @@ class _Pass:
         summary, counts = self.summary, Counter(self.summary.counts)
         for result in self.pending:
             counts.update(result["counts"])
+            if result["unread"]:
+                counts["unread"] += len(result["unread"])
+                summary.examples["unread"] = [*summary.examples.get("unread", []), *result["unread"]][:EXAMPLES]
             summary.errors += result["errors"]
             summary.error_examples += result["examples"]
         summary.counts, summary.error_examples = dict(counts), summary.error_examples[:EXAMPLES]
@@ -218,7 +223,8 @@ class _Pass:
 
     def _note(self, units: list[str]) -> None:
         if self.work.done is not None and units:
-            self.work.done.note(self.run_.id, [piece for unit in units for piece in self.parts[unit]])
+            pieces = [piece for unit in units for piece in self.parts[unit] if piece["place"] not in self.unread]
+            self.work.done.note(self.run_.id, pieces)
 
     def _say_what_cannot_be_compared(self) -> None:
         """Counts images of the table that have no digest or hash, because they were ingested without."""

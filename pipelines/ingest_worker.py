@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import secrets
 import time
 import traceback
@@ -36,6 +37,7 @@ WINDOW_BYTES = 32 << 20
 EXAMPLES = 5  # errors of a unit that are shown in the summary
 NOT_NEW = {IN_TABLE: "already_there", IN_RUN: "repeated", REPEATED: "repeated"}  # what `Known` says -> count
 DIED = "the process died on this row, and again when it was tried alone"
+DIED_READING = "the process died while it read what is here, and again when nothing else was done: out of memory?"
 
 
 @dataclass
@@ -87,6 +89,7 @@ class IngestWorker:
     def _work(self, unit: dict[str, Any]) -> dict[str, Any]:
         begun = time.time()
         self.source.left_out.clear()
+        self.source.unread.clear()
         task = _Task(self, unit)
         try:
             files = task.run()
@@ -104,6 +107,7 @@ class IngestWorker:
             "errors": task.errors,
             "examples": task.examples,
             "counts": dict(task.counts + self.source.left_out),
+            "unread": self.source.unread[:],
             "begun": begun,
             "ended": time.time(),
         }
@@ -154,6 +158,7 @@ class _Task:
         self.counts: Counter[str] = Counter()
         self.errors = 0
         self.examples: list[dict[str, Any]] = []
+        self.told = False  # whether the tracker knows what is read now, as it must where a process has died
         self.attempt: Attempt = ray.get(self.tracker.begin.remote(unit["name"], worker.process))
         self.number: int = ray.get(self.known.begin.remote(unit["name"]))
 
@@ -167,6 +172,8 @@ class _Task:
                 if written is not None:
                     written.result()
                 written = writing.submit(self.files.write, rows)
+                if self.attempt.deaths:  # nothing may die beside what the tracker was told
+                    written.result()
             if written is not None:
                 written.result()
         return self.files.finish()
@@ -174,7 +181,7 @@ class _Task:
     def _windows(self) -> Iterator[_Window]:
         window, size, place = _Window(0), 0, f"the begin of {_named(self.unit['parts'][0])}"
         with at(lambda: f"reading what follows {place}"):
-            for record in self.source.records(self.unit["parts"]):
+            for record in self._tracked() if self.attempt.deaths else self.source.records(self.unit["parts"]):
                 place = record.place
                 record.drop_long_texts()
                 window.records.append(record)
@@ -184,6 +191,24 @@ class _Task:
                     window, size = _Window(window.first + len(window.records)), 0
         if window.records:
             yield window
+
+    def _tracked(self) -> Iterator[Record]:
+        """The unit's records; the tracker knows which part is read. A part that kills is read up to where it does."""
+        name = self.unit["name"]
+        for number, part in enumerate(self.unit["parts"]):
+            records = iter(self.source.records([part]))
+            self.told = False
+            for count in itertools.count():
+                if count == self.attempt.set_aside.get(number):
+                    yield self.source.set_aside(part, DIED_READING)
+                    break
+                if not self.told or number in self.attempt.suspects:
+                    ray.get(self.tracker.read.remote(name, number, count))
+                    self.told = True
+                if (record := next(records, None)) is None:
+                    break
+                yield record
+        ray.get(self.tracker.leave.remote(name, {}))
 
     def _rows(self, window: _Window) -> list[dict[str, Any]]:
         """The window's new and wanted rows, claimed for this unit."""
@@ -200,6 +225,7 @@ class _Task:
         self.examples = [*self.examples, *({"error": reason} for reason in failed)][:EXAMPLES]
         self.errors += len(failed)
         self.counts.update(counts)
+        self.told = False
         progress = {"rows": len(window.records), "errors": len(failed)}
         self.tracker.leave.remote(
             self.unit["name"], progress, "".join(failed[:1])

@@ -2,7 +2,9 @@
 
 Units and results are small JSON-able dictionaries: features never pass through Ray. Ray repeats a call whose actor died,
 for ever; the tracker bounds that. It hears of every piece of work before it is begun, so when a process dies it knows the
-piece that was in hand: next time that piece is taken row by row, and a row that kills its process twice is left out.
+piece that was in hand: next time that piece is taken row by row, and a row that kills its process twice is left out. Of a
+unit on which a process has died it also hears, where a worker tells it, which part is read: one that kills twice is read up to
+where it does.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from lidit.cluster import start_ray
 from pipelines.job_metrics import JobMetrics
 
 DEATHS_OF_A_ROW = 2  # before it is quarantined
+DEATHS_OF_A_PART = 2  # while it is read, before it is set aside
 DEATHS_OF_A_UNIT = 16  # before the job gives up on it
 POLL_SECONDS = 0.5
 MAX_BLOCKS = 2000  # blocks that Ray Data is given; more units than that share blocks
@@ -59,6 +62,12 @@ class Attempt:
     careful: list[tuple[int, int]]  # row ranges to take row by row
     quarantined: list[int]  # rows to leave out
     deaths: int = 0  # of processes on this unit so far
+    suspects: list[int] = field(
+        default_factory=list
+    )  # parts that a process died on while it read them: tell of each record
+    set_aside: dict[int, int] = field(
+        default_factory=dict
+    )  # parts that are read no further -> how many records of each are
 
 
 @dataclass
@@ -66,8 +75,11 @@ class _UnitState:
     process: str = ""
     deaths: int = 0
     in_hand: tuple[int, int] | None = None
+    reading: tuple[int, int] | None = None  # a part, and how many of its records have been read
     careful: list[tuple[int, int]] = field(default_factory=list)
     row_deaths: Counter[int] = field(default_factory=Counter)
+    part_deaths: Counter[int] = field(default_factory=Counter)
+    set_aside: dict[int, int] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -96,9 +108,9 @@ class Tracker:
             state = self._units[unit] = _UnitState()
         elif not process or process != state.process:
             self._died(unit, state)
-        state.process, state.in_hand, state.counts = process, None, Counter()
+        state.process, state.in_hand, state.reading, state.counts = process, None, None, Counter()
         quarantined = [row for row, deaths in state.row_deaths.items() if deaths >= DEATHS_OF_A_ROW]
-        return Attempt(state.careful, quarantined, state.deaths)
+        return Attempt(state.careful, quarantined, state.deaths, list(state.part_deaths), state.set_aside)
 
     def _died(self, unit: str, state: _UnitState) -> None:
         state.deaths += 1
@@ -110,7 +122,15 @@ class Tracker:
                 state.row_deaths[first] += 1
             else:
                 state.careful.append((first, stop))
-        if state.deaths > DEATHS_OF_A_UNIT:
+        elif state.reading is not None:
+            part, records = state.reading
+            where = f"while it read part {part} behind its record {records}"
+            state.part_deaths[part] += 1
+            if state.part_deaths[part] >= DEATHS_OF_A_PART:
+                state.set_aside[part] = min(records, state.set_aside.get(part, records))
+                state.careful, state.row_deaths = [], Counter()  # from here on rows have other numbers
+        explained = DEATHS_OF_A_PART * len(state.set_aside)
+        if state.deaths - explained > DEATHS_OF_A_UNIT:
             raise RuntimeError(
                 f"processes died {state.deaths} times on unit {unit}, last {where}: out of memory? Lower batch_tokens or "
                 f"give the actors more; what is committed is kept"
@@ -118,7 +138,12 @@ class Tracker:
 
     def enter(self, unit: str, first: int, stop: int) -> None:
         """The actor is about to work on rows first to stop - 1."""
-        self._units[unit].in_hand = (first, stop)
+        state = self._units[unit]
+        state.in_hand, state.reading = (first, stop), None
+
+    def read(self, unit: str, part: int, records: int) -> None:
+        """The actor is about to read on in a part of the unit, of which it has read so many records."""
+        self._units[unit].reading = (part, records)
 
     def first_error(self) -> str:
         """Why the first row that failed did; empty if none has."""
@@ -128,7 +153,7 @@ class Tracker:
         """These rows are done; `counts` are added up for the progress display. `error`: why one of them failed."""
         self._first_error = self._first_error or error
         state = self._units[unit]
-        state.in_hand = None
+        state.in_hand = state.reading = None
         state.counts.update(counts)  # type: ignore[arg-type]
         if self._metrics is not None:
             self._metrics.add(counts)

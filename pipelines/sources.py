@@ -138,6 +138,19 @@ class Source(ABC):
         """What was passed over while the source was listed or read, by name: counts for the summary."""
         return Counter()
 
+    @cached_property
+    def unread(self) -> list[str]:
+        """Places of the parts that were not read to their end for want of memory: the next run tries them again."""
+        return []
+
+    def set_aside(self, part: dict[str, Any], reason: str) -> Record:
+        """The record that stands for what is not read of a part, which is noted as `unread`."""
+        place = part.get("place") or part["image_id"]
+        self.unread.append(place)
+        if "image_id" in part:
+            return Record(place, error=reason, image_id=part["image_id"])
+        return Record(f"{place}#unread", error=reason, shard=part.get("uri", place))
+
     @property
     def schema(self) -> pa.Schema:
         """Columns of the rows."""
@@ -219,9 +232,12 @@ class Sharded(Source):
     def records(self, parts: Iterable[Piece]) -> Iterator[Record]:
         for piece in parts:
             shard = piece.get("uri", piece["place"])
-            for record in self.read(piece):
-                record.shard = shard
-                yield record
+            try:
+                for record in self.read(piece):
+                    record.shard = shard
+                    yield record
+            except MemoryError as error:  # what it asks for may be beyond any machine, or beyond this one
+                yield self.set_aside(piece, f"reading this needs more memory than there is: {error}")
 
 
 def make_row(

@@ -118,6 +118,11 @@ class Summary:
             lines.append(
                 f"  skipped    {counts['shards_done_before']:,.0f} shards were taken in whole before (--reread reads them)"
             )
+        if counts.get("unread"):
+            lines.append(
+                f"  unread     {counts['unread']:,.0f} shards ended the process that read them, or need more memory than "
+                f"there is, such as {one_line(', '.join(self.examples.get('unread', [])))}: the next run tries them again"
+            )
         if counts.get("repeated"):
             lines.append(f"  repeated   {counts['repeated']:,.0f} rows came more than once, image and caption alike")
         passed = {name.removeprefix("left_out_"): n for name, n in counts.items() if name.startswith("left_out_")}

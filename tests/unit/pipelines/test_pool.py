@@ -146,6 +146,63 @@ def test_gives_up_after_too_many_deaths():
         tracker.begin("7")
 
 
+def die_reading(tracker, unit, part, records):
+    """An actor begins the unit and dies while it reads on in a part; returns what it was told."""
+    attempt = tracker.begin(unit)
+    tracker.read(unit, part, records)
+    return attempt
+
+
+def test_a_part_that_kills_twice_is_read_up_to_where_it_does():
+    tracker = Tracker()
+    tracker.begin("7")  # reads ahead and tells nothing
+    attempt = die_reading(tracker, "7", 3, 0)
+    assert (attempt.deaths, attempt.suspects, attempt.set_aside) == (1, [], {})
+    attempt = die_reading(tracker, "7", 3, 40)
+    assert (attempt.deaths, attempt.suspects, attempt.set_aside) == (2, [3], {})
+    attempt = tracker.begin("7")
+    assert (attempt.deaths, attempt.suspects, attempt.set_aside) == (3, [3], {3: 40})
+    tracker.read("7", 3, 20)
+    assert tracker.begin("7").set_aside == {3: 20}, "it killed earlier than before"
+
+
+def test_a_death_with_rows_in_hand_is_not_the_reading():
+    tracker = Tracker()
+    tracker.begin("7")
+    for _ in range(3):
+        tracker.begin("7")
+        tracker.read("7", 0, 5)
+        tracker.enter("7", 4, 5)
+    attempt = tracker.begin("7")
+    assert (attempt.set_aside, attempt.suspects, attempt.quarantined) == ({}, [], [4])
+    tracker.read("7", 0, 5)
+    tracker.leave("7", {})  # and it dies as it writes
+    assert tracker.begin("7").suspects == []
+
+
+def test_rows_are_numbered_otherwise_behind_a_part_that_is_set_aside():
+    tracker = Tracker()
+    for row in (50, 50, 50):
+        die(tracker, "7", row, row + 1)
+    assert tracker.begin("7").quarantined == [50]
+    tracker.read("7", 0, 3)
+    die_reading(tracker, "7", 0, 3)
+    attempt = tracker.begin("7")
+    assert (attempt.set_aside, attempt.quarantined, attempt.careful) == ({0: 3}, [], []), "row 50 is another one now"
+
+
+def test_a_unit_of_many_parts_that_kill_is_done():
+    tracker = Tracker()
+    tracker.begin("7")
+    for part in range(100):
+        die_reading(tracker, "7", part, 0)
+        die_reading(tracker, "7", part, 0)
+    assert tracker.begin("7").set_aside == dict.fromkeys(range(100), 0)
+    with pytest.raises(RuntimeError, match="died 217 times on unit 7, last while it read part 3 behind its record 0"):
+        for _ in range(1000):
+            die_reading(tracker, "7", 3, 0)
+
+
 def test_finished_unit_is_forgotten():
     tracker = Tracker()
     die(tracker, "7", 0, 50)
