@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all test-heif lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lidit needs Python 3.11 or newer; set PYTHON=...")'
@@ -37,6 +37,14 @@ test: $(STAMP)  ## all but the slowest fault and soak tests
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"
+
+HEIF := build/heif/bin/python
+test-heif: $(STAMP)  ## HEIC, in an environment of its own: with the extra `heif` more files are pictures than without
+	$(BIN)/python -m venv build/heif
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+		"$$($(HEIF) -c 'import site; print(site.getsitepackages()[0])')/lidit.pth"
+	$(HEIF) -m pip install --quiet --constraint constraints.txt --no-deps pillow-heif
+	$(HEIF) -m pytest tests/unit/lidit/test_heif.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

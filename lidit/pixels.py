@@ -14,6 +14,8 @@ What is done to an image, in this order; all of it but the limits is part of wha
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
 import re
 import threading
@@ -42,11 +44,15 @@ FORMATS = (
     "TIFF",
     "AVIF",
     "JPEG2000",
+    "PPM",
+    "QOI",
 )  # a JPEG with several pictures (MPO) is a JPEG
 OTHER_FILES = {
     b"%PDF": "PDF", b"%!PS": "PostScript", b"PK\x03\x04": "ZIP", b"\x1f\x8b": "gzip", b"\xff\x0a": "JPEG XL",
     b"\0\0\0\x0cJXL ": "JPEG XL", b"8BPS": "Photoshop", b"\0\0\1\0": "an icon",
 }  # fmt: skip
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")  # AVIF may be of the last two
+HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None  # the extra `heif`
 MAX_PIXELS = 100_000_000  # of an image's header
 SCAN = re.compile(b"\xff\xda")  # a scan's begin in a JPEG; found at a third of the time that `bytes.count` takes
 MAX_SCANS = 100  # of a JPEG; the usual progressive one has ten
@@ -86,7 +92,8 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
     if not len(data):
         raise ImageError("0 bytes: expected an image file")
     try:
-        image = Image.open(io.BytesIO(only_pixels(data)), formats=FORMATS)
+        formats = (*FORMATS, "HEIF") if _is_heic(data) and _read_heif() else FORMATS
+        image = Image.open(io.BytesIO(only_pixels(data)), formats=formats)
     except UnidentifiedImageError as error:
         raise ImageError(
             f"not an image of a format known here ({', '.join(FORMATS)}){_named(bytes(data[:16]))}"
@@ -126,9 +133,23 @@ def _tile_pixels(image: Image.Image) -> int:
 def _named(start: bytes) -> str:
     """What a file is that is no such image, by its first bytes; they are not quoted, for it may be anybody's file."""
     found = next((name for sign, name in OTHER_FILES.items() if start.startswith(sign)), None)
-    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
-        found = "HEIC"
+    if _is_heic(start):
+        found = "HEIC, which the extra heif reads (pip install 'lidit[heif]')"
     return f": this is {found}" if found else ""
+
+
+def _is_heic(data: bytes | memoryview) -> bool:
+    return data[4:8] == b"ftyp" and bytes(data[8:12]) in HEIC_BRANDS
+
+
+@functools.cache
+def _read_heif() -> bool:
+    """Has Pillow read HEIC, where that can be; its decoder is loaded at the first such file."""
+    if HAS_HEIF:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return HAS_HEIF
 
 
 def open_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:

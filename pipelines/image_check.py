@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lidit.pixels import UPRIGHT, check_mode, decode_image, eight_bits, open_image, orientation, upright_size
+from lidit.pixels import (
+    UPRIGHT,
+    ImageError,
+    check_mode,
+    decode_image,
+    eight_bits,
+    open_image,
+    orientation,
+    upright_size,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,13 +75,13 @@ def check_image(
             image.draft("L", (LOOK_PIXELS, LOOK_PIXELS))  # JPEG only: enough to see that it is whole
             decode_image(image)
         elif not has_end(data, image.format or ""):
-            raise ValueError(f"{image.format} cut short: its end is missing")
+            raise ImageError(f"{image.format} cut short: its end is missing")
         check_mode(image)
         return ImageCheck(height, width, perceptual_hash(image) if with_phash else None)
-    except ValueError:
+    except ImageError:
         raise
     except Exception as error:  # whatever a damaged file makes its decoder raise
-        raise ValueError(f"damaged {image.format}: {type(error).__name__}: {error}") from error
+        raise ImageError(f"damaged {image.format}: {type(error).__name__}: {str(error).strip()}") from error
 
 
 def perceptual_hash(image: Image.Image) -> int:

@@ -29,6 +29,7 @@ from typing import Any
 import pyarrow as pa
 
 from lidit import columns
+from lidit.pixels import HAS_HEIF
 from lidit.uris import shown
 from pipelines.image_check import check_image, digest
 from pipelines.locations import too_large
@@ -36,7 +37,7 @@ from pipelines.table import UNCOMPRESSED
 
 IMAGE_ENDINGS = (
     "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "jp2", "j2k", "jpx",
-    "jpf", "j2c", "jpc", "mpo",
+    "jpf", "j2c", "jpc", "mpo", "ppm", "pgm", "pbm", "pnm", "qoi", *(("heic", "heif", "hif") if HAS_HEIF else ()),
 )  # fmt: skip
 MAX_IMAGE_BYTES = 256 << 20  # of an encoded image; larger files are refused before they are read
 MAX_TEXT_BYTES = 64 << 10  # UTF-8 of a text that comes with a row; a dense caption has a few kB
