@@ -7,14 +7,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from ray import cloudpickle
 
 from lidit import alive
 from lidit.alive import DEAD_AFTER_SECONDS
+from pipelines import runs
 from pipelines.pool import _UnitCaller
 from pipelines.runs import Fenced, Run
 from pipelines.table import ColumnFileWriter, Table
@@ -126,6 +129,39 @@ def test_runs_of_earlier_versions(store):
     put_heartbeat(store, "embed-killed", silent=DEAD_AFTER_SECONDS + 60)
     with Run(store, "embed") as run:
         assert run.states() == {"embed-ended": "over", "embed-failed": "over", "embed-killed": "dead"}
+
+
+def test_ended_runs_cost_one_listing_and_no_file_is_read(monkeypatch):
+    """A start of a run asks as much after 1,000 runs as after one, but for the pages of the listing."""
+    asked = Counter()
+
+    class Counted(MemoryFileSystem):
+        cachable, store, pseudo_dirs = False, {}, [""]
+
+        def find(self, path, **options):
+            asked["listings"] += 1
+            return [name for name in self.store if name.startswith(f"{path.rstrip('/')}/")]
+
+        def cat_file(self, path, **options):
+            asked["reads"] += 1
+            return super().cat_file(path, **options)
+
+        def info(self, path, **options):
+            asked["looks"] += 1
+            return super().info(path, **options)
+
+    fs = Counted()
+    monkeypatch.setattr(runs, "runs_folder", lambda store: (fs, "/s/runs"))
+    ended = {f"embed-{number:04d}": ("over", "config.yaml", "summary.json") for number in range(1000)}
+    ended |= {"embed-killed": ("over", "alive", "fence"), "embed-old": ("config.yaml", "summary.json")}
+    for run_id, marks in ended.items():
+        for mark in marks:
+            fs.pipe_file(f"/s/runs/{run_id}/{mark}", b"{}")
+    with Run("s", "ingest") as run:
+        asked.clear()
+        assert run.alive() == [] and asked == {"listings": 1}
+        assert run.end_dead(None) == ended.keys() and run.rivals(None, ["embed"]) == []
+        assert asked == {"listings": 4}
 
 
 def test_a_run_that_the_store_does_not_know_is_unknown(store):
