@@ -16,7 +16,7 @@ from PIL.ExifTags import Base
 
 from lidit import pixels
 from lidit.buckets import make_buckets
-from lidit.pixels import ImageError, bucket_pixels, open_image, to_bytes, to_unit_range, upright_size
+from lidit.pixels import ImageError, bucket_pixels, open_image, open_rgb, to_bytes, to_unit_range, upright_size
 
 pytestmark = pytest.mark.unit
 
@@ -333,6 +333,24 @@ def test_a_jpeg_of_too_many_scans_is_refused() -> None:
     assert bucket_pixels(progressive, BUCKETS)[1].shape == bucket_pixels(with_scans(progressive, 20), BUCKETS)[1].shape
     with pytest.raises(ImageError, match=r"10\d scans of 160 x 96 pixels: more than the 100 allowed"):
         open_image(with_scans(progressive, 95))
+
+
+def bmp_in_runs(width, height):
+    """A BMP of one run and the ends of its lines."""
+    lines = b"\1\0\0\0" * height + b"\0\1"
+    about = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(lines), 0, 0, 256, 0)
+    start = 14 + len(about) + 1024
+    return b"BM" + struct.pack("<IHHI", start + len(lines), 0, 0, start) + about + bytes(1024) + lines
+
+
+def test_a_large_bmp_in_runs_is_refused():
+    """A kilobyte for 17 s: Pillow unpacks it in Python."""
+    assert open_rgb(bmp_in_runs(100, 80)).size == (100, 80)
+    with pytest.raises(ImageError, match="a run-length encoded BMP of 100000000 x 1 pixels: more than 16,000,000"):
+        open_image(bmp_in_runs(100_000_000, 1))
+    plain = io.BytesIO()
+    Image.new("L", (5000, 4000)).save(plain, "BMP")
+    assert open_image(plain.getvalue()).size == (5000, 4000)
 
 
 def test_a_large_jpeg_may_have_fewer_scans(monkeypatch: pytest.MonkeyPatch) -> None:
