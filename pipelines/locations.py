@@ -11,7 +11,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from lidit.files import NoRegularFile, check_regular, open_regular
 from lidit.outage import is_away, outlast
 from lidit.uris import shown
 
+LONGEST_KIND, MOST_KINDS = 40, 100  # of the words for files that are not taken
 STAT_THREADS = 16
 READ_BLOCK = 8 << 20  # bytes of one request to an object store, when a file is read from front to back
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -94,13 +95,26 @@ def what_is_left_out(uri: str, path: str) -> str:
     return posixpath.splitext(path)[1].lower() or "without an ending"
 
 
-def is_link_outside(uri: str, path: str) -> bool:
-    """Whether a file below a local folder is a link to a file elsewhere: somebody else's text, perhaps."""
+def count_left_out(left_out: Counter[str], what: str) -> None:
+    """Counts a file that is not taken under a word for its kind; kinds may be as many as files, so most have a common one."""
+    name = f"left_out_{what}"
+    if name not in left_out and (len(what) > LONGEST_KIND or len(left_out) >= MOST_KINDS):
+        name = "left_out_of other kinds"
+    left_out[name] += 1
+
+
+def links_elsewhere(uri: str) -> Callable[[str], bool]:
+    """A folder -> whether a path below it is a link to a file elsewhere: somebody else's text, perhaps."""
     fs, root = fsspec.core.url_to_fs(uri)
-    if not isinstance(fs, LocalFileSystem) or not os.path.islink(whole := f"{root}/{path}"):
-        return False
+    if not isinstance(fs, LocalFileSystem):
+        return lambda path: False
     inside = os.path.realpath(root)
-    return os.path.commonpath([inside, os.path.realpath(whole)]) != inside
+
+    def leads_away(path: str) -> bool:
+        whole = f"{root}/{path}"
+        return os.path.islink(whole) and os.path.commonpath([inside, os.path.realpath(whole)]) != inside
+
+    return leads_away
 
 
 def is_regular(path: str) -> bool:
@@ -154,7 +168,7 @@ def walk_files(uri: str, left_out: Counter[str] | None = None) -> dict[str, int]
         if _may_be_read(fs, entry):
             found[entry["name"].removeprefix(root).lstrip("/")] = entry["size"]
         elif left_out is not None:
-            left_out["left_out_no regular file"] += 1
+            count_left_out(left_out, "no regular file")
     return dict(sorted(found.items()))
 
 
@@ -306,7 +320,7 @@ def _files_at(uri: str, suffixes: Sequence[str], left_out: Counter[str]) -> list
                 if inside.lower().endswith(tuple(suffixes)) and not is_hidden(inside) and _may_be_read(fs, entry):
                     infos.append(entry)
                 else:
-                    left_out[f"left_out_{what_is_left_out(uri, inside)}"] += 1
+                    count_left_out(left_out, what_is_left_out(uri, inside))
     files = sorted((entry for entry in infos if entry["type"] != "directory"), key=lambda entry: entry["name"])
     return [
         File(fs.unstrip_protocol(entry["name"]).removeprefix("file://"), int(entry["size"] or 0), stamp_of(entry))

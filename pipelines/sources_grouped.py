@@ -16,9 +16,11 @@ from typing import Any
 
 from lidit.uris import shown
 from pipelines.locations import (
+    count_left_out,
     find_files,
     is_folder,
     is_hidden,
+    links_elsewhere,
     list_folder,
     read_below,
     real_place,
@@ -68,6 +70,9 @@ class Grouped(Sharded):
         without: Counter[str] = Counter()
         for sample in samples:
             self.left_out["more_images"] += self.names.more_images(sample)
+            for extension in sample.parts:
+                if not self.names.knows(extension):
+                    count_left_out(self.left_out, f".{extension}" if extension else "without an ending")
             for record in self.names.records(sample, piece["place"]):
                 if record.image is None:
                     without[record.place] += 1
@@ -92,7 +97,7 @@ class WebDataset(Grouped):
         ]
 
     def read(self, piece: Piece) -> Iterator[Record]:
-        samples = grouped(tar_files(piece["uri"], self.names.wanted))
+        samples = grouped(tar_files(piece["uri"], self.names.wanted, self.left_out))
         try:
             yield from self._records(samples, piece)
         except DamagedShard as error:
@@ -123,7 +128,7 @@ class PlainFiles(Grouped):
         return pieces
 
     def read(self, piece: Piece) -> Iterator[Record]:
-        yield from self._records(grouped(folder_files(piece["uri"], self.names.wanted)), piece)
+        yield from self._records(grouped(folder_files(piece["uri"], self.names.wanted, self.left_out)), piece)
 
 
 def open_img2dataset(argument: str, names: ColumnsConfig = USUAL_NAMES) -> Sharded:
@@ -174,6 +179,10 @@ class SampleNames:
     def wanted(self, extension: str) -> int:
         """Bytes that a file with this extension may have; 0: it need not be read at all."""
         return MAX_IMAGE_BYTES if self.is_image(extension) else self._most.get(extension, 0)
+
+    def knows(self, extension: str) -> bool:
+        """Whether a file with this extension is used, or counted as an image that is not."""
+        return bool(self.wanted(extension)) or extension in IMAGE_ENDINGS or _is_dotted_image(extension)
 
     def needed_to_check(self, extension: str) -> int:
         """The same of the files that `check` looks into."""
@@ -247,10 +256,10 @@ class SampleNames:
             found = self._look_up(sample, choice)
             if found is MISSING or found is None:
                 continue
-            texts = (found or [None]) if isinstance(found, list) else [found]
-            if not all(text is None or isinstance(text, str) for text in texts):
+            texts = [text for text in found if text is not None] if isinstance(found, list) else [found]
+            if not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{choice}: expected text, or a list of texts, received {json.dumps(found)[:80]}")
-            return texts
+            return texts or [None]
         return [None]
 
     def _score(self, sample: Sample) -> float | None:
@@ -336,13 +345,19 @@ def grouped(files: Iterable[tuple[str, bytes | str]]) -> Iterator[Sample]:
         yield sample
 
 
-def folder_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
-    """The same for the files of a folder."""
+def folder_files(uri: str, wanted: Any, left_out: Counter[str] | None = None) -> Iterator[tuple[str, bytes | str]]:
+    """What `tar_files` gives, of the files of a folder. Links to texts elsewhere are left out, too."""
+    elsewhere = links_elsewhere(uri)
     for entry in list_folder(uri):
         name = posixpath.basename(entry["name"])
-        if entry["type"] == "directory" or is_hidden(name):
+        if entry["type"] == "directory":
             continue
         extension = name.partition(".")[2].lower()
+        away = extension not in IMAGE_ENDINGS and elsewhere(name)
+        if away or is_hidden(name):
+            if left_out is not None:
+                count_left_out(left_out, "link to a text elsewhere" if away else "hidden")
+            continue
         most = wanted(extension)
         if not most:
             yield name, b""

@@ -26,10 +26,11 @@ from lidit import columns
 from lidit.uris import shown
 from pipelines.image_check import digest
 from pipelines.locations import (
+    count_left_out,
     is_folder,
     is_hidden,
-    is_link_outside,
     leads_outside,
+    links_elsewhere,
     read_below,
     read_bytes,
     real_place,
@@ -91,7 +92,8 @@ class Folder(Listed):
         sizes = walk_files(self.root, self.left_out)
         files = [path for path in sizes if not is_hidden(path)]
         images = [path for path in files if _ending(path)[1:] in IMAGE_ENDINGS]
-        read = {path for path in files if _is_text(path) and not is_link_outside(self.root, path)}
+        elsewhere = links_elsewhere(self.root)
+        read = {path for path in files if _is_text(path) and not elsewhere(path)}
         texts, text_paths = self._metadata(read, images), self._texts_beside(read, images)
         name = writable(posixpath.basename(self.root))
         here = f"{name}-{place_digest(self.root)}"
@@ -107,7 +109,7 @@ class Folder(Listed):
             items.append(item)
         for path in sizes.keys() - set(images) - read:
             what = "link to a text elsewhere" if _is_text(path) else what_is_left_out(self.root, path)
-            self.left_out[f"left_out_{'hidden' if is_hidden(path) else what}"] += 1
+            count_left_out(self.left_out, "hidden" if is_hidden(path) else what)
         if not items:
             found = ", ".join(f"{count:,} {what.removeprefix('left_out_')}" for what, count in self.left_out.items())
             raise ValueError(

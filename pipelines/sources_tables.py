@@ -235,7 +235,8 @@ def table_records(
             reason = f"column {caption!r}: expected UTF-8, received byte {text.object[text.start]:#x}"
             yield Record(f"{place}#{first + row}", data, error=reason)
             continue
-        for one in (text or [None]) if isinstance(text, list) else [text]:
+        texts = [one for one in text if one is not None] if isinstance(text, list) else [text]
+        for one in texts or [None]:
             found = None if number is None else float(number)
             yield Record(f"{place}#{first + row}", data, one, found, None if data is not None else error)
 

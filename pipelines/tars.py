@@ -9,11 +9,12 @@ from __future__ import annotations
 import posixpath
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from pipelines.compression import UnknownArchive, decompressed, is_damage
-from pipelines.locations import is_hidden, open_stream, too_large
+from pipelines.locations import count_left_out, is_hidden, open_stream, too_large
 
 MAX_HEADER_BYTES = (
     1 << 20
@@ -35,10 +36,13 @@ class DamagedShard(Exception):
         self.behind_end = behind_end
 
 
-def tar_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
+def tar_files(uri: str, wanted: Any, left_out: Counter[str] | None = None) -> Iterator[tuple[str, bytes | str]]:
     """(name, bytes) of a tar's files in order, read in one pass; instead of bytes a reason where they are not taken.
 
-    `wanted(extension)`: how many bytes a file may have; b"" for one that is not needed, of which that is 0.
+    Args:
+        uri: of the tar.
+        wanted: extension -> how many bytes a file may have; b"" for one that is not needed, of which that is 0.
+        left_out: is added the hidden ones, which are passed over.
 
     Raises:
         DamagedShard: no tar, or one that is cut short.
@@ -51,7 +55,11 @@ def tar_files(uri: str, wanted: Any) -> Iterator[tuple[str, bytes | str]]:
             with _StrictTarFile.open(fileobj=decompressed(raw), mode="r:", **options) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined] # it would keep every header
-                    if member.isdir() or is_hidden(member.name):
+                    if member.isdir():
+                        continue
+                    if is_hidden(member.name):
+                        if left_out is not None:
+                            count_left_out(left_out, "hidden")
                         continue
                     yield member.name, _content(tar, member, wanted)
     except UnknownArchive as error:

@@ -8,6 +8,7 @@ import lzma
 import tarfile
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines import sources_grouped
@@ -135,6 +136,55 @@ def test_further_images_of_a_sample_are_counted(tmp_path):
     members = [("1.jpg", IMAGES[0]), ("1.png", b"x"), ("1.2.png", b"x"), ("2.jpg", IMAGES[1])]
     source = open_source(f"webdataset:{write_tar(tmp_path / '0.tar', members)}")
     assert len(list(source.records(source.pieces()))) == 2 and source.left_out == {"more_images": 2}
+
+
+def test_what_is_not_used_is_counted_by_kind(tmp_path):
+    members = [
+        ("1.jpg", IMAGES[0]),
+        ("1.txt", b"x"),
+        ("1.cls", b"5"),
+        ("1.json", b"{}"),
+        ("._1.jpg", b""),
+        ("1.seg.npy", b""),
+    ]
+    members += [("2.jpg", IMAGES[1]), ("2.cls", b"6"), (".cache/x.jpg", b""), ("__MACOSX/2.jpg", b""), ("2", b"")]
+    source = open_source(f"webdataset:{write_tar(tmp_path / '0.tar', members)}")
+    assert len(list(source.records(source.pieces()))) == 2
+    assert +source.left_out == {
+        "left_out_.cls": 2, "left_out_.seg.npy": 1, "left_out_hidden": 3, "left_out_without an ending": 1,
+    }  # fmt: skip
+
+
+def test_kinds_of_what_is_not_used_are_bounded(tmp_path):
+    members = [("0.jpg", IMAGES[0]), *((f"0.kind{number}", b"") for number in range(300)), (f"0.{'x' * 60}", b"")]
+    source = open_source(f"webdataset:{write_tar(tmp_path / '0.tar', members)}")
+    list(source.records(source.pieces()))
+    assert sum(source.left_out.values()) == 301 and len(source.left_out) <= 102
+    assert source.left_out["left_out_of other kinds"] > 200
+
+
+@pytest.mark.parametrize("texts, found", [(["a", None, "b"], ["a", "b"]), ([None], [None]), ([], [None])])
+def test_nulls_among_captions_are_none_of_them(tmp_path, texts, found):
+    members = [("1.jpg", IMAGES[0]), ("1.json", json.dumps({"caption": texts}).encode())]
+    made = records(f"webdataset:{write_tar(tmp_path / '0.tar', members)}")
+    pq.write_table(
+        pa.table({"image": [IMAGES[0]], "caption": pa.array([texts], pa.list_(pa.string()))}), tmp_path / "x.parquet"
+    )
+    for each in (made, records(f"parquet:{tmp_path}/x.parquet")):
+        assert [record.caption for record in each] == found
+
+
+def test_links_to_texts_elsewhere_are_not_read(tmp_path):
+    shard = tmp_path / "set" / "00000"
+    shard.mkdir(parents=True)
+    (tmp_path / "secret").write_text("a key")
+    for name, content in (("1.jpg", IMAGES[0]), ("2.jpg", IMAGES[1]), ("2.caption", b"inside")):
+        (shard / name).write_bytes(content)
+    (shard / "1.txt").symlink_to(tmp_path / "secret")
+    (shard / "2.txt").symlink_to("2.caption")
+    source = open_source(f"img2dataset:{tmp_path}/set")
+    assert [record.caption for record in source.records(source.pieces())] == [None, "inside"]
+    assert +source.left_out == {"left_out_link to a text elsewhere": 1}
 
 
 def test_braces_make_shards_in_order(tmp_path):
