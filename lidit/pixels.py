@@ -59,8 +59,7 @@ SCAN = re.compile(b"\xff\xda")  # a scan's begin in a JPEG; found at a third of 
 MAX_SCANS = 100  # of a JPEG; the usual progressive one has ten
 MAX_SCAN_PIXELS = 2_000_000_000  # pixels times scans: each of them may cost a few bytes and goes over the whole picture
 MAX_TILE_PIXELS = 4_194_304  # of a TIFF's tile, or the picture's own where that is more: a tile is decoded whole
-MAX_RLE_PIXELS = 16_000_000  # of a BMP in runs, which Pillow unpacks in Python: 0.2 us each, however small the file
-RLE = "bmp_rle"  # Pillow's name for it
+MAX_SLOW_PIXELS = 16_000_000  # of what Pillow unpacks in Python (QOI, a BMP in runs, some PPM): up to 3 us each
 LARGE_PIXELS = 16_000_000  # decoded images above it are held in memory by one thread at a time
 USUAL_MODES = ("L", "RGB", "RGBA", "P", "LA", "CMYK", "1", "YCbCr")  # that `eight_bits` takes whatever is in them
 DRAFT_MARGIN = 2  # a JPEG is decoded at no less than so many times the size needed
@@ -124,9 +123,10 @@ def _check_cost(image: Image.Image, data: bytes | memoryview) -> None:
             )
     elif image.format == "JPEG2000" and (problem := cost_problem(data, image.width, image.height)):
         raise ImageError(problem)
-    elif image.format == "BMP" and pixels > MAX_RLE_PIXELS and image.tile[0][0] == RLE:  # type: ignore[attr-defined]
+    elif pixels > MAX_SLOW_PIXELS and (tiles := getattr(image, "tile", None)) and tiles[0][0] in Image.DECODERS:
         raise ImageError(
-            f"a run-length encoded BMP of {image.width} x {image.height} pixels: more than {MAX_RLE_PIXELS:,}"
+            f"{image.width} x {image.height} pixels of {image.format} ({tiles[0][0]}): more than the {MAX_SLOW_PIXELS:,} "
+            f"allowed of a kind that is unpacked in Python"
         )
     elif image.format == "TIFF" and (tile := _tile_pixels(image)) > max(pixels, MAX_TILE_PIXELS):
         raise ImageError(f"tiles of {tile:,} pixels for {image.width} x {image.height}: more than it needs")

@@ -343,10 +343,25 @@ def bmp_in_runs(width, height):
     return b"BM" + struct.pack("<IHHI", start + len(lines), 0, 0, start) + about + bytes(1024) + lines
 
 
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"qoif" + struct.pack(">IIBB", 10_000, 10_000, 3, 0) + b"\0" * 100, r"QOI \(qoi\)"),
+        (b"P3 10000 10000 255\n0 0 0", r"PPM \(ppm_plain\)"),
+        (b"P6 10000 10000 300\n0 0 0", r"PPM \(ppm\)"),
+    ],
+)
+def test_large_pictures_that_are_unpacked_in_python_are_refused(data, kind):
+    """Minutes each, with every other thread of the process waiting."""
+    with pytest.raises(ImageError, match=f"10000 x 10000 pixels of {kind}: more than the 16,000,000 allowed"):
+        open_image(data)
+    assert open_image(b"P6 10000 10000 255\n0 0 0").size == (10_000, 10_000)
+
+
 def test_a_large_bmp_in_runs_is_refused():
-    """A kilobyte for 17 s: Pillow unpacks it in Python."""
+    """A kilobyte for 17 s."""
     assert open_rgb(bmp_in_runs(100, 80)).size == (100, 80)
-    with pytest.raises(ImageError, match="a run-length encoded BMP of 100000000 x 1 pixels: more than 16,000,000"):
+    with pytest.raises(ImageError, match=r"100000000 x 1 pixels of BMP \(bmp_rle\): more than the 16,000,000 allowed"):
         open_image(bmp_in_runs(100_000_000, 1))
     plain = io.BytesIO()
     Image.new("L", (5000, 4000)).save(plain, "BMP")
