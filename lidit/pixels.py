@@ -193,8 +193,10 @@ def orientation(image: Image.Image) -> int:
         _find_exif(image, file.getbuffer())
     try:
         found = Image.Image.getexif(image).get(Base.Orientation, 1)
-    except Exception as error:  # whatever a damaged header makes the reader of EXIF raise
-        raise ImageError(f"the header cannot be read: {type(error).__name__}: {error}") from error
+    except (
+        Exception
+    ):  # whatever a damaged note makes the reader of EXIF raise: it says nothing, and the pixels are whole
+        return 1
     return found if found in UPRIGHT else 1
 
 

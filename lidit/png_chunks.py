@@ -11,6 +11,7 @@ import zlib
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 UNNEEDED = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # colour profiles are not applied
 HARMLESS = 1000  # bytes of them in all that cannot unpack to more than Pillow takes: it is not worth a copy then
+SIZES = {b"pHYs": 9, b"gAMA": 4, b"cHRM": 32, b"sRGB": 1}  # of notes that no pixel depends on, as the format has them
 LARGEST_CHECKED = 1 << 20  # of an ancillary chunk, whose checksum is looked at
 
 
@@ -37,7 +38,9 @@ def only_pixels(data: bytes | memoryview) -> bytes | memoryview:
 
 
 def _is_damaged(chunk: memoryview, kind: bytes) -> bool:
-    """Whether a chunk that a decoder may leave out (its kind begins with a small letter) has a wrong checksum."""
+    """Whether a chunk that a decoder may leave out (its kind begins with a small letter) has a wrong checksum or size."""
+    if kind in SIZES and len(chunk) != 8 + SIZES[kind]:
+        return True
     if not kind[:1].islower() or len(chunk) > LARGEST_CHECKED:
         return False
     return zlib.crc32(chunk[:-4]) != int.from_bytes(chunk[-4:], "big")

@@ -3,11 +3,13 @@
 import io
 import re
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from lidit.pixels import bucket_pixels
 from pipelines import image_check
 from pipelines.image_check import check_image, digest, has_end, perceptual_hash
 
@@ -163,3 +165,21 @@ def test_values_of_more_than_16_bits_are_refused_where_they_are_seen():
         check_image(tiff(np.full((64, 64), 400_000, np.int32)))
     with pytest.raises(ValueError, match="expected 16 bits at most"):
         check_image(tiff(np.full((64, 64), -5, np.int32)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("note", [b"garbage", b"II*\0\x08\0\0\0\xff\xff", b"II*\0\xff\xff\xff\xff", b""])
+def test_pictures_with_a_damaged_exif_are_whole(kind, note):
+    Image.new("RGB", (30, 20)).save(out := io.BytesIO(), kind, exif=b"Exif\0\0" + note)
+    look = check_image(out.getvalue())
+    assert (look.height, look.width) == (20, 30)
+    assert bucket_pixels(out.getvalue(), [(20, 30)])[1].shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("kind", [b"pHYs", b"gAMA", b"cHRM", b"sRGB"])
+def test_pngs_with_notes_of_a_wrong_size_are_whole(kind):
+    Image.new("RGB", (30, 20)).save(out := io.BytesIO(), "PNG")
+    data = out.getvalue()
+    for note in (b"", b"\0" * 3, b"\0" * 64):
+        chunk = len(note).to_bytes(4, "big") + kind + note + zlib.crc32(kind + note).to_bytes(4, "big")
+        assert check_image(data[:33] + chunk + data[33:]).width == 30
