@@ -118,7 +118,7 @@ def parse_config(job: str, module: Any, argv: list[str]) -> Any:
         raise ValueError(
             f"{error}\nexpected flags or YAML keys: {known} (`lidit {job} --help` explains them)"
         ) from error
-    values = {field.name: getattr(parsed, field.name) for field in fields}
+    values = {field.name: parsed[field.name] for field in fields}
     for name, index, key, value in changes:
         values[name] = _changed(values[name], index, key, value, f"--{name}.{index}.{key}")
     config = config_class(**values)

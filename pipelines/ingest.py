@@ -26,6 +26,7 @@ from lidit.outage import outlast
 from lidit.places import settled
 from lidit.uris import check_config
 from pipelines.filters import FiltersConfig
+from pipelines.ingest_update import update
 from pipelines.ingest_work import Work, plain
 from pipelines.ingest_worker import EXAMPLES, IngestWorker
 from pipelines.known import LEANING, REFUSED, start_known
@@ -64,6 +65,12 @@ class IngestConfig:
     end is there, many times faster; damage inside is then the next stage's to find."""
     max_error_rate: float = 0.5
     """Share of rows that may be damaged (0 to 1); above it the job stops, for then the columns are probably named wrongly."""
+    compare: Literal["auto", "quick", "all"] = "auto"
+    """How rows that are in the table are held against a folder or a COCO set. `quick`: captions (of those in files of their
+    own, 100,000 at most) and images of 32 rows. `all`: caption and image of every row, which reads the whole source. `auto`:
+    all with `update`, else quick."""
+    update: bool = False
+    """Give rows whose source has another caption or image now that one, under the same `image_id` (`folder:`, `coco:`)."""
     reread: bool = False
     """Read shards again that were taken in whole by an earlier run; rows that were deleted from the table since come back."""
     dry_run: bool = False
@@ -77,6 +84,11 @@ class IngestConfig:
             raise ValueError(f"max_error_rate: expected a share from 0 to 1, received {self.max_error_rate}")
         if self.filters.min_score is not None and self.columns.score is None:
             raise ValueError("filters.min_score: expected with --columns.score, which says what to hold it against")
+
+    @property
+    def compares_all(self) -> bool:
+        """Whether every row that is there is held against its source."""
+        return self.compare == "all" or (self.compare == "auto" and self.update)
 
 
 class TooManyErrors(RuntimeError):
@@ -93,6 +105,7 @@ def main(config: IngestConfig) -> Summary:
     """
     start, config = time.monotonic(), settled(config)
     source = outlast(lambda: open_source(config.source, config.columns), "looking at the source")
+    _check_update(config, source)
     table = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
     if config.dry_run:
         return _plan(config, source, table)
@@ -110,6 +123,8 @@ def main(config: IngestConfig) -> Summary:
         summary = Summary("ingest", config.store, run.id, counts=dict(work.counts), examples=work.examples)
         if work.units:
             _Pass(config, table, run, work, summary).run()
+        if config.update and work.to_update:
+            update(config, table, run, work.to_update, summary)
         summary.orphans_removed = len(table.remove_orphans(lambda: run.end_dead(table) | {run.id}))
         summary.ok, summary.seconds = True, time.monotonic() - start
         summary.next = f"lidit embed --store {config.store}"
@@ -246,6 +261,23 @@ class _Pass:
             )
 
 
+def _check_update(config: IngestConfig, source: Source) -> None:
+    """Refuses to look for edits where a row's name comes from its content."""
+    if not config.update and config.compare != "all":
+        return
+    option = "update" if config.update else "compare all"
+    if not isinstance(source, Listed):
+        raise ValueError(
+            f"{option}: expected folder: or coco:, whose rows keep their names; rows of {config.source} are named by their "
+            f"content, so what was edited there is a new row beside the old one. Ingest it without that option, and delete the "
+            f"old rows if they are not wanted"
+        )
+    if not source.may_differ:
+        raise ValueError(
+            f"{option}: expected folder: or coco:; a row of {config.source} never has another content under its name"
+        )
+
+
 def _plan(config: IngestConfig, source: Source, table: Table) -> Summary:
     """What a run would do, changing nothing."""
     work = Work.of(config, source, table)
@@ -256,11 +288,13 @@ def _plan(config: IngestConfig, source: Source, table: Table) -> Summary:
     size = f", {work.bytes / 1e6:,.1f} MB" if work.bytes else ""
     there = table.open() if table.exists() else None
     state = f"version {there.version}, {there.count_rows():,} rows" if there else "to be made"
+    to_update = len(work.to_update) if config.update else 0
     what = "items" if isinstance(source, Listed) else "pieces"
     plan = [
         f"table      {table.uri}, {state}",
         f"to read    {parts:,} {what} in {len(work.units):,} units: {rows}{size}",
         f"done       {', '.join(f'{count:,} {name}' for name, count in work.counts.items())}",
+        *([f"to update  {to_update:,} rows that the source has otherwise now"] if to_update else []),
         f"actors     {smallest} to {largest}, each {config.actors.num_cpus:g} CPUs",
         f"columns    {', '.join(source.schema.names)}",
         f"filters    {', '.join(f'{name} {value}' for name, value in _set(config.filters).items()) or 'none'}",

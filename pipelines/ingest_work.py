@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lidit import columns
 from pipelines.done_pieces import DonePieces
 from pipelines.hash_index import KeySet, keys_of
-from pipelines.image_check import digest
+from pipelines.ingest_compare import Difference, compare
 from pipelines.known import LOAD_ROWS
-from pipelines.locations import STAT_THREADS
 from pipelines.sources import Item, Listed, Piece, Sharded, Source
 from pipelines.table import Table
 
 if TYPE_CHECKING:
     from pipelines.ingest import IngestConfig
 
-COMPARED_ROWS = 32  # of those that are there already, read again to see whether the source has something else now
 EXAMPLES = 3
 TYPICAL_BYTES = 16_384  # of a sample, where a shard does not tell how many it has: small shards share a unit
 
@@ -34,6 +31,7 @@ class Work:
     counts: Counter[str]  # what need not be read at all
     done: DonePieces | None = None
     examples: dict[str, list[str]] = field(default_factory=dict)  # name of a count -> a few places
+    to_update: list[Difference] = field(default_factory=list)  # rows that the source has otherwise now
 
     @classmethod
     def of(cls, config: IngestConfig, source: Source, table: Table) -> Work:
@@ -45,11 +43,14 @@ class Work:
             new = [item for item, image_id in zip(items, there) if image_id is None]
             counts = Counter(already_there=len(items) - len(new), **+source.left_out)
             old = [(item, image_id) for item, image_id in zip(items, there) if image_id is not None]
-            compared, differ = compare(table, source, old)
-            if differ:
-                counts.update(compared=compared, differ=len(differ))
-            examples = {"differ": differ[:EXAMPLES]} if differ else {}
-            return cls(packed(new, config.rows_per_fragment), len(new), 0, counts, examples=examples)
+            found = compare(table, source, old, config.filters, config.compares_all)
+            if found.captions or found.images:
+                counts.update(compared=found.captions, compared_images=found.images, differ=len(found.differ))
+                if unnamed := sum(not one.is_named for one in found.differ):
+                    counts["unnamed"] = unnamed
+            examples = {"differ": [one.place for one in found.differ[:EXAMPLES]]} if found.differ else {}
+            units = packed(new, config.rows_per_fragment)
+            return cls(units, len(new), 0, counts, examples=examples, to_update=found.to_update)
         assert isinstance(source, Sharded)
         done = DonePieces(table.uri, options_of(config))
         pieces = source.pieces()
@@ -90,36 +91,6 @@ def ids_there(table: Table, items: list[Item], source: Listed | None = None) -> 
         for place, image_id in zip(missing, source.earlier_ids([items[place] for place in missing], has, dataset)):
             found[place] = image_id
     return found
-
-
-def compare(table: Table, source: Listed, there: list[tuple[Item, str]]) -> tuple[int, list[str]]:
-    """Looks at a few rows that are there already: how many, and the places of those that the source has otherwise now.
-
-    Another image under the same id is another folder of the same name (where ids are as they were made before), or a file that
-    was replaced. The rows stay as they are.
-    """
-    if not source.may_differ or not there:
-        return 0, []
-    few = there[:: -(-len(there) // COMPARED_ROWS)]
-    names = ", ".join("'{}'".format(image_id.replace("'", "''")) for _, image_id in few)
-    wanted = [columns.IMAGE_ID, columns.IMAGE_DIGEST, columns.CAPTION_ORIGINAL]
-    dataset = table.open()
-    if any(name not in dataset.schema.names for name in wanted):
-        return 0, []  # a table from before rows had digests
-    rows = dataset.to_table(wanted, filter=f"{columns.IMAGE_ID} IN ({names})").to_pylist()
-    by_id = {row[columns.IMAGE_ID]: row for row in rows if row[columns.IMAGE_DIGEST] is not None}
-    few = [(item, image_id) for item, image_id in few if image_id in by_id]
-    with ThreadPoolExecutor(STAT_THREADS) as threads:
-        records = list(threads.map(lambda one: next(iter(source.records([one[0]]))), few))
-    differ = []
-    for record, (_, image_id) in zip(records, few):
-        row = by_id[image_id]
-        if record.image is None:
-            continue  # it cannot be read now
-        old, new = row[columns.CAPTION_ORIGINAL], record.caption
-        if digest(record.image) != row[columns.IMAGE_DIGEST] or (old is not None and old != new):
-            differ.append(record.place)
-    return len(few), differ
 
 
 def packed(parts: list[Item] | list[Piece], rows: int) -> list[dict[str, Any]]:

@@ -185,6 +185,15 @@ class Listed(Source):
     def record(self, item: Item) -> Record:
         """One item's record."""
 
+    def text(self, item: Item) -> str | None:
+        """The text that comes with an item's image, without a look at the image.
+
+        Raises:
+            ValueError: it is no text.
+            OSError: its file is not there, or cannot be read now.
+        """
+        return item.get("text")
+
     def earlier_ids(self, items: list[Item], has: Callable[[list[str]], list[bool]], table: Any) -> list[str | None]:
         """The `image_id` of each item's row where the table has it under one as it was made before; None where not.
 
@@ -254,7 +263,7 @@ def make_row(
     """
     record.drop_long_texts()
     row = {columns.IMAGE_ID: record.identify(), **record.values}
-    if (reason := record.error or _unwritable(record)) is not None:
+    if (reason := record.error or unwritable(record)) is not None:
         return error_row(record, reason)
     if not has_image:
         return row
@@ -297,7 +306,7 @@ def error_row(record: Record, reason: str) -> dict[str, Any]:
     }
 
 
-def _unwritable(record: Record) -> str | None:
+def unwritable(record: Record) -> str | None:
     """Why a text of a record cannot be kept: it has a character that UTF-8 cannot write."""
     for name, text in (("caption", record.caption), *record.values.items()):
         if isinstance(text, str) and (escaped := writable(text)) != text:

@@ -118,11 +118,13 @@ class Folder(Listed):
             )
         return items
 
+    def text(self, item: Item) -> str | None:
+        if "text_path" not in item:
+            return item.get("text")
+        return _text_beside(self.root, item["text_path"], item["text_bytes"])
+
     def record(self, item: Item) -> Record:
-        text = item.get("text")
-        if "text_path" in item:
-            text = _text_beside(self.root, item["text_path"], item["text_bytes"])
-        return _file_record(item["place"], self.root, item["path"], text, item["bytes"])
+        return _file_record(item["place"], self.root, item["path"], self.text(item), item["bytes"])
 
     def _metadata(self, files: Iterable[str], images: list[str]) -> dict[str, str]:
         """Image -> its text by the metadata files: each holds for its own folder and what is below, the nearest one counts."""
@@ -225,15 +227,21 @@ class Coco(Listed):
             item["error"] = f"image_id {note['image_id']}: expected one file_name under `images`, received {received}"
         return item
 
+    def text(self, item: Item) -> str | None:
+        if "error" in item:
+            raise ValueError(item["error"])
+        if not isinstance(item["text"], str | None):
+            raise ValueError(f"caption: expected text, received {type(item['text']).__name__}")
+        return item["text"]
+
     def record(self, item: Item) -> Record:
         place = f"images/{posixpath.basename(item['path'])}"
-        if "error" in item:
-            return Record(place, error=item["error"])
         if leads_outside(item["path"]):
             return Record(place, error="file_name: expected a path below images/, received one that leads outside")
-        if not isinstance(item["text"], str | None):
-            return Record(place, error=f"caption: expected text, received {type(item['text']).__name__}")
-        return _file_record(place, f"{self.root}/images", item["path"], item["text"])
+        try:
+            return _file_record(place, f"{self.root}/images", item["path"], self.text(item))
+        except ValueError as error:
+            return Record(place, error=str(error))
 
 
 class Prompts(Listed):

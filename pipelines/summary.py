@@ -87,12 +87,7 @@ class Summary:
             lines.append(f"  truncated  {counts['truncated']:,.0f} prompts were longer than the limit and cut")
         if counts.get("already_there"):
             lines.append(f"  unchanged  {counts['already_there']:,.0f} rows were there already")
-        if counts.get("differ"):
-            lines.append(
-                f"  differ     {counts['differ']:,.0f} of {counts['compared']:,.0f} such rows that were looked at have another "
-                f"image or caption in the source now, such as {one_line(', '.join(self.examples.get('differ', [])))}: they "
-                f"stay as they are"
-            )
+        lines += self._compared_lines()
         lines += self._ingest_lines()
         lines += self._status_lines()
         if self.fragments_waiting:
@@ -109,6 +104,37 @@ class Summary:
         if self.next:
             lines.append(f"  next       {self.next}")
         return printable("\n".join(lines))
+
+    def _compared_lines(self) -> list[str]:
+        """What an ingest found of rows that are in the table already, and what became of them."""
+        counts = self.counts
+        if "compared_images" not in counts:  # a stamp has `compared` alone
+            return []
+        looked = (
+            f"captions of {counts['compared']:,.0f} rows and images of {counts['compared_images']:,.0f} were compared"
+        )
+        if not counts["differ"]:
+            lines = [f"  differ     none of these has another image or caption in the source now: {looked}"]
+        else:
+            updating = "updated" in counts or "not_updated" in counts
+            lines = [
+                f"  differ     {counts['differ']:,.0f} of these have another image or caption in the source now, such as "
+                f"{one_line(', '.join(self.examples.get('differ', [])))}: {looked}"
+                f"{'' if updating else '. They stay as they are; --update takes what the source has now'}"
+            ]
+        if counts.get("unnamed"):
+            lines.append(
+                f"  not taken  {counts['unnamed']:,.0f} of them have ids from before these said where a source lies, and may "
+                f"be another source's of that name: --update leaves them"
+            )
+        if counts.get("updated"):
+            lines.append(
+                f"  updated    {counts['updated']:,.0f} rows; `lidit inspect` says what was made of their old content"
+            )
+        if counts.get("not_updated"):
+            said = one_line("; ".join(self.examples.get("not_updated", [])))
+            lines.append(f"  kept       {counts['not_updated']:,.0f} rows stay as they were, such as {said}")
+        return lines
 
     def _ingest_lines(self) -> list[str]:
         """What an ingest did not take as it came, by reason."""

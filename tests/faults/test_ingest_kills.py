@@ -143,3 +143,37 @@ def test_memory_stays_flat_with_bombs(world: Any, zoo: Any, photo: Callable[...,
     summary = world.finish(job).summary
     assert (summary["rows"], summary["errors"]) == (60, 30)
     assert 50_000 < peak < 850_000, f"{peak} kB: one decoded bomb alone takes 900,000"
+
+
+@pytest.mark.parametrize("moment", ["commit", "write"])
+def test_driver_killed_in_an_update(world: Any, photo: Callable[..., bytes], tools: Any, moment: str) -> None:
+    """The same command again takes the rest: every picture once, with its new bytes, under its old id."""
+    folder = world.folder / "set"
+    folder.mkdir()
+    for number in range(90):
+        (folder / f"{number}.jpg").write_bytes(photo(number))
+    update = ("--store", world.store, "--source", f"folder:{folder}", "--rows-per-fragment", 1, "--actors.max", 1)
+    world.run("ingest", *update)
+    before, written, version = world.rows(), len(files(world)), world.table.version
+    for number in range(90):
+        (folder / f"{number}.jpg").write_bytes(photo(number + 1000))
+        (folder / f"{number}.txt").write_text(f"new {number}")
+    job = world.start("ingest", *update, "--update", "true")
+    if moment == "commit":
+        tools.stop_when(lambda: world.table.version > version, job)
+    else:
+        tools.stop_when(lambda: len(files(world)) >= written + 3, job)
+    actors = actors_of(job, tools)
+    job.send_signal(signal.SIGKILL)
+    job.communicate()
+    tools.wait_until(lambda: not any(map(tools.running, actors)))
+    assert (world.table.version > version) == (moment == "commit") and world.rows().keys() == before.keys()
+    result = world.run("ingest", *update, "--update", "true").summary
+    left = 90 if moment == "write" else 90 - 32 * (world.table.version > version)
+    assert result["ok"] and 0 < result["counts"]["updated"] <= left, "what was committed is not done again"
+    rows = {image_id.rpartition("/")[2]: row for image_id, row in world.rows().items()}
+    assert set(world.rows()) == set(before) and len(rows) == 90
+    for number in range(90):
+        row = rows[f"{number}.jpg"]
+        assert (row["image"], row["caption_original"]) == (photo(number + 1000), f"new {number}")
+    assert world.orphans() == set()

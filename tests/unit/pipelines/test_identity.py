@@ -15,6 +15,8 @@ from pipelines.table import ColumnFileWriter, Table
 
 pytestmark = pytest.mark.unit
 
+SAME = {"already_there": 1, "compared": 1, "compared_images": 1, "differ": 0}  # one row, which the source has as it is
+
 
 class Store:
     """A table that sources are added to as an ingest adds them."""
@@ -72,18 +74,20 @@ def test_two_sets_of_the_same_name_are_other_rows(store, tmp_path, photo, make):
     assert {row["image"] for row in store.rows()} == {photo(0), photo(1)}
     assert len({row["caption_original"] for row in store.rows()}) == 2
     for seed, part in enumerate(("2023", "2024")):
-        assert store.add(make(tmp_path, photo, part, seed)).counts == {"already_there": 1}
+        assert store.add(make(tmp_path, photo, part, seed)).counts == SAME
 
 
 @pytest.mark.parametrize(("make", "earlier"), [(put_folder, "images/1.jpg"), (put_coco, "coco-1-1")])
 def test_rows_with_ids_of_before_are_not_added_again(store, tmp_path, photo, make, earlier):
     store.add(make(tmp_path, photo, "2023", 0), [earlier])
     again = store.add(make(tmp_path, photo, "2023", 0))
-    assert (again.units, again.counts, again.examples) == ([], {"already_there": 1}, {})
+    assert (again.units, again.counts, again.examples) == ([], SAME, {})
     other = store.add(make(tmp_path, photo, "2024", 1))
-    assert other.counts == {"already_there": 1, "compared": 1, "differ": 1} and len(other.examples["differ"]) == 1
+    assert other.counts == {**SAME, "differ": 1, "unnamed": 1} and len(other.examples["differ"]) == 1
+    assert other.to_update == [], "it may well be another folder of that name"
     told = Summary("ingest", "s", counts=dict(other.counts), examples=other.examples).to_text()
-    assert "1 of 1 such rows that were looked at have another image or caption in the source now, such as " in told
+    assert "1 of these have another image or caption in the source now, such as " in told
+    assert "captions of 1 rows and images of 1 were compared" in told and "--update leaves them" in told
     put(tmp_path / "2023/images/2.jpg", photo(7))
     if make is put_folder:
         assert store.add(f"folder:{tmp_path}/2023/images").rows == 1, "what comes later is added"

@@ -62,6 +62,11 @@ def test_flags():
     assert config.columns == ColumnsConfig("jpg", None, "s") and config.check == "header"
     assert (config.filters.min_score, list(config.filters.captions)) == (5.0, ["url", "tag_list"])
     assert config.filters.near_duplicates == 4 and not config.filters.duplicates
+    assert config.update is False and not config.compares_all, (
+        "a field may be called as a method of the parser's values is"
+    )
+    config = parse_config("ingest", ingest, ["--source", "folder:x", "--update"])
+    assert config.update is True and config.compares_all
 
 
 # -- what is due ------------------------------------------------------------------------------------------------------
