@@ -248,6 +248,7 @@ class _Update(_Task):
         if number in self.attempt.quarantined:
             self._keep(str(part["item"].get("place") or part["image_id"]), DIED)
             return None
+        ray.get(self.tracker.enter.remote(self.unit["name"], number, number + 1))  # reading it may be what kills
         record = next(iter(self.source.records([part["item"]])))
         record.drop_long_texts()
         (looked,) = self._looked_at([(number, record)])

@@ -236,6 +236,8 @@ class Coco(Listed):
 
     def record(self, item: Item) -> Record:
         place = f"images/{posixpath.basename(item['path'])}"
+        if "error" in item:
+            return Record(place, error=item["error"])
         if leads_outside(item["path"]):
             return Record(place, error="file_name: expected a path below images/, received one that leads outside")
         try:
