@@ -1,30 +1,42 @@
 """Sources that are tables: Parquet files, Lance tables, and folders of Hugging Face `datasets`.
 
 They are cut by row group, fragment or range of rows, and read a few rows at a time: memory does not depend on how large a
-row group or a fragment is.
+row group or a fragment is, nor on how often a large value is repeated.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import lance
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lidit.outage import is_away
-from pipelines.locations import STAT_THREADS, File, find_files, list_folder, open_parts, real_place, stamp_of
-from pipelines.sources import USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
+from pipelines.locations import STAT_THREADS, File, find_files, list_folder, open_parts, real_place, stamp_of, too_large
+from pipelines.sources import MAX_IMAGE_BYTES, MAX_JSON_BYTES, USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 READ_ROWS = 64
+LANCE_ROWS = 8  # which tells nothing of its values beforehand, and is as fast with few
+BATCH_BYTES = (
+    512 << 20
+)  # that so many rows may take at worst, each with the largest value of a dictionary; else fewer are read
+COMPRESSIBLE = 4  # times: a dictionary that is so much smaller in the file is none of images, and counts so many times
+LEVEL_BYTES = 16  # of a value, beside its own
+SURELY_SMALL = 1 << 20  # bytes of the texts of some rows
 READ_BYTES = 8 << 20  # of one column, read ahead
 PIECE_ROWS = 1024  # of a folder of `datasets`, which has no row groups of its own
 IMAGE_CHOICES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "img")
 CAPTION_CHOICES = ("caption", "text", "TEXT", "txt", "caption_original", "prompt")
+PAGE = re.compile(rb"\x15([\x80-\xff]{0,4}[\x00-\x7f])" * 3, re.DOTALL)  # a page's kind, its bytes, those in the file
+PAGE_BYTES = 16  # of a page's header, that have these
+DICTIONARY_PAGE = 2
 DAMAGE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowSerializationError)
 DAMAGE_WORDS = ("parquet", "thrift", "decompress", "corrupt", "page", "end of stream", "truncated", "unexpected end")
 
@@ -58,8 +70,9 @@ class Parquet(Sharded):
                     yield Record(place, error=problem)
                     return
                 names = table_names(file.schema_arrow, self.names)
-                batches = file.iter_batches(READ_ROWS, row_groups=[piece["group"]], columns=[n for n in names if n])
-                for batch in batches:
+                columns = _leaves(file.schema_arrow, names)
+                rows = _rows_at_a_time(raw, file.metadata.row_group(piece["group"]), columns)
+                for batch in file.iter_batches(rows, row_groups=[piece["group"]], columns=columns):
                     yield from table_records(batch, names, piece["file"], row, skip_empty=self.downloaded)
                     row += batch.num_rows
             except (*DAMAGE, OSError) as error:
@@ -108,7 +121,7 @@ class LanceTable(Sharded):
         assert fragment is not None  # the version is pinned
         batches = fragment.to_batches(
             columns=[name for name in names if name],
-            batch_size=READ_ROWS,
+            batch_size=LANCE_ROWS,
             batch_readahead=1,
             io_buffer_size=READ_BYTES,
         )
@@ -221,28 +234,44 @@ def table_records(
     """
     image, caption, score = names
     nothing = pa.nulls(batch.num_rows)
+    cells, paths = _image_cells(batch.column(image))
+    may_be_large = cells.nbytes > MAX_IMAGE_BYTES
     captions = _texts(batch.column(caption) if caption else nothing)
     scores = (batch.column(score) if score else nothing).to_pylist()
-    for row, (picture, text, number) in enumerate(zip(batch.column(image), captions, scores)):
-        data, error = picture.as_py(), f"column {image!r} is null"
-        if isinstance(data, dict):  # {bytes, path}, as `datasets` has it
-            if data["bytes"] is None and data.get("path"):
-                error = "only the path of a file, no bytes"  # a table must not choose which files are read
-            data = data["bytes"]
+    for row, (cell, text, number) in enumerate(zip(cells, captions, scores)):
+        if may_be_large and (size := _size(cell)) > MAX_IMAGE_BYTES:
+            yield Record(f"{place}#{first + row}", error=f"column {image!r}: {too_large(size, MAX_IMAGE_BYTES)}")
+            continue
+        data = cell.as_py()
         if data is None and skip_empty:
             continue
-        if isinstance(text, UnicodeDecodeError):
-            reason = f"column {caption!r}: expected UTF-8, received byte {text.object[text.start]:#x}"
-            yield Record(f"{place}#{first + row}", data, error=reason)
+        if isinstance(text, ValueError):
+            yield Record(f"{place}#{first + row}", data, error=f"column {caption!r}: {_reason(text)}")
             continue
-        texts = [one for one in text if one is not None] if isinstance(text, list) else [text]
-        for one in texts or [None]:
-            found = None if number is None else float(number)
-            yield Record(f"{place}#{first + row}", data, one, found, None if data is not None else error)
+        error = None
+        if data is None:  # a table must not choose which files are read
+            has_path = paths is not None and paths[row].as_py()
+            error = "only the path of a file, no bytes" if has_path else f"column {image!r} is null"
+        for one in (text or [None]) if isinstance(text, list) else [text]:
+            yield Record(f"{place}#{first + row}", data, one, None if number is None else float(number), error)
 
 
-def _texts(values: pa.Array) -> list[Any]:
-    """The values, bytes as text, with an error in the place of one that is not UTF-8: Arrow itself does not look."""
+def _image_cells(column: pa.Array) -> tuple[pa.Array, pa.Array | None]:
+    """The bytes of images, and the paths that stand beside them where they are {bytes, path}, as `datasets` has it."""
+    while isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_dictionary(column.type) and pa.types.is_struct(column.type.value_type):
+        column = column.dictionary_decode()
+    if not pa.types.is_struct(column.type):
+        return column, None
+    has_path = column.type.get_field_index("path") >= 0
+    return pc.struct_field(column, "bytes"), pc.struct_field(column, "path") if has_path else None
+
+
+def _texts(values: pa.Array) -> Iterable[Any]:
+    """The values, bytes as text; an error in the place of one that is not UTF-8 (Arrow itself does not look) or too large."""
+    if values.nbytes * (len(values) if _may_repeat(values.type) else 1) > SURELY_SMALL:
+        return map(_bounded, values)
     try:
         found = values.to_pylist()
     except UnicodeDecodeError:
@@ -251,6 +280,45 @@ def _texts(values: pa.Array) -> list[Any]:
         text if text is None or isinstance(text, str) else _or_error(functools.partial(_decoded, text))
         for text in found
     ]
+
+
+def _bounded(value: pa.Scalar) -> Any:
+    """One of the values, looked at before it is made a text."""
+    if (size := _size(value)) > MAX_JSON_BYTES:
+        return ValueError(too_large(size, MAX_JSON_BYTES))
+    return _or_error(lambda: _decoded(value.as_py()))
+
+
+def _size(value: pa.Scalar) -> int:
+    """Bytes of a value, or of all in a list; a value of a dictionary, or of a view, counts as often as it is there."""
+    if isinstance(value, pa.ExtensionScalar | pa.DictionaryScalar):
+        value = value.value
+    if value is None or not value.is_valid:
+        return 0
+    if not _is_list(value.type):
+        return value.as_buffer().size
+    if not _may_repeat(value.type):
+        return value.values.nbytes
+    size = 0
+    for one in value.values:
+        size += LEVEL_BYTES + _size(one)
+        if size > MAX_JSON_BYTES:
+            break
+    return size
+
+
+def _may_repeat(kind: pa.DataType) -> bool:
+    """Whether many values may be one in memory."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _may_repeat(kind.storage_type)
+    views = ("is_dictionary", "is_string_view", "is_binary_view", "is_list_view", "is_large_list_view")
+    return any(getattr(pa.types, name)(kind) for name in views) or (_is_list(kind) and _may_repeat(kind.value_type))
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"expected UTF-8, received byte {error.object[error.start]:#x}"
+    return str(error)
 
 
 def _or_error(make: Callable[[], Any]) -> Any:
@@ -264,6 +332,52 @@ def _decoded(text: Any) -> Any:
     if isinstance(text, list):
         return [_decoded(one) for one in text]
     return text.decode() if isinstance(text, bytes) else text
+
+
+def _leaves(schema: pa.Schema, names: Iterable[str | None]) -> list[str]:
+    """The columns to read; of a struct, what `datasets` has in one."""
+    leaves = []
+    for name in names:
+        if name and pa.types.is_struct(kind := schema.field(name).type):
+            leaves += [f"{name}.{part}" for part in ("bytes", "path") if kind.get_field_index(part) >= 0]
+        elif name:
+            leaves.append(name)
+    return leaves
+
+
+def _rows_at_a_time(raw: Any, group: pq.RowGroupMetaData, columns: Iterable[str]) -> int:
+    """How many rows of a row group to decode at once, so that a large value is not multiplied beyond `BATCH_BYTES`."""
+    rows, each = max(group.num_rows, 1), 1.0
+    for number in range(group.num_columns):
+        column = group.column(number)
+        if not any(column.path_in_schema == name or column.path_in_schema.startswith(f"{name}.") for name in columns):
+            continue
+        values = max(column.num_values / rows, 1)  # more than one in lists
+        size = max(column.total_uncompressed_size, 0)
+        largest = size / rows
+        if READ_ROWS * values * size > BATCH_BYTES:
+            largest = max(largest, _dictionary_bytes(raw, column))
+        each += values * (largest + LEVEL_BYTES)
+    return int(min(READ_ROWS, max(1, BATCH_BYTES // each)))
+
+
+def _dictionary_bytes(raw: Any, column: pq.ColumnChunkMetaData) -> int:
+    """What the largest value of a column's dictionary may have, by the header of its first page; 0 where it has none."""
+    places = [place for place in (column.dictionary_page_offset, column.data_page_offset) if place and place > 0]
+    raw.seek(min(places, default=0))
+    found = PAGE.match(raw.read(PAGE_BYTES))
+    if found is None:
+        return column.total_uncompressed_size
+    kind, size, compressed = map(_zigzag, found.groups())
+    if kind != DICTIONARY_PAGE:
+        return 0
+    return size * (COMPRESSIBLE if compressed * COMPRESSIBLE < size else 1)
+
+
+def _zigzag(number: bytes) -> int:
+    """A whole number as Thrift writes it, seven bits a byte, the lowest first, and the lowest of all is the sign."""
+    value = sum((byte & 0x7F) << (7 * place) for place, byte in enumerate(number))
+    return value >> 1
 
 
 def _footer(file: File) -> pq.FileMetaData | str:

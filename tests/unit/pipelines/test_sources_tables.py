@@ -1,6 +1,12 @@
 """Parquet, Lance and `datasets`: the usual names and others, many small pieces, columns that are missing, files cut short."""
 
+import io
+import itertools
 import json
+import random
+import subprocess
+import sys
+import tracemalloc
 
 import lance
 import pyarrow as pa
@@ -8,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.sources import USUAL_NAMES, ColumnsConfig, open_source
-from pipelines.sources_tables import READ_ROWS, Parquet, table_names
+from pipelines.sources_tables import BATCH_BYTES, READ_ROWS, Parquet, _rows_at_a_time, table_names, table_records
 
 pytestmark = pytest.mark.unit
 
@@ -305,3 +311,166 @@ def test_bytes_that_are_no_text(tmp_path):
     source = open_source(f"parquet:{tmp_path}/a.parquet")
     good, bad = source.records(source.pieces())
     assert good.caption == "fine" and bad.error == "column 'caption': expected UTF-8, received byte 0xe9"
+
+
+# -- large values -----------------------------------------------------------------------------------------------------
+
+MB = 1 << 20
+PEAK = """
+import sys
+from pathlib import Path
+from pipelines.sources import open_source
+
+def peak():  # what getrusage tells begins with what the parent had
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+source = open_source(sys.argv[1])
+pieces = source.pieces()
+before, rows, errors = peak(), 0, 0
+for record in source.records(pieces):
+    record.drop_long_texts()
+    rows, errors = rows + 1, errors + bool(record.error)
+print((peak() - before) >> 10, rows, errors)
+"""
+
+
+def peak_megabytes(spec):
+    """(what reading a source takes of memory, in a process of its own; rows; errors)."""
+    done = subprocess.run([sys.executable, "-c", PEAK, spec], capture_output=True, text=True, check=True)
+    return tuple(map(int, done.stdout.split()))
+
+
+def repeated(value, rows, kind):
+    """The value in every row, without so much memory."""
+    return pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([value], kind))
+
+
+def write_repeated(path, made):
+    """As any program may write it: readers are not told that it is a dictionary."""
+    options = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
+    pq.write_table(made, path, **options)
+    return path
+
+
+def test_one_large_image_in_every_row(tmp_path):
+    """Decoded at once, 64 rows of 16 MB are 1 GB, of a file of less than a kilobyte."""
+    path = write_repeated(tmp_path / "a.parquet", pa.table({"image": repeated(bytes(16 * MB), 64, pa.binary())}))
+    assert path.stat().st_size < 1000
+    megabytes, rows, errors = peak_megabytes(f"parquet:{path}")
+    assert (rows, errors) == (64, 0) and megabytes < 500
+
+
+def test_one_large_image_of_a_struct_in_every_row(tmp_path):
+    cells = pa.StructArray.from_arrays(
+        [repeated(bytes(16 * MB), 64, pa.binary()), repeated("x" * (16 * MB), 64, pa.string())] * 2,
+        ["bytes", "path", "a", "b"],
+    )
+    path = write_repeated(tmp_path / "a.parquet", pa.table({"image": cells}))
+    megabytes, rows, errors = peak_megabytes(f"parquet:{path}")
+    assert (rows, errors) == (64, 0) and megabytes < 600, "what else is in the struct is not read"
+
+
+def test_one_large_caption_in_every_row(tmp_path):
+    made = pa.table({"image": images(64), "caption": repeated("x" * (16 * MB), 64, pa.string())})
+    megabytes, rows, errors = peak_megabytes(f"parquet:{write_repeated(tmp_path / 'a.parquet', made)}")
+    assert (rows, errors) == (64, 64) and megabytes < 500
+
+
+def test_lists_of_large_captions(tmp_path):
+    texts = repeated("x" * (4 * MB), 64 * 8, pa.string())
+    lists = pa.ListArray.from_arrays(pa.array(range(0, 64 * 8 + 1, 8), pa.int32()), texts)
+    path = write_repeated(tmp_path / "a.parquet", pa.table({"image": images(64), "caption": lists}))
+    megabytes, rows, errors = peak_megabytes(f"parquet:{path}")
+    assert (rows, errors) == (64, 64) and megabytes < 500
+
+
+@pytest.mark.parametrize("layout", ["dictionary", "string_view", "list_of_dictionary", "list_of_view"])
+def test_large_captions_that_are_one_in_memory(tmp_path, layout):
+    """They become texts of their own one at a time."""
+    texts = repeated("x" * (2 * MB), 200, pa.string())
+    if "view" in layout:
+        buffers = pa.array(["x" * (2 * MB)], pa.string_view()).buffers()
+        texts = pa.Array.from_buffers(
+            pa.string_view(), 200, [None, pa.py_buffer(buffers[1].to_pybytes()[:16] * 200), *buffers[2:]]
+        )
+    if "list" in layout:
+        texts = pa.ListArray.from_arrays(pa.array(range(201), pa.int32()), texts)
+    batch = pa.record_batch({"image": pa.array(images(200)), "caption": texts})
+    made = []
+    tracemalloc.start()
+    for record in table_records(batch, ("image", "caption", None), "a", 0):
+        assert len(record.caption) == 2 * MB
+        record.drop_long_texts()
+        made.append(record)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(made) == 200 and all("more than 65,536 allowed" in record.error for record in made) and peak < 20 * MB
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary()), STRUCT]
+)
+def test_a_cell_larger_than_images_may_be_is_an_error(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("pipelines.sources_tables.MAX_IMAGE_BYTES", 100)
+    cells = [b"a", bytes(101), None, bytes(100)]
+    if kind == STRUCT:
+        cells = [{"bytes": cell, "path": "p" * 200} for cell in cells]
+    column = pa.array(cells, pa.binary()).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(cells, kind)
+    pq.write_table(pa.table({"image": column, "caption": list("abcd")}), tmp_path / "a.parquet")
+    small, large, none, whole = records(f"parquet:{tmp_path}")
+    assert large.error == "column 'image': 101 bytes, more than 100 allowed" and large.image is None
+    assert (small.image, whole.image, none.image) == (b"a", bytes(100), None) and none.error and not whole.error
+
+
+def test_texts_of_one_cell_are_bounded_before_they_are_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.sources_tables.SURELY_SMALL", 10)
+    monkeypatch.setattr("pipelines.sources_tables.MAX_JSON_BYTES", 100)
+    captions = [["a", "b"], ["x" * 60, "y" * 60], None, [], ["z" * 90]]
+    pq.write_table(pa.table({"image": images(5), "caption": captions}), tmp_path / "a.parquet")
+    one, two, large, none, empty, whole = records(f"parquet:{tmp_path}")
+    assert [record.caption for record in (one, two, none, empty, whole)] == ["a", "b", None, None, "z" * 90]
+    assert large.error == "column 'caption': 128 bytes, more than 100 allowed" and large.image == b"image 1"
+    captions = pa.array([b"fine", b"caf\xe9", b"x" * 101])
+    pq.write_table(pa.table({"image": images(3), "caption": captions}), tmp_path / "a.parquet")
+    fine, bad, large = records(f"parquet:{tmp_path}")
+    assert fine.caption == "fine" and "received byte 0xe9" in bad.error and "more than 100 allowed" in large.error
+
+
+def batch_rows(path, *columns):
+    file = pq.ParquetFile(path)
+    with open(path, "rb") as raw:
+        return _rows_at_a_time(raw, file.metadata.row_group(0), columns)
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_rows_at_a_time(tmp_path, version, compression):
+    """Usual files are read as many rows at a time as ever."""
+    draw = random.Random(0)
+    usual = pa.table({"image": [draw.randbytes(5000) for _ in range(2000)], "caption": [f"{n}" for n in range(2000)]})
+    path, options = tmp_path / "a.parquet", {"data_page_version": version, "compression": compression}
+    pq.write_table(usual, path, **options)
+    assert pq.read_metadata(path).row_group(0).column(0).has_dictionary_page
+    assert batch_rows(path, "image", "caption") == READ_ROWS
+    pq.write_table(pa.table({"image": [bytes(20 * MB)] * 3}), path, use_dictionary=False, **options)
+    assert batch_rows(path, "image") == BATCH_BYTES // (20 * MB)
+    write_repeated(path, pa.table({"image": repeated(draw.randbytes(16 * MB), 64, pa.binary())}))
+    assert batch_rows(path, "image") == BATCH_BYTES // (16 * MB) - 1
+    write_repeated(path, pa.table({"image": repeated(bytes(16 * MB), 64, pa.binary())}))
+    assert batch_rows(path, "image") == BATCH_BYTES // (64 * MB) - 1
+    assert batch_rows(path, "other") == READ_ROWS
+
+
+def test_footers_that_lie():
+    class Group:
+        path_in_schema, dictionary_page_offset = "image", None
+        num_rows, num_columns = 0, 1
+
+        def __init__(self, size, values, place):
+            self.total_uncompressed_size, self.num_values, self.data_page_offset = size, values, place
+
+        def column(self, number):
+            return self
+
+    for size, values, place in itertools.product((-(1 << 62), 0, 1 << 62), (-5, 0, 1 << 62), (-5, 0, 1 << 40)):
+        assert 1 <= _rows_at_a_time(io.BytesIO(b"\x15"), Group(size, values, place), ["image"]) <= READ_ROWS
