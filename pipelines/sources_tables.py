@@ -252,7 +252,8 @@ def table_records(
         if data is None:  # a table must not choose which files are read
             has_path = paths is not None and paths[row].as_py()
             error = "only the path of a file, no bytes" if has_path else f"column {image!r} is null"
-        for one in (text or [None]) if isinstance(text, list) else [text]:
+        texts = [one for one in text if one is not None] if isinstance(text, list) else [text]
+        for one in texts or [None]:
             yield Record(f"{place}#{first + row}", data, one, None if number is None else float(number), error)
 
 
