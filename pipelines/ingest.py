@@ -30,6 +30,7 @@ from pipelines.ingest_update import update
 from pipelines.ingest_work import Work, plain
 from pipelines.ingest_worker import EXAMPLES, IngestWorker
 from pipelines.known import LEANING, REFUSED, start_known
+from pipelines.listed_sizes import note_sizes
 from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
 from pipelines.progress import JobProgress
 from pipelines.runs import Run
@@ -67,8 +68,8 @@ class IngestConfig:
     """Share of rows that may be damaged (0 to 1); above it the job stops, for then the columns are probably named wrongly."""
     compare: Literal["auto", "quick", "all"] = "auto"
     """How rows that are in the table are held against a folder or a COCO set. `quick`: captions (of those in files of their
-    own, 100,000 at most) and images of 32 rows. `all`: caption and image of every row, which reads the whole source. `auto`:
-    all with `update`, else quick."""
+    own, 100,000 at most), sizes of images where they are known, images of 32 rows and where the size is another one. `all`:
+    caption and image of every row, which reads the whole source. `auto`: all with `update`, else quick."""
     update: bool = False
     """Give rows whose source has another caption or image now that one, under the same `image_id` (`folder:`, `coco:`)."""
     reread: bool = False
@@ -125,6 +126,7 @@ def main(config: IngestConfig) -> Summary:
             _Pass(config, table, run, work, summary).run()
         if config.update and work.to_update:
             update(config, table, run, work.to_update, summary)
+        note_sizes(table.uri, run.id, work.sizes)
         summary.orphans_removed = len(table.remove_orphans(lambda: run.end_dead(table) | {run.id}))
         summary.ok, summary.seconds = True, time.monotonic() - start
         summary.next = f"lidit embed --store {config.store}"

@@ -2,7 +2,8 @@
 
 Captions that the listing knows (metadata files, captions.json) are compared in full: the table's captions are one small
 column. Captions in files beside the images cost a request each, and images their bytes: of the first at most `CAPTION_FILES`
-are read, of the second `COMPARED_IMAGES`, spread over the source; all of both where all are to be compared.
+are read, of the second `COMPARED_IMAGES`, spread over the source, and those whose files have another size than when they were
+last known to be the same; all of both where all are to be compared.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import lance
 from lidit import columns
 from pipelines.filters import FiltersConfig
 from pipelines.image_check import digest
+from pipelines.listed_sizes import read_sizes
 from pipelines.locations import STAT_THREADS
 from pipelines.sources import ERROR_FIELD, Item, Listed
 from pipelines.table import Table
@@ -57,6 +59,8 @@ class Comparison:
     images: int = 0
     differ: list[Difference] = field(default_factory=list)
     failed: list[Difference] = field(default_factory=list)  # rows with an error; looked for where all are compared
+    sizes: int = 0  # images whose file's size was compared with that of before
+    same: dict[str, int] = field(default_factory=dict)  # image_id -> bytes of its file, which is the row's; to be noted
 
     @property
     def to_update(self) -> list[Difference]:
@@ -80,14 +84,20 @@ def compare(
         return found
     files = [image_id for item, image_id in there if "text_path" in item]
     unread = set() if everything else set(files) - set(_spread(files, CAPTION_FILES))
+    sizes = read_sizes(table.uri, [image_id for item, image_id in there if "bytes" in item])
     images = {image_id for _, image_id in (there if everything else _spread(there, COMPARED_IMAGES))}
+    images |= {image_id for item, image_id in there if sizes.get(image_id, item.get("bytes")) != item.get("bytes")}
+    found.sizes = len(sizes)
     items = {image_id: item for item, image_id in there if image_id not in unread or image_id in images}
     look = _Look(source, filters, images, everything)
     with ThreadPoolExecutor(STAT_THREADS) as threads:
         for rows in _rows(dataset, names, items):
-            for captions, image, difference in threads.map(look, rows):
+            for (item, row), (captions, image, difference) in zip(rows, threads.map(look, rows)):
                 found.captions += captions
                 found.images += image
+                size, known = item.get("bytes"), sizes.get(row[columns.IMAGE_ID])
+                if image and size is not None and size != known and not (difference and difference.image):
+                    found.same[row[columns.IMAGE_ID]] = size
                 if difference is not None:
                     (found.failed if difference.failed else found.differ).append(difference)
     return found

@@ -32,6 +32,7 @@ class Work:
     done: DonePieces | None = None
     examples: dict[str, list[str]] = field(default_factory=dict)  # name of a count -> a few places
     to_update: list[Difference] = field(default_factory=list)  # rows that the source has otherwise now
+    sizes: dict[str, int] = field(default_factory=dict)  # image_id -> bytes of its file, that the table has in the end
 
     @classmethod
     def of(cls, config: IngestConfig, source: Source, table: Table) -> Work:
@@ -46,11 +47,15 @@ class Work:
             found = compare(table, source, old, config.filters, config.compares_all)
             if found.captions or found.images:
                 counts.update(compared=found.captions, compared_images=found.images, differ=len(found.differ))
+                if found.sizes:
+                    counts["compared_sizes"] = found.sizes
                 if unnamed := sum(not one.is_named for one in found.differ):
                     counts["unnamed"] = unnamed
             examples = {"differ": [one.place for one in found.differ[:EXAMPLES]]} if found.differ else {}
             units = packed(new, config.rows_per_fragment)
-            return cls(units, len(new), 0, counts, examples=examples, to_update=found.to_update)
+            sizes = {item["image_id"]: item["bytes"] for item in new if "bytes" in item and "path" in item}
+            sizes |= found.same
+            return cls(units, len(new), 0, counts, examples=examples, to_update=found.to_update, sizes=sizes)
         assert isinstance(source, Sharded)
         done = DonePieces(table.uri, options_of(config))
         pieces = source.pieces()

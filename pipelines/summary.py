@@ -110,9 +110,9 @@ class Summary:
         counts = self.counts
         if "compared_images" not in counts:  # a stamp has `compared` alone
             return []
-        looked = (
-            f"captions of {counts['compared']:,.0f} rows and images of {counts['compared_images']:,.0f} were compared"
-        )
+        sizes = f", file sizes of {counts['compared_sizes']:,.0f}" if counts.get("compared_sizes") else ""
+        looked = f"captions of {counts['compared']:,.0f} rows{sizes} and images of {counts['compared_images']:,.0f}"
+        looked += " were compared"
         if not counts["differ"]:
             lines = [f"  differ     none of these has another image or caption in the source now: {looked}"]
         else:

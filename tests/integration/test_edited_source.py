@@ -54,7 +54,7 @@ def test_only_what_was_made_of_edited_content_is_made_again(world: Any, photo: C
     (folder / "1.txt").write_text("two blue stars")
     (folder / "8.jpg").write_bytes(photo(50, size=(64, 64)))
     told = put()
-    assert told.counts == {"already_there": 9, "compared": 9, "compared_images": 9, "differ": 2}
+    assert told.counts == {"already_there": 9, "compared": 9, "compared_images": 9, "differ": 2, "compared_sizes": 9}
     assert "2 of these have another image or caption" in told.to_text() and "--update" in told.to_text()
     assert world.rows() == before, "without --update nothing changes"
     assert "to update  2 rows" in "\n".join(put(update=True, dry_run=True).plan)

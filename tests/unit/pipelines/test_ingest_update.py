@@ -11,6 +11,7 @@ from pipelines.image_check import check_image, digest
 from pipelines.ingest import IngestConfig
 from pipelines.ingest_update import UpdateWorker, _Committer, units_of
 from pipelines.ingest_work import Work
+from pipelines.listed_sizes import note_sizes, read_sizes
 from pipelines.pool import Tracker
 from pipelines.runs import Fenced, Run
 from pipelines.sources import ERROR_FIELD, open_source
@@ -100,6 +101,36 @@ def test_many_caption_files_are_compared_by_sample(edited, monkeypatch):
     for number in range(6):
         one.put(f"{number}.txt", "edited")
     assert one.work(update=False).counts == {"already_there": 6, "compared": 3, "compared_images": 1, "differ": 3}
+
+
+def test_images_whose_files_have_another_size_are_compared(edited, photo, monkeypatch):
+    monkeypatch.setattr(ingest_compare, "COMPARED_IMAGES", 1)
+    one = edited()
+    note_sizes(one.table.uri, "ingest-20200101T000000-000000", one.job.work.sizes)
+    (one.folder / "4.jpg").write_bytes(photo(4) + b" ")
+    quick = one.work(update=False)
+    found = {"already_there": 6, "compared": 6, "compared_images": 2, "compared_sizes": 6, "differ": 1}
+    assert quick.counts == found and quick.examples["differ"] == ["set/4.jpg"] and quick.sizes == {}
+    told = Summary("ingest", "s", counts=dict(quick.counts), examples=quick.examples).to_text()
+    assert "captions of 6 rows, file sizes of 6 and images of 2 were compared" in told
+    assert one.update(compare="quick") == {"updated": 1}
+    after = one.work(update=False)
+    assert after.counts == {**found, "differ": 0} and list(after.sizes.values()) == [len(photo(4)) + 1]
+    note_sizes(one.table.uri, "ingest-20210101T000000-000000", after.sizes)
+    assert one.work(update=False).counts == {**found, "differ": 0, "compared_images": 1}
+
+
+def test_sizes_are_noted_of_what_was_compared_and_a_note_may_be_lost(edited, photo):
+    one = edited()
+    assert one.job.work.sizes == one.work().sizes and len(one.work().sizes) == 6
+    one.put("4.jpg", photo(50))
+    assert len(one.work().sizes) == 5, "not of an image that differs"
+    note_sizes(one.table.uri, "ingest-20200101T000000-000000", one.work().sizes)
+    assert one.work().sizes == {}, "what is noted is not noted again"
+    (note,) = (one.folder.parent / "store/samples.lance/_listed").iterdir()
+    note.write_bytes(b"")
+    assert len(one.work().sizes) == 5
+    assert read_sizes(one.table.uri, []) == {} and read_sizes(f"{one.uri}/none.lance", ["x"]) == {}
 
 
 def test_nothing_differs_is_said_of_what_was_compared(edited):
