@@ -101,10 +101,10 @@ class Facts:
     changed: str  # time of the version
     columns: list[ColumnFacts]
     stages: list[StageFacts]
-    stale: list[StaleFacts]
     reasons: list[Reason]
     encoders: list[dict[str, Any]]
     runs: list[dict[str, Any]]
+    stale: list[StaleFacts] = field(default_factory=list)
 
 
 def gather(store: str, version: int | None = None) -> Facts:
