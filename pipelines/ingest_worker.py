@@ -185,7 +185,7 @@ class _Task:
                 place = record.place
                 record.drop_long_texts()
                 window.records.append(record)
-                size += len(record.image or b"") + len(record.caption or "")
+                size += len(record.image or b"") + len(record.caption or "") + len(record.place)
                 if len(window.records) == WINDOW_ROWS or size >= WINDOW_BYTES:
                     yield window
                     window, size = _Window(window.first + len(window.records)), 0

@@ -42,6 +42,7 @@ IMAGE_ENDINGS = (
 MAX_IMAGE_BYTES = 256 << 20  # of an encoded image; larger files are refused before they are read
 MAX_TEXT_BYTES = 64 << 10  # UTF-8 of a text that comes with a row; a dense caption has a few kB
 MAX_JSON_BYTES = 4 << 20  # of a file that belongs to a row and holds its texts among other things
+MAX_PLACE = 4096  # characters of a row's source that are kept: no path of a disk is longer, a name in a tar may be
 SURELY_SHORT = MAX_TEXT_BYTES // 4  # characters
 ID_FIELD = pa.field(columns.IMAGE_ID, pa.string())
 ERROR_FIELD = pa.field(columns.error("ingest"), pa.string())
@@ -281,7 +282,7 @@ def make_row(
         columns.HEIGHT: look.height,
         columns.WIDTH: look.width,
         columns.CAPTION_ORIGINAL: record.caption,
-        columns.SOURCE: writable(record.place),
+        columns.SOURCE: writable(record.place[:MAX_PLACE]),
         columns.IMAGE_DIGEST: record.digest,
         columns.IMAGE_PHASH: look.phash,
     }
@@ -301,7 +302,7 @@ def error_row(record: Record, reason: str) -> dict[str, Any]:
     """A row that says why there is nothing in it."""
     return {
         columns.IMAGE_ID: record.identify_error(),
-        columns.SOURCE: writable(record.place),
+        columns.SOURCE: writable(record.place[:MAX_PLACE]),
         ERROR_FIELD.name: writable(shown(reason)),
     }
 

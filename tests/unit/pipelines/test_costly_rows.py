@@ -142,6 +142,22 @@ def test_texts_count_in_a_window(job, photo, tmp_path, monkeypatch):
     assert [len(window.records) for window in windows] == [6, 6, 6, 2]
 
 
+def test_names_without_end_are_cut_and_count_in_a_window(job, photo, tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest_worker, "WINDOW_BYTES", 200_000)
+    names = [f"{number}{'x' * 60_000}" for number in range(6)]
+    members = [(f"{name}.jpg", photo(number)) for number, name in enumerate(names)]
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    made = job(f"webdataset:{tmp_path}/x.tar")
+    windows = list(ingest_worker._Task(made.worker, made.work.units[0])._windows())
+    assert max(len(window.records) for window in windows) <= 4
+    made.run()
+    assert [len(row["source"]) for row in made.rows()] == [4096] * 6
+
+
 # -- files that are none ----------------------------------------------------------------------------------------------
 
 
