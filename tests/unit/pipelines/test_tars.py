@@ -2,6 +2,8 @@
 
 import gzip
 import io
+import lzma
+import random
 import subprocess
 import sys
 import tarfile
@@ -9,7 +11,7 @@ import time
 
 import pytest
 
-from pipelines import sources_grouped
+from pipelines import compression, sources_grouped
 from pipelines.sources import open_source
 
 pytestmark = pytest.mark.unit
@@ -247,3 +249,46 @@ def test_files_of_one_name_without_end_are_several_samples(monkeypatch):
     monkeypatch.setattr(sources_grouped, "MAX_PARTS", 3)
     made = list(sources_grouped.grouped((f"a.{number}", b"") for number in range(8)))
     assert [len(sample.parts) for sample in made] == [3, 3, 2]
+
+
+# -- xz ---------------------------------------------------------------------------------------------------------------
+
+
+def xz(data, dictionary=1 << 20):
+    return lzma.compress(data, filters=[{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": dictionary}])
+
+
+def test_xz_that_asks_for_more_memory_than_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr(compression, "XZ_MEMORY", 8 * MB)
+    (tmp_path / "0.tar").write_bytes(xz(BEFORE + END) + xz(file("3.jpg", b"three") + END, 16 * MB))
+    one, two, end = read(tmp_path / "0.tar")
+    assert (one.image, two.image) == (b"one", b"two") and "Memory usage limit exceeded" in end.error
+    (tmp_path / "0.tar").write_bytes(xz(BEFORE + END, 16 * MB))
+    (end,) = read(tmp_path / "0.tar")
+    assert "Memory usage limit exceeded" in end.error
+
+
+def test_xz_as_strong_as_xz_makes_it_by_itself(tmp_path):
+    (tmp_path / "0.tar").write_bytes(lzma.compress(BEFORE + END, preset=9 | lzma.PRESET_EXTREME))
+    assert [record.image for record in read(tmp_path / "0.tar")] == [b"one", b"two"]
+
+
+def outcome(file, *sizes):
+    try:
+        return [file.read(size) for size in sizes]
+    except EOFError:
+        return "cut short"
+
+
+@pytest.mark.parametrize("behind", [b"", bytes(8), b"else", b"something that is no stream of xz", xz(b"more")[:20]])
+def test_xz_gives_what_pythons_own_reader_gives(behind):
+    parts = [random.Random(0).randbytes(MB + 50_005), b"", bytes(2 * MB), b"end"]
+    packed = b"".join(map(xz, parts)) + behind
+    with lzma.LZMAFile(io.BytesIO(packed)) as theirs:
+        ours = compression.decompressed(io.BytesIO(packed))
+        for size in (1, 100, 0, MB // 2, 512, MB):
+            assert ours.read(size) == theirs.read(size) and ours.tell() == theirs.tell()
+        ours.seek(2 * MB)
+        theirs.seek(2 * MB)
+        assert outcome(ours, 100 * MB, 5) == outcome(theirs, 100 * MB, 5)
+    assert outcome(compression.decompressed(io.BytesIO(packed[: MB // 2])), 100 * MB) == "cut short"
