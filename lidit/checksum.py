@@ -125,15 +125,19 @@ def held_files(dataset: Any, table_uri: str, fragment: Any) -> list[HeldFile]:
     ]
 
 
+class DamagedBytes(OSError):
+    """Bytes on which Lance's reader gave up in a panic."""
+
+
 @contextlib.contextmanager
 def no_panic() -> Iterator[None]:
-    """Makes an OSError of a panic of Lance's reader, which damaged bytes may cause and which is no `Exception`."""
+    """Makes a `DamagedBytes` of a panic of Lance's reader, which damaged bytes may cause and which is no `Exception`."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise OSError(f"Lance's reader gave up on damaged bytes: {str(error).splitlines()[0]}") from error
+        raise DamagedBytes(f"Lance's reader gave up on damaged bytes: {str(error).splitlines()[0]}") from error
 
 
 def read_notes(reader: Reader, uri: str) -> Notes:

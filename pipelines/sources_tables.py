@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lidit.checksum import DamagedBytes, no_panic
 from lidit.outage import is_away
 from pipelines.locations import STAT_THREADS, File, find_files, list_folder, open_parts, real_place, stamp_of, too_large
 from pipelines.sources import MAX_IMAGE_BYTES, MAX_JSON_BYTES, USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
@@ -38,6 +39,7 @@ PAGE = re.compile(rb"\x15([\x80-\xff]{0,4}[\x00-\x7f])" * 3, re.DOTALL)  # a pag
 PAGE_BYTES = 16  # of a page's header, that have these
 DICTIONARY_PAGE = 2
 DAMAGE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowSerializationError)
+REMOTE_STORE = re.compile(r"Generic (?!LocalFileSystem|memory)\w+ error")  # of Lance, in an error of damage's class
 DAMAGE_WORDS = ("parquet", "thrift", "decompress", "corrupt", "page", "end of stream", "truncated", "unexpected end")
 
 
@@ -125,9 +127,15 @@ class LanceTable(Sharded):
             batch_readahead=1,
             io_buffer_size=READ_BYTES,
         )
-        for batch in batches:
-            yield from table_records(batch, names, piece["place"], row)
-            row += batch.num_rows
+        try:
+            with no_panic():
+                for batch in batches:
+                    yield from table_records(batch, names, piece["place"], row)
+                    row += batch.num_rows
+        except (*DAMAGE, DamagedBytes) as error:
+            if is_away(error) or REMOTE_STORE.search(str(error)):
+                raise
+            yield Record(f"{piece['place']}#end", error=f"the fragment is damaged from row {row} on: {error}")
 
 
 class HuggingFace(Sharded):

@@ -212,6 +212,27 @@ def test_fragments_are_pieces(tmp_path):
     assert len(records(f"lance:{uri}")) == 12
 
 
+@pytest.mark.parametrize("damage", ["cut short", "not there", "other bytes", "no bytes"])
+def test_damaged_fragments_of_lance_are_a_row_each(tmp_path, damage):
+    uri = str(tmp_path / "t.lance")
+    lance.write_dataset(table(12), uri, max_rows_per_file=4)
+    path = tmp_path / "t.lance" / "data" / lance.dataset(uri).get_fragments()[1].metadata.files[0].path
+    whole = path.read_bytes()
+    source = open_source(f"lance:{uri}")
+    pieces = source.pieces()
+    if damage == "not there":
+        path.unlink()
+    else:
+        damaged = {"cut short": whole[: len(whole) // 2], "other bytes": b"\xff" * len(whole), "no bytes": b""}
+        path.write_bytes(damaged[damage])
+    made = list(source.records(pieces))
+    assert [record.caption for record in made if not record.error] == [
+        f"caption {n}" for n in (*range(4), *range(8, 12))
+    ]
+    (bad,) = [record for record in made if record.error]
+    assert bad.place.endswith("/1#end") and "the fragment is damaged from row 0 on" in bad.error
+
+
 def test_lance_names(tmp_path):
     uri = str(tmp_path / "t.lance")
     lance.write_dataset(table(2).rename_columns(["u", "picture", "words"]), uri)
