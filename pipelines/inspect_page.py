@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from lidit.printable import printable
 from pipelines.inspect_samples import Picture, Sample
 from pipelines.inspect_style import STYLE
 from pipelines.inspect_table import REASONS_SHOWN, Facts, Reason, StageFacts
@@ -53,7 +54,7 @@ def render(page: Page) -> str:
         _section("Runs", _runs(facts.runs)) if facts.runs else "",
     ]
     notes = "".join(f'<p class="hint">{escape(note)}</p>' for note in page.notes)
-    return (
+    return printable(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
         f'content="{POLICY}"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(name)} - lidit</title><style>{STYLE}</style></head><body><main>{parts[0]}{notes}"

@@ -30,6 +30,7 @@ LONGEST_KIND, MOST_KINDS = 40, 100  # of the words for files that are not taken
 STAT_THREADS = 16
 READ_BLOCK = 8 << 20  # bytes of one request to an object store, when a file is read from front to back
 BRACES = re.compile(r"\{([^{}]*)\}")
+CHAIN = re.compile(r"[a-z][a-z0-9+.-]*(://[^:]*)?::[a-z][a-z0-9+.-]*://")  # `simplecache::s3://bucket/a.tar`
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -54,6 +55,15 @@ def real_place(uri: str) -> str:
     `lidit.places.absolute` leaves links: a store may be mounted elsewhere on another machine.
     """
     return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+
+
+def filesystem_at(uri: str) -> tuple[Any, str]:
+    """A URI -> its fsspec file system, and the path there. `::` is part of a name, unless it begins a chain of fsspec's."""
+    if "::" not in uri or CHAIN.match(uri):
+        return fsspec.core.url_to_fs(uri)
+    protocol = uri.partition("://")[0] if "://" in uri else "file"
+    kind = fsspec.get_filesystem_class(protocol)
+    return fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
 
 
 def expand_braces(text: str) -> list[str]:
@@ -86,7 +96,7 @@ def what_is_left_out(uri: str, path: str) -> str:
     """A word for a file that is not taken: `hidden`, `link to a folder`, or its ending."""
     if is_hidden(path):
         return "hidden"
-    fs, root = fsspec.core.url_to_fs(uri)
+    fs, root = filesystem_at(uri)
     if isinstance(fs, LocalFileSystem):
         if os.path.isdir(f"{root}/{path}"):
             return "link to a folder"
@@ -105,7 +115,7 @@ def count_left_out(left_out: Counter[str], what: str) -> None:
 
 def links_elsewhere(uri: str) -> Callable[[str], bool]:
     """A folder -> whether a path below it is a link to a file elsewhere: somebody else's text, perhaps."""
-    fs, root = fsspec.core.url_to_fs(uri)
+    fs, root = filesystem_at(uri)
     if not isinstance(fs, LocalFileSystem):
         return lambda path: False
     inside = os.path.realpath(root)
@@ -151,7 +161,7 @@ def find_files(spec: str, suffixes: Sequence[str], kind: str, left_out: Counter[
 
 def list_folder(uri: str) -> list[dict[str, Any]]:
     """What lies directly in a folder, by name: dictionaries with `name`, `size`, `type` (`file` or `directory`)."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = filesystem_at(uri)
     entries = [entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path.rstrip("/")]
     return sorted(entries, key=lambda entry: entry["name"])
 
@@ -161,12 +171,12 @@ def walk_files(uri: str, left_out: Counter[str] | None = None) -> dict[str, int]
 
     `left_out` is added the pipes, sockets and devices, which are no files here.
     """
-    fs, root = fsspec.core.url_to_fs(uri)
+    fs, root = filesystem_at(uri)
     root = root.rstrip("/")
     found = {}
     for entry in _below(fs, root):
         if _may_be_read(fs, entry):
-            found[entry["name"].removeprefix(root).lstrip("/")] = entry["size"]
+            found[entry["name"].removeprefix(f"{root}/")] = entry["size"]
         elif left_out is not None:
             count_left_out(left_out, "no regular file")
     return dict(sorted(found.items()))
@@ -193,18 +203,18 @@ def _below(fs: Any, root: str) -> list[dict[str, Any]]:
 
 def is_folder(uri: str) -> bool:
     """Whether there is a folder (or a prefix with objects below it)."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = filesystem_at(uri)
     return fs.isdir(path)
 
 
 def is_local(uri: str) -> bool:
     """Whether the URI is a path of this machine."""
-    return isinstance(fsspec.core.url_to_fs(uri)[0], LocalFileSystem)
+    return isinstance(filesystem_at(uri)[0], LocalFileSystem)
 
 
 def open_stream(uri: str) -> Any:
     """A file to be read from front to back once, as a context."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = filesystem_at(uri)
     if isinstance(fs, LocalFileSystem):
         return open_regular(path)
     return fs.open(path, "rb", block_size=READ_BLOCK, cache_type="readahead")
@@ -212,13 +222,13 @@ def open_stream(uri: str) -> Any:
 
 def open_parts(uri: str) -> Any:
     """A file of which parts are read here and there, as a context; who reads does its own buffering."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = filesystem_at(uri)
     return open_regular(path) if isinstance(fs, LocalFileSystem) else fs.open(path, "rb", cache_type="none")
 
 
 def read_bytes(uri: str) -> bytes:
     """A whole file. Raises NoRegularFile where it is a pipe, a socket or a device."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = filesystem_at(uri)
     return outlast(lambda: _whole(fs, path, None, None), "reading a file of the source")
 
 
@@ -233,7 +243,7 @@ def read_below(root: str, path: str, most: int, size: int | None = None) -> byte
     Raises:
         ValueError: it is larger, or has grown since it was opened, or is a pipe, a socket or a device.
     """
-    fs, folder = fsspec.core.url_to_fs(root)
+    fs, folder = filesystem_at(root)
     return outlast(lambda: _whole(fs, f"{folder.rstrip('/')}/{path}", most, size), "reading a file of the source")
 
 
@@ -301,14 +311,16 @@ def _beginning(fs: Any, path: str, size: int) -> bytes:
 
 
 def _files_at(uri: str, suffixes: Sequence[str], left_out: Counter[str]) -> list[File]:
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = filesystem_at(uri)
     try:
         info = fs.info(path)
     except FileNotFoundError:
         if not any(sign in path for sign in "*?["):
             return []
-        found = fs.glob(path, detail=True).items()
-        infos = [entry for name, entry in found if not is_hidden(posixpath.basename(name)) and _may_be_read(fs, entry)]
+        matching = fs.glob(path, detail=True).items()
+        infos = [
+            entry for name, entry in matching if not is_hidden(posixpath.basename(name)) and _may_be_read(fs, entry)
+        ]
     else:
         infos = [info]
         if not _may_be_read(fs, info):
@@ -316,13 +328,16 @@ def _files_at(uri: str, suffixes: Sequence[str], left_out: Counter[str]) -> list
         if info["type"] == "directory":
             infos = []
             for entry in _below(fs, path):
-                inside = entry["name"].removeprefix(path.rstrip("/")).lstrip("/")
+                inside = entry["name"].removeprefix(f"{path.rstrip('/')}/")
                 if inside.lower().endswith(tuple(suffixes)) and not is_hidden(inside) and _may_be_read(fs, entry):
                     infos.append(entry)
                 else:
                     count_left_out(left_out, what_is_left_out(uri, inside))
-    files = sorted((entry for entry in infos if entry["type"] != "directory"), key=lambda entry: entry["name"])
-    return [
-        File(fs.unstrip_protocol(entry["name"]).removeprefix("file://"), int(entry["size"] or 0), stamp_of(entry))
-        for entry in files
-    ]
+    found = []
+    for entry in sorted((entry for entry in infos if entry["type"] != "directory"), key=lambda entry: entry["name"]):
+        file = fs.unstrip_protocol(entry["name"]).removeprefix("file://")
+        if file != uri and CHAIN.match(file):  # whoever may give files names may not choose what else is opened
+            count_left_out(left_out, "name that reads as another address")
+        else:
+            found.append(File(file, int(entry["size"] or 0), stamp_of(entry)))
+    return found

@@ -26,6 +26,7 @@ from pipelines.locations import (
     real_place,
     stamp_of,
     too_large,
+    what_is_left_out,
 )
 from pipelines.sources import (
     IMAGE_ENDINGS,
@@ -49,6 +50,7 @@ PEEK_SAMPLES = 16  # of the first shard, read beforehand: wrong names stop the j
 PEEK_FOR_NAMES = 1000  # of the first shard, as long as a caption or score that was named has not been seen
 MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES + 2 * MAX_JSON_BYTES  # of all files of a sample that are read
 MAX_PARTS = 100_000  # files of one sample; those that follow make another one
+MAX_WORDS = 200  # characters of what a message quotes of a sample
 MISSING = object()  # no such file, or no such key in it; JSON's null is a value
 
 
@@ -102,6 +104,8 @@ class WebDataset(Grouped):
             yield from self._records(samples, piece)
         except DamagedShard as error:
             yield Record(f"{piece['place']}#end", error=str(error))
+        except UNREADABLE as error:  # a link that leads nowhere, for one
+            yield Record(f"{piece['place']}#end", error=f"the shard cannot be read: {type(error).__name__}")
 
 
 class PlainFiles(Grouped):
@@ -122,6 +126,10 @@ class PlainFiles(Grouped):
                 place = f"{posixpath.basename(self.root)}/{name}"
                 uri = f"{self.root}/{name}"
                 pieces.append({"place": place, "uri": uri, "stamp": stamp, "rows": None, "bytes": 0})
+            elif entry["type"] == "directory":
+                count_left_out(self.left_out, "folder that is no shard")
+            elif not name.endswith(("_stats.json", ".parquet")):  # which img2dataset leaves beside the shards
+                count_left_out(self.left_out, what_is_left_out(self.root, name))
         if pieces:
             first = str(pieces[0]["uri"])
             self.names.check(grouped(folder_files(first, self.names.needed_to_check)), first)
@@ -237,7 +245,11 @@ class SampleNames:
                     f"{extension!r}; give files names without further dots",
                 )
             if not dotted:
-                yield Record(place, error=f"no image ({self.image_words()}); the sample has {', '.join(sample.parts)}")
+                yield Record(
+                    place,
+                    error=f"no image ({self.image_words()}); the sample has {', '.join(sample.parts)[:MAX_WORDS]}. Files of a "
+                    f"sample must follow each other in a tar",
+                )
             return
         image = sample.parts[images[0]]
         if isinstance(image, str):
@@ -252,6 +264,8 @@ class SampleNames:
             yield Record(place, image, caption, score)
 
     def _captions(self, sample: Sample) -> list[str | None]:
+        """The texts of the first choice that has any; blank ones only where no other has: an empty file may stand beside."""
+        blank: list[str | None] = [None]
         for choice in self.captions:
             found = self._look_up(sample, choice)
             if found is MISSING or found is None:
@@ -259,15 +273,17 @@ class SampleNames:
             texts = [text for text in found if text is not None] if isinstance(found, list) else [found]
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{choice}: expected text, or a list of texts, received {json.dumps(found)[:80]}")
-            return texts or [None]
-        return [None]
+            if any(map(str.strip, texts)):
+                return texts
+            blank = texts or blank
+        return blank
 
     def _score(self, sample: Sample) -> float | None:
         found = self._look_up(sample, self.score) if self.score else None
         try:
             return None if found is None or found is MISSING else float(found)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.score}: expected a number, received {found!r}") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{self.score}: expected a number, received {repr(found)[:80]}") from error
 
     def _has(self, sample: Sample, name: str) -> bool:
         try:
@@ -351,6 +367,8 @@ def folder_files(uri: str, wanted: Any, left_out: Counter[str] | None = None) ->
     for entry in list_folder(uri):
         name = posixpath.basename(entry["name"])
         if entry["type"] == "directory":
+            if left_out is not None:
+                count_left_out(left_out, "folder in a shard")
             continue
         extension = name.partition(".")[2].lower()
         away = extension not in IMAGE_ENDINGS and elsewhere(name)

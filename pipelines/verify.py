@@ -185,7 +185,8 @@ def _complete(table: Table, dataset: lance.LanceDataset, made: list[pa.Field]) -
     for fragment, absent in table.missing(list(reads), dataset).items():
         due = [name for name in absent if reads[name] not in unread.get(fragment, ())]
         if due:
-            yield f"fragment {fragment} lacks {', '.join(due)}: run the embed job"
+            jobs = sorted({"latents" if name in (columns.LATENTS, columns.BUCKET) else "embed" for name in due})
+            yield f"fragment {fragment} lacks {', '.join(due)}: run the {' and the '.join(jobs)} job"
 
 
 def _embeddings(

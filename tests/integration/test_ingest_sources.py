@@ -233,6 +233,21 @@ def test_from_s3(world: Any, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch)
         assert rows == (40, 20, 10) and contents(world) == Counter(pairs)
         stamps = [piece["stamp"] for piece in open_source("webdataset:s3://bucket/set/*.tar").pieces()]
         assert len(set(stamps)) == 2 and None not in stamps, "ETags tell whether something changed"
+        for key in (
+            "dd/a.jpg",
+            "dd//a.jpg",
+            "dd/b::c.jpg",
+            "dd/x y+%41#?.jpg",
+        ):  # all that a key may be, each of them a file
+            fs.pipe_file(f"bucket/{key}", pairs[len(key)][0])
+        source = open_source("folder:s3://bucket/dd")
+        listed = {item["path"]: source.record(item).image for item in source.items()}  # type: ignore[attr-defined]
+        assert listed == {path: pairs[3 + len(path)][0] for path in ("a.jpg", "/a.jpg", "b::c.jpg", "x y+%41#?.jpg")}
+        for number, key in enumerate(("odd/a.tar", "odd/a.tar::b.tar", "odd/a::file://b.tar")):
+            fs.put_file(write_tar(world.folder / "x.tar", pairs[number : number + 1]), f"bucket/{key}")
+        source = open_source("webdataset:s3://bucket/odd")
+        assert [record.image for record in source.records(source.pieces())] == [pairs[0][0], pairs[1][0]]
+        assert +source.left_out == {"left_out_name that reads as another address": 1}
         told = [first.stdout, first.stderr, *(path.read_text() for path in (world.store / "runs").rglob("*.yaml"))]
         assert "never-to-be-seen" not in "".join(told) and os.environ["AWS_SECRET_ACCESS_KEY"] == "never-to-be-seen"
     finally:

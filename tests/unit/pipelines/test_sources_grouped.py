@@ -187,6 +187,59 @@ def test_links_to_texts_elsewhere_are_not_read(tmp_path):
     assert +source.left_out == {"left_out_link to a text elsewhere": 1}
 
 
+@pytest.mark.parametrize(
+    "members, found",
+    [
+        ([("1.txt", b" \n"), ("1.json", b'{"caption": "real"}')], "real"),
+        ([("1.txt", b""), ("1.caption", b"real")], "real"),
+        ([("1.txt", b"")], ""),
+        ([("1.txt", b""), ("1.json", b'{"caption": []}')], ""),
+        ([("1.txt", b"real"), ("1.json", b'{"caption": "other"}')], "real"),
+    ],
+)
+def test_an_empty_text_hides_no_other(tmp_path, members, found):
+    (record,) = records(f"webdataset:{write_tar(tmp_path / '0.tar', [('1.jpg', IMAGES[0]), *members])}")
+    assert record.caption == found
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, '"' + "x" * 100_000 + '"', "[[]]"])
+def test_scores_that_are_no_numbers_are_short_reasons(tmp_path, number):
+    members = [("1.jpg", IMAGES[0]), ("1.json", f'{{"s": {number}}}'.encode())]
+    (record,) = records(f"webdataset:{write_tar(tmp_path / '0.tar', members)}", ColumnsConfig(score="json.s"))
+    assert "json.s: expected a number" in record.error and len(record.error) < 200
+
+
+def test_shards_that_lead_nowhere_are_rows_with_a_reason(tmp_path):
+    write_tar(tmp_path / "a.tar", samples(2))
+    (tmp_path / "b.tar").symlink_to("gone.tar")
+    made = records(f"webdataset:{tmp_path}")
+    assert [bool(record.error) for record in made] == [False, False, True] and made[2].place.endswith("b.tar#end")
+
+
+def test_what_lies_beside_shards_of_folders_is_counted(tmp_path):
+    root = tmp_path / "set"
+    for name in ("00000/1.jpg", "00000/deep/2.jpg", "_tmp/3.jpg", "4.jpg", "00000_stats.json", "00000.parquet"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(IMAGES[0])
+    source = open_source(f"img2dataset:{root}")
+    assert len(list(source.records(source.pieces()))) == 1
+    assert +source.left_out == {
+        "left_out_folder in a shard": 1, "left_out_folder that is no shard": 1, "left_out_.jpg": 1,
+    }  # fmt: skip
+
+
+def test_colons_are_part_of_a_name(tmp_path):
+    """fsspec chains addresses by them."""
+    folder = tmp_path / "we::ird"
+    write_tar(folder / "a.tar", samples(1))
+    write_tar(folder / "a.tar::b.tar", samples(2)[2:])
+    assert [record.caption for record in records(f"webdataset:{folder}")] == ["caption 0", "caption 1"]
+    write_tar(tmp_path / "chain" / "a.tar", samples(1))
+    link = tmp_path / "chain" / "simplecache::file:" / "x.tar"
+    write_tar(link, samples(1))
+    assert len(records(f"webdataset:{tmp_path}/chain")) == 2, "a name of this machine begins with its folder"
+
+
 def test_braces_make_shards_in_order(tmp_path):
     for number in (2, 0, 1):
         write_tar(tmp_path / f"{number:02d}.tar", [(f"{number}.png", IMAGES[number])])
