@@ -40,7 +40,7 @@ IMAGE_ENDINGS = (
     "jpf", "j2c", "jpc", "mpo", "ppm", "pgm", "pbm", "pnm", "qoi", *(("heic", "heif", "hif") if HAS_HEIF else ()),
 )  # fmt: skip
 MAX_IMAGE_BYTES = 256 << 20  # of an encoded image; larger files are refused before they are read
-MAX_TEXT_BYTES = 64 << 10  # UTF-8 of a text that comes with a row; a dense caption has a few kB
+MAX_TEXT_BYTES = 256 << 10  # UTF-8 of a text that comes with a row; a dense caption has a few kB
 MAX_JSON_BYTES = 4 << 20  # of a file that belongs to a row and holds its texts among other things
 MAX_PLACE = 4096  # characters of a row's source that are kept: no path of a disk is longer, a name in a tar may be
 SURELY_SHORT = MAX_TEXT_BYTES // 4  # characters

@@ -148,8 +148,9 @@ def test_csv_knows_quotes(tmp_path):
 def test_csv_with_a_long_field(tmp_path):
     """The csv module itself ends at 131,072 characters."""
     text = "word " * 40_000
-    assert prompts(tmp_path, f'note,prompt\n"{text}","red, {text[:50_000]}"\n{text},blue\n', "p.csv") == [
-        f"red, {text[:50_000]}",
+    assert prompts(tmp_path, f'prompt\n"{text}"\n{text}\n', "p.csv") == [text, text]
+    assert prompts(tmp_path, f'note,prompt\n"{text * 4}","red, {text}"\n{text},blue\n', "p.csv") == [
+        f"red, {text}",
         "blue",
     ]
 

@@ -425,7 +425,7 @@ def test_large_captions_that_are_one_in_memory(tmp_path, layout):
         made.append(record)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(made) == 200 and all("more than 65,536 allowed" in record.error for record in made) and peak < 20 * MB
+    assert len(made) == 200 and all("more than 262,144 allowed" in record.error for record in made) and peak < 20 * MB
 
 
 @pytest.mark.parametrize(
