@@ -33,10 +33,11 @@ def read_sizes(table_uri: str, image_ids: list[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     paths = sorted(str(path) for path in fs.ls(folder, detail=False) if str(path).endswith(".parquet"))
     for path in sorted(paths, key=lambda path: path.rpartition("/")[2].split("-")[1:]):  # by the time of the run
-        with contextlib.suppress(pa.ArrowInvalid):  # emptied by a power cut
-            table = pq.read_table(io.BytesIO(fs.cat_file(path)), schema=SCHEMA)
+        content = fs.cat_file(path)
+        with contextlib.suppress(pa.ArrowException, OSError, ValueError):  # emptied or damaged: a note is not needed
+            table = pq.read_table(io.BytesIO(content), schema=SCHEMA)
             for key, size in zip(table["key"].to_pylist(), table["bytes"].to_pylist()):
-                if key in ids:
+                if key in ids and size is not None:
                     found[ids[key]] = size
     return found
 

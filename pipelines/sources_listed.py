@@ -5,14 +5,13 @@ A folder's texts come from `<name>.txt` or `<name>.caption` beside the image, or
 
 Prompt files are UTF-8; text is taken as it stands, edge spaces included, and blank lines are no rows.
 `.txt`: one prompt a line. `.tsv`: header with `prompt` (any case), **no** quoting: a `"` is a character. `.csv`: header
-with `prompt`, fields quoted as RFC 4180 says. `.jsonl`: one object a line with key `prompt`.
+with `prompt`, fields quoted as RFC 4180 says. `.jsonl`: one object a line with key `prompt`. Of a header with one column
+a line is one field, commas and tabs included, where it is not quoted. A byte order mark at the begin of any line is none of it.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import posixpath
 import re
@@ -50,12 +49,21 @@ from pipelines.sources import (
     writable,
 )
 from pipelines.spelling import Spelling
+from pipelines.text_files import UNREADABLE as UNREADABLE
+from pipelines.text_files import (
+    csv_lines,
+    csv_records,
+    is_unreadable,
+    json_lines,
+    lines_of,
+    ragged,
+    read_text,
+    without_marks,
+)
 
 TEXT_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of one folder the last one counts
-MAX_FIELD = 1 << 30  # characters of a field of a CSV file
 EARLIER_PROMPT_ID = re.compile(r":\d{7,}:[0-9a-f]{8}")  # after the file's name: the prompt's number and digest
-UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)  # this file's own fault, not the storage's
 
 
 class Scenes(Listed):
@@ -87,6 +95,7 @@ class Folder(Listed):
 
     def __init__(self, argument: str):
         self.root = _folder(argument, "folder")
+        self.unsure: set[str] = set()  # folders whose metadata cannot be read: what texts they have is not known
 
     def items(self) -> list[Item]:
         sizes = walk_files(self.root, self.left_out)
@@ -94,6 +103,7 @@ class Folder(Listed):
         images = [path for path in files if _ending(path)[1:] in IMAGE_ENDINGS]
         elsewhere = links_elsewhere(self.root)
         read = {path for path in files if _is_text(path) and not elsewhere(path)}
+        self.unsure.clear()
         texts, text_paths = self._metadata(read, images), self._texts_beside(read, images)
         name = writable(posixpath.basename(self.root))
         here = f"{name}-{place_digest(self.root)}"
@@ -106,6 +116,8 @@ class Folder(Listed):
                 item["text"] = texts[path]
             elif (text_path := text_paths.get(posixpath.splitext(path)[0])) is not None:
                 item["text_path"], item["text_bytes"] = text_path, sizes[text_path]
+            if any(_is_below(path, folder) for folder in self.unsure):
+                item["text_unsure"] = True
             items.append(item)
         for path in sizes.keys() - set(images) - read:
             what = "link to a text elsewhere" if _is_text(path) else what_is_left_out(self.root, path)
@@ -134,7 +146,7 @@ class Folder(Listed):
             folder = posixpath.dirname(path)
             spelling = Spelling(posixpath.relpath(image, folder or ".") for image in images if _is_below(image, folder))
             of_this: set[str] = set()
-            for name, text in self._lines(path, topmost=not folder):
+            for name, text in self._lines_or_none(path, folder):
                 if text is None:
                     self.left_out["metadata_without_text"] += 1
                 elif (image := spelling.find(name)) is None:
@@ -146,12 +158,23 @@ class Folder(Listed):
                     texts[whole] = text
         return texts
 
+    def _lines_or_none(self, path: str, folder: str) -> Iterable[tuple[str, str | None]]:
+        """(file name, text) of each line; of a file below the topmost folder that is damaged none, and it is counted."""
+        try:
+            return list(self._lines(path, topmost=not folder))
+        except ValueError:
+            if not folder:
+                raise
+            self.left_out["metadata_unreadable"] += 1
+            self.unsure.add(folder)
+            return ()
+
     def _lines(self, path: str, topmost: bool) -> Iterator[tuple[str, str | None]]:
         """(file name, text) of each line; what the topmost file lacks is an error, others may be there for other purposes."""
         uri = f"{self.root}/{path}"
         required = ("file_name", "text") if topmost else ()
         records = (
-            _json_lines(uri, required, ("text",)) if path.lower().endswith(".jsonl") else _csv_records(uri, required)
+            json_lines(uri, required, ("text",)) if path.lower().endswith(".jsonl") else csv_records(uri, required)
         )
         for record in records:
             name, text = record.get("file_name"), record.get("text")
@@ -187,31 +210,59 @@ class Coco(Listed):
         path, here = f"{self.root}/captions.json", place_digest(self.root)
         try:
             record = json.loads(read_bytes(path))
-            names: dict[Any, list[str]] = {}
-            for image in record["images"]:
-                names.setdefault(image["id"], []).append(image["file_name"])
-            notes = sorted(record["annotations"], key=lambda note: (note["image_id"], note["id"], str(note["caption"])))
+            names = self._names(record["images"])
+            notes = self._notes(record["annotations"])
             self.left_out["images_without_text"] += len(names.keys() - {note["image_id"] for note in notes})
             if notes and not any(note["image_id"] in names for note in notes):
                 raise ValueError(f"no annotation's image is there, such as {notes[0]['image_id']}")
             items: dict[str, Item] = {}
             for note in notes:
-                item = self._item(here, note, sorted({str(name) for name in names.get(note["image_id"], [])}))
+                item = self._item(here, note, sorted(names.get(note["image_id"], ())))
                 if (earlier := items.get(item["image_id"])) is not None:
                     if earlier == item:
                         self.left_out["annotations_twice"] += 1
                         continue
-                    item["image_id"] += f":{digest(json.dumps(note['caption']).encode())[:8]}"  # ids given twice
+                    item["image_id"] += f":{digest(json.dumps(note.get('caption')).encode())[:8]}"  # ids given twice
                     del item["earlier_id"]
                 items[item["image_id"]] = item
             return list(items.values())
         except FileNotFoundError as error:
             raise ValueError(f"source coco:{self.root}: expected captions.json and a folder images") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path}: expected COCO captions (`images` with id and file_name, `annotations` with id, image_id and "
                 f"caption), received {type(error).__name__}: {error}"
             ) from error
+        except OSError as error:
+            if not is_unreadable(error):
+                raise
+            raise ValueError(f"{path}: expected a file that can be read, received {type(error).__name__}") from error
+
+    def _names(self, images: list[Any]) -> dict[int | float | str, set[str]]:
+        """Id of an image -> the file names that it has; ValueError where none has any."""
+        names: dict[int | float | str, set[str]] = {}
+        for image in images:
+            if (lacks := _lacks(image, "id")) is not None:
+                count_left_out(self.left_out, f"image {lacks}")
+                continue
+            found = names.setdefault(image["id"], set())
+            if isinstance(image.get("file_name"), str):
+                found.add(image["file_name"])
+        if names and not any(names.values()):
+            raise ValueError("no image has a file_name")
+        return names
+
+    def _notes(self, annotations: list[Any]) -> list[dict[str, Any]]:
+        """Annotations that have ids, in their order; ValueError where none has, or none has a caption."""
+        notes = []
+        for note in annotations:
+            if (lacks := _lacks(note, "image_id", "id")) is None:
+                notes.append(note)
+            else:
+                count_left_out(self.left_out, f"annotation {lacks}")
+        if annotations and not any("caption" in note for note in notes):
+            raise ValueError("no annotation has ids and a caption")
+        return sorted(notes, key=lambda note: (_rank(note["image_id"]), _rank(note["id"]), str(note.get("caption"))))
 
     @staticmethod
     def _item(here: str, note: dict[str, Any], paths: list[str]) -> Item:
@@ -220,9 +271,11 @@ class Coco(Listed):
             "image_id": writable(f"coco-{here}-{note['image_id']}-{note['id']}"),
             "earlier_id": writable(f"coco-{note['image_id']}-{note['id']}"),
             "path": paths[0] if paths else "",
-            "text": note["caption"],
+            "text": note.get("caption"),
         }
-        if len(paths) != 1:
+        if "caption" not in note:
+            item["error"] = f"annotation {note['id']} of image_id {note['image_id']}: expected a caption, there is none"
+        elif len(paths) != 1:
             received = f"{len(paths)}: {', '.join(paths[:3])}" if paths else "none"
             item["error"] = f"image_id {note['image_id']}: expected one file_name under `images`, received {received}"
         return item
@@ -295,13 +348,14 @@ class Prompts(Listed):
         return Record(item["image_id"], values={columns.CAPTION: item["text"]})
 
     def _txt(self) -> list[str]:
-        return _lines_of(_read(self.path))
+        return lines_of(read_text(self.path))
 
     def _tsv(self) -> list[str]:
-        return self._column([line.split("\t") for line in _lines_of(_read(self.path))])
+        lines = lines_of(read_text(self.path))
+        return self._column([line.split("\t") if "\t" in lines[0] else [line] for line in lines])
 
     def _csv(self) -> list[str]:
-        return self._column(_csv_lines(self.path))
+        return self._column(csv_lines(self.path))
 
     def _column(self, lines: list[list[str]]) -> list[str]:
         header = lines[0] if lines else []
@@ -313,32 +367,52 @@ class Prompts(Listed):
         for number, line in enumerate(lines[1:], start=2):
             if line in ([], [""]):
                 continue
-            if len(line) <= index:
-                raise ValueError(f"{self.path}, row {number}: expected {len(header)} fields, received {len(line)}")
+            if not index < len(line) <= len(header):
+                raise ValueError(ragged(self.path, number, len(header), len(line)))
             prompts.append(line[index])
         return prompts
 
     def _jsonl(self) -> list[str]:
-        return [record["prompt"] for record in _json_lines(self.path, required=("prompt",))]
+        return [record["prompt"] for record in json_lines(self.path, required=("prompt",))]
 
 
 def _text_beside(root: str, path: str, size: int) -> str:
-    """The text of a file. Raises ValueError where it is too large, no UTF-8, or no file of bytes."""
+    """The text of a file. Raises ValueError where it is too large, no UTF-8, no file of bytes, or cannot be opened."""
+    name = posixpath.basename(path)
     try:
-        data = read_below(root, path, MAX_TEXT_BYTES, size)
+        return without_marks(read_below(root, path, MAX_TEXT_BYTES, size).decode()).rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise
     except ValueError as error:
-        raise ValueError(f"{posixpath.basename(path)}: {error}") from error
-    return data.decode("utf-8-sig").rstrip("\r\n")
+        raise ValueError(f"{name}: {error}") from error
+    except OSError as error:
+        if not is_unreadable(error):
+            raise
+        raise ValueError(f"{shown(name)} cannot be read ({type(error).__name__})") from error
 
 
 def _file_record(place: str, root: str, path: str, text: str | None, size: int | None = None) -> Record:
     """The record of an image file; one that is not there, not ours to read, too large or no file of bytes is a row's error."""
     try:
         return Record(place, read_below(root, path, MAX_IMAGE_BYTES, size), text)
-    except UNREADABLE as error:
-        return Record(place, error=f"{type(error).__name__}: {shown(posixpath.basename(path))}")
     except ValueError as error:
         return Record(place, error=str(error))
+    except OSError as error:
+        if not is_unreadable(error):
+            raise
+        return Record(place, error=f"{type(error).__name__}: {shown(posixpath.basename(path))}")
+
+
+def _lacks(entry: Any, *ids: str) -> str | None:
+    """What makes an entry of a COCO set of no use: it is no object, or an id that it must have is not there."""
+    if not isinstance(entry, dict):
+        return "that is no object"
+    return next((f"without {name}" for name in ids if not isinstance(entry.get(name), int | float | str)), None)
+
+
+def _rank(identity: int | float | str) -> tuple[bool, float, str]:
+    """Numbers in their order, then texts in theirs."""
+    return (True, 0, identity) if isinstance(identity, str) else (False, identity, "")
 
 
 def _folder(argument: str, kind: str) -> str:
@@ -346,50 +420,6 @@ def _folder(argument: str, kind: str) -> str:
     if not is_folder(uri):
         raise ValueError(f"source {kind}:{argument}: expected a folder, nothing is there")
     return uri.rstrip("/")
-
-
-def _read(uri: str) -> str:
-    try:
-        return read_bytes(uri).decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise ValueError(f"source prompts:{uri}: expected a file, nothing is there") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{uri}: expected UTF-8, received byte {error.object[error.start]:#x} at {error.start}"
-        ) from error
-
-
-def _lines_of(text: str) -> list[str]:
-    """Lines that end with a line feed, a carriage return before it or not."""
-    return [line.removesuffix("\r") for line in _line_feeds(text).split("\n")]
-
-
-def _line_feeds(text: str) -> str:
-    """The text; where no line feed is in it, carriage returns end its lines (old Macs, some spreadsheets)."""
-    return text if "\n" in text else text.replace("\r", "\n")
-
-
-def _csv_lines(uri: str) -> list[list[str]]:
-    csv.field_size_limit(MAX_FIELD)  # of this process: 131,072 by itself
-    try:
-        return list(csv.reader(io.StringIO(_line_feeds(_read(uri)), newline=""), strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{uri}: expected fields quoted as RFC 4180 says: {error}") from error
-
-
-def _csv_records(uri: str, required: tuple[str, ...]) -> list[dict[str, Any]]:
-    lines = _csv_lines(uri)
-    header = [name.strip().lower() for name in lines[0]] if lines else []
-    if missing := [name for name in required if name not in header]:
-        raise ValueError(f"{uri}: expected a header with columns {', '.join(missing)}, received {header}")
-    records = []
-    for number, line in enumerate(lines[1:], start=2):
-        if line in ([], [""]):
-            continue
-        if len(line) != len(header):
-            raise ValueError(f"{uri}, row {number}: expected {len(header)} fields, received {len(line)}")
-        records.append(dict(zip(header, line)))
-    return records
 
 
 def _ending(path: str) -> str:
@@ -403,23 +433,3 @@ def _is_text(path: str) -> bool:
 
 def _is_below(path: str, folder: str) -> bool:
     return not folder or path.startswith(f"{folder}/")
-
-
-def _json_lines(uri: str, required: tuple[str, ...], nullable: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """The objects of a file. Raises ValueError where one lacks text under a key that is required (null where it may be)."""
-
-    def has(record: dict[str, Any], key: str) -> bool:
-        return isinstance(record.get(key), str) or (key in nullable and record.get(key, "") is None)
-
-    records = []
-    for number, line in enumerate(_lines_of(_read(uri)), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{uri}, line {number}: expected a JSON object: {error}") from error
-        if not isinstance(record, dict) or not all(has(record, key) for key in required):
-            raise ValueError(f"{uri}, line {number}: expected an object with text under {', '.join(required)}")
-        records.append(record)
-    return records

@@ -161,6 +161,10 @@ class Summary:
             ("texts_without_image", "texts name or stand beside no image that is there"),
             ("texts_more", "lines of metadata name an image that has had one: the last one counts"),
             ("metadata_without_text", "lines of metadata have no text"),
+            (
+                "metadata_unreadable",
+                "metadata files below are damaged or cannot be opened: captions there stay as they are",
+            ),
             ("annotations_twice", "annotations are there twice, caption and all"),
             ("images_without_text", "images of the set have no annotation, so no row"),
         ):
