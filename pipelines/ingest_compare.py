@@ -3,7 +3,7 @@
 Captions that the listing knows (metadata files, captions.json) are compared in full: the table's captions are one small
 column. Captions in files beside the images cost a request each, and images their bytes: of the first at most `CAPTION_FILES`
 are read, of the second `COMPARED_IMAGES`, spread over the source, and those whose files have another size than when they were
-last known to be the same; all of both where all are to be compared.
+last known to be the same; all of both where all are to be compared. Rows with an error are counted, nothing of theirs is read.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pipelines.filters import FiltersConfig
 from pipelines.image_check import digest
 from pipelines.listed_sizes import read_sizes
 from pipelines.locations import STAT_THREADS
-from pipelines.sources import ERROR_FIELD, Item, Listed
+from pipelines.sources import ERROR_FIELD, MAX_IMAGE_BYTES, Item, Listed
 from pipelines.table import Table
+from pipelines.text_files import is_unreadable
 
 COMPARED_IMAGES = 32
 CAPTION_FILES = 100_000
@@ -58,7 +59,7 @@ class Comparison:
     captions: int = 0
     images: int = 0
     differ: list[Difference] = field(default_factory=list)
-    failed: list[Difference] = field(default_factory=list)  # rows with an error; looked for where all are compared
+    failed: list[Difference] = field(default_factory=list)  # rows with an error: an update tries them again
     sizes: int = 0  # images whose file's size was compared with that of before
     same: dict[str, int] = field(default_factory=dict)  # image_id -> bytes of its file, which is the row's; to be noted
 
@@ -73,7 +74,8 @@ def compare(
 ) -> Comparison:
     """Holds rows that are in the table against their items (each with the `image_id` of its row).
 
-    What cannot be read now is not compared, nor are images of a table from before rows had digests.
+    What is not there or cannot be opened now is not compared, nor are images of a table from before rows had digests. What can
+    be opened and would make no good row (a text that is not UTF-8) is a difference.
     """
     found = Comparison()
     if not source.may_differ or not there:
@@ -88,8 +90,8 @@ def compare(
     images = {image_id for _, image_id in (there if everything else _spread(there, COMPARED_IMAGES))}
     images |= {image_id for item, image_id in there if sizes.get(image_id, item.get("bytes")) != item.get("bytes")}
     found.sizes = len(sizes)
-    items = {image_id: item for item, image_id in there if image_id not in unread or image_id in images}
-    look = _Look(source, filters, images, everything)
+    items = {image_id: item for item, image_id in there}
+    look = _Look(source, filters, images, unread - images)
     with ThreadPoolExecutor(STAT_THREADS) as threads:
         for rows in _rows(dataset, names, items):
             for (item, row), (captions, image, difference) in zip(rows, threads.map(look, rows)):
@@ -106,8 +108,8 @@ def compare(
 class _Look:
     """Compares one row. Runs in many threads at once."""
 
-    def __init__(self, source: Listed, filters: FiltersConfig, images: set[str], everything: bool):
-        self.source, self.filters, self.images, self.everything = source, filters, images, everything
+    def __init__(self, source: Listed, filters: FiltersConfig, images: set[str], unread: set[str]):
+        self.source, self.filters, self.images, self.unread = source, filters, images, unread
 
     def __call__(self, one: tuple[Item, dict[str, Any]]) -> tuple[bool, bool, Difference | None]:
         """(item, row) -> whether its caption was compared, whether its image, how they differ."""
@@ -115,20 +117,34 @@ class _Look:
         image_id, address = row[columns.IMAGE_ID], row["_rowaddr"]
         about = (item, image_id, address >> 32, address & 0xFFFFFFFF)
         if row[ERROR_FIELD.name] is not None:
-            return False, False, Difference(*about, image=True, failed=True) if self.everything else None
+            return False, False, Difference(*about, image=True, failed=True)
+        if image_id in self.unread:
+            return False, False, None
+        if item.get("bytes", 0) > MAX_IMAGE_BYTES:
+            return False, True, Difference(*about, image=True)
         old = row[columns.CAPTION_ORIGINAL]
         try:
             if image_id not in self.images or row[columns.IMAGE_DIGEST] is None:
-                differs = self.differs(old, self.source.text(item))
+                differs = self.caption_differs(item, old, self.source.text(item))
                 return True, False, Difference(*about, image=False) if differs else None
             record = next(iter(self.source.records([item])))
-        except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError):
-            return False, False, None
-        if record.image is None:
+            if record.image is None:
+                self.source.text(item)  # says whether it is the text
+                return False, False, None
+        except ValueError as error:
+            there = not is_unreadable(error.__cause__)
+            return there, False, Difference(*about, image=False) if there else None
+        except OSError as error:
+            if not is_unreadable(error):
+                raise
             return False, False, None
         other = digest(record.image) != row[columns.IMAGE_DIGEST]
-        differs = other or self.differs(old, record.caption)
+        differs = other or self.caption_differs(item, old, record.caption)
         return True, True, Difference(*about, image=other) if differs else None
+
+    def caption_differs(self, item: Item, old: str | None, caption: str | None) -> bool:
+        """Whether an item's caption is another one, as far as it can be known: metadata may be damaged now."""
+        return not item.get("text_unsure") and self.differs(old, caption)
 
     def differs(self, old: str | None, caption: str | None) -> bool:
         """Whether a row would have another caption if it were ingested now."""

@@ -29,6 +29,7 @@ from pipelines.runs import Run
 from pipelines.sources import ERROR_FIELD, Listed, Record, unwritable, writable
 from pipelines.summary import Summary
 from pipelines.table import ColumnFile, ColumnFileWriter, Table, column_holder, field_ids
+from pipelines.text_files import is_unreadable
 from pipelines.worker import READ_BUFFER_BYTES
 
 if TYPE_CHECKING:
@@ -261,7 +262,10 @@ class _Update(_Task):
             return None
         if old.get(columns.IMAGE_PHASH) is not None and row.get(columns.IMAGE_PHASH) is None:
             row[columns.IMAGE_PHASH] = check_image(row[columns.IMAGE], True, with_phash=True).phash
-        return {name: row.get(name) for name in IMAGE_COLUMNS}
+        new = {name: row.get(name) for name in IMAGE_COLUMNS}
+        if part["item"].get("text_unsure") and not part["failed"]:
+            del new[columns.CAPTION_ORIGINAL]
+        return new
 
     def _caption(self, part: dict[str, Any]) -> dict[str, Any] | None:
         """What a row is to hold whose caption alone is another one; None where it keeps what it has."""
@@ -271,7 +275,11 @@ class _Update(_Task):
             record.caption = self.source.text(part["item"])
             record.drop_long_texts()
             reason = record.error or unwritable(record)
-        except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        except ValueError as error:
+            reason = f"its caption is no good one: {error}"
+        except OSError as error:
+            if not is_unreadable(error):
+                raise
             reason = f"{type(error).__name__}: its caption cannot be read"
         if reason is None and (bad := self.filters.caption(record.caption)) is not None:
             record.caption = None

@@ -51,6 +51,8 @@ class Work:
                     counts["compared_sizes"] = found.sizes
                 if unnamed := sum(not one.is_named for one in found.differ):
                     counts["unnamed"] = unnamed
+            if failed := sum(one.is_named for one in found.failed):
+                counts["failed_before"] = failed
             examples = {"differ": [one.place for one in found.differ[:EXAMPLES]]} if found.differ else {}
             units = packed(new, config.rows_per_fragment)
             sizes = {item["image_id"]: item["bytes"] for item in new if "bytes" in item and "path" in item}

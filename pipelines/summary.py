@@ -87,6 +87,7 @@ class Summary:
             lines.append(f"  truncated  {counts['truncated']:,.0f} prompts were longer than the limit and cut")
         if counts.get("already_there"):
             lines.append(f"  unchanged  {counts['already_there']:,.0f} rows were there already")
+        lines += self._failed_lines()
         lines += self._compared_lines()
         lines += self._ingest_lines()
         lines += self._status_lines()
@@ -104,6 +105,17 @@ class Summary:
         if self.next:
             lines.append(f"  next       {self.next}")
         return printable("\n".join(lines))
+
+    def _failed_lines(self) -> list[str]:
+        """How many rows of the table had an error before an ingest, and what becomes of them."""
+        if not (failed := self.counts.get("failed_before")):
+            return []
+        tried = "updated" in self.counts or "not_updated" in self.counts
+        return [
+            f"  failed     {failed:,.0f} of these have an error; --update tries them again"
+            if not tried
+            else f"  failed     {failed:,.0f} of these had an error, and were tried again"
+        ]
 
     def _compared_lines(self) -> list[str]:
         """What an ingest found of rows that are in the table already, and what became of them."""

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lidit import columns
-from pipelines import ingest, ingest_compare, ingest_worker
+from pipelines import ingest, ingest_compare, ingest_worker, sources_listed
 from pipelines.filters import FiltersConfig
 from pipelines.image_check import check_image, digest
 from pipelines.ingest import IngestConfig
@@ -14,7 +14,7 @@ from pipelines.ingest_work import Work
 from pipelines.listed_sizes import note_sizes, read_sizes
 from pipelines.pool import Tracker
 from pipelines.runs import Fenced, Run
-from pipelines.sources import ERROR_FIELD, open_source
+from pipelines.sources import ERROR_FIELD, MAX_TEXT_BYTES, open_source
 from pipelines.summary import Summary
 from pipelines.table import Table, column_holder, field_ids
 from tests.unit.pipelines.conftest import Near
@@ -201,14 +201,15 @@ def test_a_good_row_is_not_given_up_for_a_bad_one(edited, photo):
     before = one.rows()
     one.put("0.jpg", photo(0)[:200])
     one.put("1.jpg", photo(50, size=(16, 16)))
-    one.put("2.txt", "x" * 100_000)
-    assert one.update(filters=FiltersConfig(min_side=32)) == {"not_updated": 2, "updated": 0}
-    assert one.rows() == before and len(one.summary.examples["not_updated"]) == 2
+    one.put("2.txt", "x" * (MAX_TEXT_BYTES + 1))
+    assert one.update(filters=FiltersConfig(min_side=32)) == {"not_updated": 3, "updated": 0}
+    assert one.rows() == before and len(one.summary.examples["not_updated"]) == 3
     told = one.summary
     told.counts |= {"compared": 6, "compared_images": 6, "differ": 3}
-    assert "2 rows stay as they were, such as set/0.jpg: " in told.to_text() and "min_side" in told.to_text()
+    assert "3 rows stay as they were, such as set/0.jpg: " in told.to_text() and "min_side" in told.to_text()
     (one.folder / "0.jpg").unlink()
     one.put("1.jpg", photo(1))
+    one.put("2.txt", "text 2")
     assert one.update() == {} and one.rows() == before, "what is gone from the source stays in the table"
 
 
@@ -240,6 +241,75 @@ def test_a_row_with_an_error_takes_a_good_image(job, tmp_path, photo):
     row = one.rows()["1.jpg"]
     assert (row["image"], row["caption_original"], row[ERROR_FIELD.name]) == (photo(1), "mended", None)
     assert one.rows()["0.jpg"][ERROR_FIELD.name]
+
+
+def test_rows_with_an_error_are_told_by_an_ingest_that_does_not_try_them(edited, photo, monkeypatch):
+    one = edited()
+    one.put("6.jpg", b"damaged")
+    one.job = one.job.__class__(one.folder.parent, one.spec, {})
+    one.job.run()
+    one.put("6.jpg", photo(6))
+    monkeypatch.setattr(ingest_compare, "CAPTION_FILES", 1)
+    counts = one.work(update=False).counts
+    assert (counts["already_there"], counts["failed_before"], counts["differ"]) == (7, 1, 0)
+    assert "1 of these have an error; --update tries them again" in Summary("i", "s", counts=dict(counts)).to_text()
+    assert one.update() == {"updated": 1} and one.rows()["6.jpg"]["image"] == photo(6)
+    told = Summary("i", "s", counts={"failed_before": 1, "updated": 1}).to_text()
+    assert "1 of these had an error, and were tried again" in told
+    assert "failed_before" not in one.work().counts
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image and text"])
+def test_a_new_text_that_is_no_good_one_is_told(edited, photo, image):
+    one = edited()
+    before = one.rows()
+    one.put("1.txt", b"caf\xe9")
+    if image:
+        one.put("1.jpg", photo(50))
+    assert one.work(update=False).counts["differ"] == 1 and one.work().counts["differ"] == 1
+    assert one.update() == {"not_updated": 1, "updated": 0} and one.rows() == before
+    assert "set/1.jpg: its caption is no good one: 'utf-8' codec" in one.summary.examples["not_updated"][0]
+
+
+def test_a_text_that_cannot_be_opened_is_no_difference(edited):
+    one = edited()
+    for number, target in enumerate(("missing.txt", "1.txt")):
+        (one.folder / f"{number}.txt").unlink()
+        (one.folder / f"{number}.txt").symlink_to(target)
+    (one.folder / "2.jpg").unlink()
+    (one.folder / "2.jpg").symlink_to("2.jpg")
+    assert one.work(update=False).counts == {"already_there": 6, "compared": 3, "compared_images": 3, "differ": 0}
+
+
+def test_an_image_that_has_become_too_large_is_told(edited, monkeypatch):
+    one = edited()
+    for module in (ingest_compare, sources_listed):
+        monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 1 << 20)
+    one.put("1.jpg", (one.folder / "1.jpg").read_bytes() + bytes(1 << 20))
+    assert one.update() == {"not_updated": 1, "updated": 0}
+    assert "more than 1,048,576 allowed" in one.summary.examples["not_updated"][0]
+
+
+def test_captions_stay_where_their_metadata_is_damaged(job, tmp_path, photo):
+    """A file that was cut short takes no caption away."""
+    below = tmp_path / "set" / "below"
+    below.mkdir(parents=True)
+    for number in range(2):
+        (below / f"{number}.jpg").write_bytes(photo(number))
+    lines = "".join(json.dumps({"file_name": f"{n}.jpg", "text": f"text {n}"}) + "\n" for n in range(2))
+    (below / "metadata.jsonl").write_text(lines)
+    one = Edited.__new__(Edited)
+    one.folder, one.options, one.spec = below, {}, f"folder:{tmp_path}/set"
+    one.job = job(one.spec)
+    one.job.run()
+    one.table, one.uri = one.job.table, one.job.config.store
+    (below / "metadata.jsonl").write_text(lines[:-20])
+    one.put("1.jpg", photo(50))
+    assert one.work().counts["differ"] == 1 and one.work().counts["metadata_unreadable"] == 1
+    assert one.update() == {"updated": 1}
+    rows = one.rows()
+    assert [rows[f"{n}.jpg"]["caption_original"] for n in range(2)] == ["text 0", "text 1"]
+    assert rows["1.jpg"]["image"] == photo(50)
 
 
 def test_deleted_rows_keep_their_neighbours(edited, photo):
