@@ -31,10 +31,12 @@ from pipelines.ingest_work import Work, plain
 from pipelines.ingest_worker import EXAMPLES, IngestWorker
 from pipelines.known import LEANING, REFUSED, start_known
 from pipelines.listed_sizes import note_sizes
+from pipelines.locations import real_place
 from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
 from pipelines.progress import JobProgress
 from pipelines.runs import Run
 from pipelines.sources import ColumnsConfig, Listed, Source, open_source
+from pipelines.sources_tables import LanceTable
 from pipelines.summary import Summary
 from pipelines.table import ColumnFile, Table
 
@@ -108,6 +110,7 @@ def main(config: IngestConfig) -> Summary:
     source = outlast(lambda: open_source(config.source, config.columns), "looking at the source")
     _check_update(config, source)
     table = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    _check_not_itself(config, source, table)
     if config.dry_run:
         return _plan(config, source, table)
     with Run(config.store, "ingest") as run:
@@ -277,6 +280,15 @@ def _check_update(config: IngestConfig, source: Source) -> None:
     if not source.may_differ:
         raise ValueError(
             f"{option}: expected folder: or coco:; a row of {config.source} never has another content under its name"
+        )
+
+
+def _check_not_itself(config: IngestConfig, source: Source, table: Table) -> None:
+    """Refuses the store's own table as the source, whose rows would come in again under other names with every run."""
+    if isinstance(source, LanceTable) and real_place(table.uri) == source.argument:
+        raise ValueError(
+            f"source {config.source}: expected another table than the store's own, into which its rows are written: each run "
+            f"would add them once more. To have them in another store, name that one with --store"
         )
 
 

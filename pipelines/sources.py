@@ -318,7 +318,7 @@ def unwritable(record: Record) -> str | None:
 
 def open_source(spec: str, names: ColumnsConfig = USUAL_NAMES) -> Source:
     """`kind:argument` -> the source. Raises ValueError where there is no such kind, or nothing there."""
-    from pipelines import sources_grouped, sources_listed, sources_tables
+    from pipelines import sources_grouped, sources_listed, sources_saved, sources_tables
 
     listed: dict[str, Callable[[str], Source]] = {
         "scenes": sources_listed.Scenes,
@@ -330,7 +330,7 @@ def open_source(spec: str, names: ColumnsConfig = USUAL_NAMES) -> Source:
         "webdataset": sources_grouped.WebDataset,
         "parquet": sources_tables.Parquet,
         "lance": sources_tables.LanceTable,
-        "hf": sources_tables.HuggingFace,
+        "hf": sources_saved.HuggingFace,
         "img2dataset": sources_grouped.open_img2dataset,
     }
     kind, colon, argument = spec.partition(":")

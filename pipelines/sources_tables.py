@@ -1,6 +1,6 @@
-"""Sources that are tables: Parquet files, Lance tables, and folders of Hugging Face `datasets`.
+"""Sources that are tables: Parquet files and Lance tables; `sources_saved` has the folders of Hugging Face `datasets`.
 
-They are cut by row group, fragment or range of rows, and read a few rows at a time: memory does not depend on how large a
+They are cut by row group or fragment, and read a few rows at a time: memory does not depend on how large a
 row group or a fragment is, nor on how often a large value is repeated.
 """
 
@@ -19,7 +19,14 @@ import pyarrow.parquet as pq
 
 from lidit.checksum import DamagedBytes, no_panic
 from lidit.outage import is_away
-from pipelines.locations import STAT_THREADS, File, find_files, list_folder, open_parts, real_place, stamp_of, too_large
+from pipelines.locations import (
+    STAT_THREADS,
+    File,
+    find_files,
+    open_parts,
+    real_place,
+    too_large,
+)
 from pipelines.sources import MAX_IMAGE_BYTES, MAX_JSON_BYTES, USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
@@ -32,7 +39,6 @@ COMPRESSIBLE = 4  # times: a dictionary that is so much smaller in the file is n
 LEVEL_BYTES = 16  # of a value, beside its own
 SURELY_SMALL = 1 << 20  # bytes of the texts of some rows
 READ_BYTES = 8 << 20  # of one column, read ahead
-PIECE_ROWS = 1024  # of a folder of `datasets`, which has no row groups of its own
 IMAGE_CHOICES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "img")
 CAPTION_CHOICES = ("caption", "text", "TEXT", "txt", "caption_original", "prompt")
 PAGE = re.compile(rb"\x15([\x80-\xff]{0,4}[\x00-\x7f])" * 3, re.DOTALL)  # a page's kind, its bytes, those in the file
@@ -40,7 +46,11 @@ PAGE_BYTES = 16  # of a page's header, that have these
 DICTIONARY_PAGE = 2
 DAMAGE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowSerializationError)
 REMOTE_STORE = re.compile(r"Generic (?!LocalFileSystem|memory)\w+ error")  # of Lance, in an error of damage's class
-DAMAGE_WORDS = ("parquet", "thrift", "decompress", "corrupt", "page", "end of stream", "truncated", "unexpected end")
+DAMAGE_WORDS = (
+    "parquet", "thrift", "decompress", "corrupt", "page", "end of stream", "truncated", "unexpected end", "flatbuffers",
+    "ipc stream", "ipc message", "message body", "encrypted metadata", "physical column", "schema had",
+)  # fmt: skip
+UNREADABLE = (*DAMAGE, UnicodeDecodeError, OSError)  # of damage, where `is_damage` says so
 
 
 class Parquet(Sharded):
@@ -53,7 +63,7 @@ class Parquet(Sharded):
         files = find_files(self.argument, PARQUET_SUFFIXES, "parquet", self.left_out)
         with ThreadPoolExecutor(STAT_THREADS) as threads:
             footers = list(threads.map(_footer, files))
-        schemas = [footer.schema.to_arrow_schema() for footer in footers if not isinstance(footer, str)]
+        schemas = [footer[1] for footer in footers if not isinstance(footer, str)]
         problems = [problem for schema in schemas if (problem := self._problem(schema))]
         if schemas and len(problems) == len(schemas):
             raise ValueError(f"source parquet:{self.argument}: {problems[0]}")
@@ -77,8 +87,8 @@ class Parquet(Sharded):
                 for batch in file.iter_batches(rows, row_groups=[piece["group"]], columns=columns):
                     yield from table_records(batch, names, piece["file"], row, skip_empty=self.downloaded)
                     row += batch.num_rows
-            except (*DAMAGE, OSError) as error:
-                if is_away(error) or (isinstance(error, OSError) and not _is_damage(error)):
+            except UNREADABLE as error:
+                if not is_damage(error):
                     raise
                 yield Record(f"{place}#end", error=f"the row group is damaged from row {row} on: {error}")
 
@@ -138,95 +148,58 @@ class LanceTable(Sharded):
             yield Record(f"{piece['place']}#end", error=f"the fragment is damaged from row {row} on: {error}")
 
 
-class HuggingFace(Sharded):
-    """A folder that `datasets` wrote with `save_to_disk`; needs the extra `hf`."""
-
-    def __init__(self, argument: str, names: ColumnsConfig = USUAL_NAMES):
-        self.argument, self.names = real_place(argument), names
-        self._dataset: Any = None  # opened at first use
-
-    def pieces(self) -> list[Piece]:
-        dataset = self._open()
-        table_names(dataset.features.arrow_schema, self.names)
-        rows = len(dataset)
-        name = self.argument.rstrip("/").rpartition("/")[2]
-        state = next((entry for entry in list_folder(self.argument) if entry["name"].endswith("state.json")), {})
-        each = (dataset.data.nbytes or 0) / max(rows, 1)
-        return [
-            {
-                "place": f"{name}:{first}",
-                "uri": self.argument,
-                "stamp": stamp_of(state),
-                "rows": min(PIECE_ROWS, rows - first),
-                "bytes": int(each * min(PIECE_ROWS, rows - first)),
-                "name": name,
-                "first": first,
-            }
-            for first in range(0, rows, PIECE_ROWS)
-        ]
-
-    def read(self, piece: Piece) -> Iterator[Record]:
-        dataset = self._open()
-        names = table_names(dataset.features.arrow_schema, self.names)
-        dataset = dataset.select_columns([name for name in names if name]).with_format("arrow")
-        stop = piece["first"] + piece["rows"]
-        for first in range(piece["first"], stop, READ_ROWS):
-            rows = dataset[first : min(first + READ_ROWS, stop)]
-            for batch in rows.to_batches():
-                yield from table_records(batch, names, piece["name"], first)
-                first += batch.num_rows
-
-    def _open(self) -> Any:
-        if self._dataset is not None:
-            return self._dataset
-        try:
-            import datasets
-        except ImportError as error:
-            raise ValueError("source hf: needs the package `datasets`: pip install 'lidit[hf]'") from error
-        try:
-            dataset = datasets.load_from_disk(self.argument)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"source hf:{self.argument}: expected a folder written by save_to_disk: {error}. Other data sets of the "
-                f"hub are Parquet files: parquet:URI reads them"
-            ) from error
-        if isinstance(dataset, datasets.DatasetDict):
-            splits = ", ".join(f"hf:{self.argument.rstrip('/')}/{split}" for split in dataset)
-            raise ValueError(f"source hf:{self.argument}: holds several splits; name one: {splits}")
-        self._dataset = dataset
-        return dataset
-
-
 def table_names(schema: pa.Schema, names: ColumnsConfig) -> tuple[str, str | None, str | None]:
     """The columns that hold image, caption and score: those named, or the first usual name that is there.
 
+    A caption column of nulls alone is passed over for another usual one that has texts.
+
     Raises:
-        ValueError: a column that is named is not there, there is no image column, or a column is of the wrong type.
+        ValueError: a column that is named is not there, or there twice, or of the wrong type, or none is of images.
     """
-    image = names.image or next((name for name in IMAGE_CHOICES if name in schema.names), None)
-    caption = names.caption or next((name for name in CAPTION_CHOICES if name in schema.names), None)
-    has = f"the table has {', '.join(schema.names)}"
+    try:
+        called = schema.names
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the name of a column: {_reason(error)}") from error
+    image = names.image or next((name for name in IMAGE_CHOICES if name in called), None)
+    caption = names.caption or _usual_caption(called, schema)
+    has = f"the table has {', '.join(called)}"
     if image is None:
         raise ValueError(f"expected an image column ({', '.join(IMAGE_CHOICES)}), {has}; name it with --columns.image")
     for what, name in (("image", image), ("caption", caption), ("score", names.score)):
-        if name is not None and name not in schema.names:
+        if name is not None and name not in called:
             raise ValueError(f"expected column {name!r} (--columns.{what}), {has}")
+        if name is not None and (count := called.count(name)) > 1:
+            raise ValueError(f"expected one column {name!r} (--columns.{what}), {count} are called so: {has}")
     kind = _plain(schema.field(image).type)
-    is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    if not (is_struct or _is_binary(kind)):
+    if not (_is_binary(kind) or _has_bytes(kind)):
         raise ValueError(
-            f"column {image!r}: expected an image's bytes (binary, or a struct with `bytes`), it is {kind}"
+            f"column {image!r}: expected an image's bytes (binary, or a struct with binary `bytes`), it is {kind}"
         )
-    if caption is not None:
-        kind = _plain(schema.field(caption).type)
-        if not (_is_text(kind) or (_is_list(kind) and _is_text(_plain(kind.value_type)))):
-            raise ValueError(f"column {caption!r}: expected text, or lists of texts, it is {kind}")
+    if caption is not None and not _is_text(_value(kind := _plain(schema.field(caption).type))):
+        raise ValueError(f"column {caption!r}: expected text, or lists of texts, it is {kind}")
     if names.score is not None:
         kind = _plain(schema.field(names.score).type)
         is_number = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal, pa.types.is_null)
         if not any(holds(kind) for holds in is_number):
             raise ValueError(f"column {names.score!r}: expected numbers, it is {kind}")
     return image, caption, names.score
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether a reader's error is about the file's content, and not about the storage; Arrow has OSErrors for both."""
+    if is_away(error) or not isinstance(error, OSError):
+        return not is_away(error)
+    is_arrow_s = type(error) is OSError and error.errno is None
+    return is_arrow_s and any(word in str(error).lower() for word in DAMAGE_WORDS)
+
+
+def _usual_caption(called: list[str], schema: pa.Schema) -> str | None:
+    """The first usual caption column; where it is of nulls alone, the first that has texts, if there is one."""
+    there = {name: _value(_plain(schema.field(called.index(name)).type)) for name in CAPTION_CHOICES if name in called}
+    first = next(iter(there), None)
+    if first is None or not pa.types.is_null(there[first]):
+        return first
+    return next((name for name, kind in there.items() if _is_text(kind) and not pa.types.is_null(kind)), first)
 
 
 def table_records(
@@ -389,29 +362,32 @@ def _zigzag(number: bytes) -> int:
     return value >> 1
 
 
-def _footer(file: File) -> pq.FileMetaData | str:
-    """A file's metadata, or why it has none."""
-    try:
-        with open_parts(file.uri) as raw:
-            return pq.read_metadata(raw)
-    except DAMAGE as error:
-        return f"no Parquet file, or one cut short: {error}"
+def _footer(file: File) -> tuple[pq.FileMetaData, pa.Schema] | str:
+    """A file's metadata and columns, or why it has none."""
+    with open_parts(file.uri) as raw:
+        try:
+            footer = pq.read_metadata(raw)
+            return footer, footer.schema.to_arrow_schema()
+        except UnicodeDecodeError as error:
+            return f"the name of a column: {_reason(error)}"
+        except UNREADABLE as error:
+            if not is_damage(error):
+                raise
+            return f"no Parquet file, or one cut short: {error}"
 
 
-def _row_groups(file: File, footer: pq.FileMetaData | str) -> Iterator[Piece]:
+def _row_groups(file: File, footer: tuple[pq.FileMetaData, pa.Schema] | str) -> Iterator[Piece]:
+    """The pieces of a file. Of what the footer says of columns nothing is asked here: damage of it may end the process."""
     common = {"uri": file.uri, "file": file.place, "stamp": file.stamp}
     if isinstance(footer, str):
         yield {**common, "place": file.place, "rows": 1, "bytes": 0, "damage": footer}
         return
-    first = 0
-    for group in range(footer.num_row_groups):
-        about = footer.row_group(group)
-        place, size = (
-            f"{file.place}:{group}",
-            sum(about.column(i).total_compressed_size for i in range(about.num_columns)),
-        )
-        parts = {"place": place, "rows": about.num_rows, "bytes": size, "group": group, "first": first, "damage": None}
-        yield {**common, **parts}
+    groups = [footer[0].row_group(group) for group in range(footer[0].num_row_groups)]
+    sizes = [max(about.total_byte_size, 0) for about in groups]  # before compression
+    first, whole = 0, max(sum(sizes), 1)
+    for group, (about, size) in enumerate(zip(groups, sizes)):
+        parts = {"place": f"{file.place}:{group}", "rows": about.num_rows, "bytes": file.size * size // whole}
+        yield {**common, **parts, "group": group, "first": first, "damage": None}
         first += about.num_rows
 
 
@@ -422,16 +398,24 @@ def _fragment_stamp(fragment: lance.LanceFragment) -> str:
     return f"{'-'.join(file.path for file in about.files)}-{deleted.id if deleted else ''}"
 
 
-def _is_damage(error: OSError) -> bool:
-    """Whether a reader's OSError is about the file's content (Arrow has some of these) rather than the storage."""
-    return error.errno is None and any(word in str(error).lower() for word in DAMAGE_WORDS)
-
-
 def _plain(kind: pa.DataType) -> pa.DataType:
     """What the values are, however they are laid out: in a dictionary (pandas' and Polars' categories) or an extension."""
     if pa.types.is_dictionary(kind):
         return _plain(kind.value_type)
     return _plain(kind.storage_type) if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def _value(kind: pa.DataType) -> pa.DataType:
+    """What the values of a list are, or the values themselves."""
+    return _plain(kind.value_type) if _is_list(kind) else kind
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    """Whether it is a struct whose `bytes` are bytes, or nulls alone."""
+    if not pa.types.is_struct(kind) or (place := kind.get_field_index("bytes")) < 0:
+        return False
+    inside = _plain(kind.field(place).type)
+    return _is_binary(inside) or pa.types.is_null(inside)
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -54,6 +54,19 @@ def test_config_is_checked(options, match):
         IngestConfig(source="scenes:1", **options)
 
 
+@pytest.mark.parametrize("written", ["{0}", "{0}/", "file://{0}", "{1}", "{0}/../samples.lance", "{2}"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_the_store_s_own_table_is_no_source(tmp_path, monkeypatch, written, dry_run):
+    monkeypatch.chdir(tmp_path)
+    Table(f"{tmp_path}/store/samples.lance").create(open_source("scenes:1").schema)
+    (tmp_path / "link").symlink_to("store")
+    place = written.format(f"{tmp_path}/store/samples.lance", "store/samples.lance", "link/samples.lance")
+    config = IngestConfig(source=f"lance:{place}", store=f"{tmp_path}/store", dry_run=dry_run)
+    with pytest.raises(ValueError, match="expected another table than the store's own"):
+        ingest.main(config)
+    assert not (tmp_path / "store" / "runs").exists()
+
+
 def test_flags():
     from lidit.cli import parse_config
 

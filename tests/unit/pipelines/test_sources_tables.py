@@ -47,6 +47,7 @@ def wanted(count, first=0):
 
 BYTES = pa.binary()
 STRUCT = pa.struct([("bytes", BYTES), ("path", pa.string())])
+NULLS = pa.list_(pa.null())
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,16 @@ STRUCT = pa.struct([("bytes", BYTES), ("path", pa.string())])
         ({"image": STRUCT, "captions": pa.list_(pa.string())}, {"caption": "captions"}, ("image", "captions", None)),
         ({"a": BYTES, "b": pa.large_string()}, {"image": "a", "caption": "b"}, ("a", "b", None)),
         ({"image": BYTES, "s": pa.float32()}, {"score": "s"}, ("image", None, "s")),
+        ({"image": BYTES, "caption": pa.null(), "text": pa.string()}, {}, ("image", "text", None)),
+        ({"image": BYTES, "caption": NULLS, "text": pa.null(), "prompt": pa.string()}, {}, ("image", "prompt", None)),
+        ({"image": BYTES, "caption": pa.null(), "text": pa.int32()}, {}, ("image", "caption", None)),
+        ({"image": BYTES, "caption": pa.null(), "text": pa.null()}, {}, ("image", "caption", None)),
+        (
+            {"image": BYTES, "caption": pa.null(), "text": pa.string()},
+            {"caption": "caption"},
+            ("image", "caption", None),
+        ),
+        ({"image": pa.struct([("bytes", pa.null())])}, {}, ("image", None, None)),
     ],
 )
 def test_names(fields, names, expected):
@@ -76,6 +87,12 @@ def test_names(fields, names, expected):
         ({"image": BYTES}, {"score": "s"}, r"expected column 's' \(--columns.score\)"),
         ({"image": pa.string()}, {}, "column 'image': expected an image's bytes .*it is string"),
         ({"image": pa.struct([("path", pa.string())])}, {}, "column 'image': expected an image's bytes"),
+        (
+            {"image": pa.struct([("bytes", pa.string())])},
+            {},
+            "column 'image': expected an image's bytes .*bytes: string",
+        ),
+        ({"image": pa.struct([("bytes", pa.list_(pa.int64()))])}, {}, "column 'image': expected an image's bytes"),
         ({"image": BYTES, "caption": pa.int32()}, {}, "column 'caption': expected text"),
         ({"image": BYTES, "s": pa.string()}, {"score": "s"}, "column 's': expected numbers"),
     ],
@@ -83,6 +100,23 @@ def test_names(fields, names, expected):
 def test_names_that_do_not_fit(fields, names, match):
     with pytest.raises(ValueError, match=match):
         table_names(pa.schema(list(fields.items())), ColumnsConfig(**names))
+
+
+@pytest.mark.parametrize("fields", [[("image", BYTES)] * 2, [("image", BYTES), *[("caption", pa.string())] * 2]])
+def test_two_columns_of_one_name(fields):
+    name = fields[-1][0]
+    with pytest.raises(ValueError, match=f"expected one column '{name}' .--columns.{name}., 2 are called so"):
+        table_names(pa.schema(fields), USUAL_NAMES)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "lance"])
+def test_captions_where_another_usual_column_is_of_nulls(tmp_path, kind):
+    made = table(3).rename_columns(["url", "image", "text"]).append_column("caption", pa.nulls(3))
+    if kind == "parquet":
+        pq.write_table(made, tmp_path / "t.parquet")
+    else:
+        lance.write_dataset(made, tmp_path / "t.lance")
+    assert pairs(records(f"{kind}:{tmp_path}/t.{kind}")) == wanted(3)
 
 
 # -- Parquet ----------------------------------------------------------------------------------------------------------
@@ -239,56 +273,6 @@ def test_lance_names(tmp_path):
     with pytest.raises(ValueError, match="expected an image column"):
         open_source(f"lance:{uri}").pieces()
     assert pairs(records(f"lance:{uri}", ColumnsConfig(image="picture", caption="words"))) == wanted(2)
-
-
-# -- datasets ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("pipelines.sources_tables.PIECE_ROWS", 4)
-
-    def save(columns, name="set", features=None):
-        made = datasets.Dataset.from_dict(columns, features=features and datasets.Features(features(datasets)))
-        made.save_to_disk(str(tmp_path / name))
-        return str(tmp_path / name)
-
-    return save
-
-
-def test_saved_bytes(saved):
-    path = saved({"image": images(10), "text": [f"caption {number}" for number in range(10)]})
-    source = open_source(f"hf:{path}")
-    pieces = source.pieces()
-    assert [piece["rows"] for piece in pieces] == [4, 4, 2] and all(piece["stamp"] for piece in pieces)
-    made = list(source.records(pieces))
-    assert pairs(made) == wanted(10) and made[7].place == "set#7"
-    assert pairs(source.records(pieces[1:2])) == wanted(4, 4)
-
-
-def test_saved_image_feature_keeps_bytes_as_they_are(saved, photo, tmp_path):
-    """`datasets` puts the bytes of files beside it into what it saves."""
-    (tmp_path / "a.jpg").write_bytes(photo(2))
-    cells = [{"bytes": photo(1), "path": None}, {"bytes": None, "path": str(tmp_path / "a.jpg")}, None]
-    features = lambda datasets: {"image": datasets.Image(), "caption": datasets.Value("string")}  # noqa: E731
-    one, two, none = records(f"hf:{saved({'image': cells, 'caption': list('abc')}, features=features)}")
-    assert one.image == photo(1) and two.image == photo(2) and two.caption == "b"
-    assert none.error == "column 'image' is null"
-
-
-def test_saved_splits_must_be_chosen(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    split = datasets.Dataset.from_dict({"image": images(2), "caption": ["caption 0", "caption 1"]})
-    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "d"))
-    with pytest.raises(ValueError, match=r"several splits; name one: hf:.*/d/train, hf:.*/d/test"):
-        open_source(f"hf:{tmp_path}/d").pieces()
-    assert pairs(records(f"hf:{tmp_path}/d/test")) == wanted(2)
-
-
-def test_folder_that_datasets_did_not_write(tmp_path):
-    with pytest.raises(ValueError, match=r"expected a folder written by save_to_disk.*parquet:URI reads them"):
-        open_source(f"hf:{tmp_path}").pieces()
 
 
 TEXTS = ["red", "blue", None]
