@@ -53,8 +53,16 @@ def real_place(uri: str) -> str:
     """A path of this machine made absolute, `~` and links resolved: ids are made of it. A URI stays.
 
     `lidit.places.absolute` leaves links: a store may be mounted elsewhere on another machine.
+
+    Raises:
+        ValueError: links on the way lead in a circle.
     """
-    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+    if "://" in uri:
+        return uri
+    try:
+        return str(Path(uri).expanduser().resolve())
+    except RuntimeError as error:  # up to Python 3.12; later ones leave such a path as it is
+        raise ValueError(f"{uri}: expected a file or folder: {error}") from error
 
 
 def filesystem_at(uri: str) -> tuple[Any, str]:

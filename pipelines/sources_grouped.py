@@ -39,8 +39,8 @@ from pipelines.sources import (
     Record,
     Sharded,
 )
-from pipelines.sources_listed import UNREADABLE
 from pipelines.tars import DamagedShard, tar_files
+from pipelines.text_files import is_unreadable
 
 TAR_SUFFIXES = (
     ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tar.zstd", ".tzst",
@@ -104,7 +104,9 @@ class WebDataset(Grouped):
             yield from self._records(samples, piece)
         except DamagedShard as error:
             yield Record(f"{piece['place']}#end", error=str(error))
-        except UNREADABLE as error:  # a link that leads nowhere, for one
+        except OSError as error:  # a link that leads nowhere, for one
+            if not is_unreadable(error):
+                raise
             yield Record(f"{piece['place']}#end", error=f"the shard cannot be read: {type(error).__name__}")
 
 
@@ -384,7 +386,9 @@ def folder_files(uri: str, wanted: Any, left_out: Counter[str] | None = None) ->
         else:
             try:
                 yield name, read_below(uri, name, most, entry["size"])
-            except UNREADABLE as error:
+            except OSError as error:
+                if not is_unreadable(error):
+                    raise
                 yield name, type(error).__name__
             except ValueError as error:  # such as a pipe
                 yield name, str(error)

@@ -49,7 +49,6 @@ from pipelines.sources import (
     writable,
 )
 from pipelines.spelling import Spelling
-from pipelines.text_files import UNREADABLE as UNREADABLE
 from pipelines.text_files import (
     csv_lines,
     csv_records,

@@ -32,6 +32,10 @@ def folder(tmp_path, photo):
     return made
 
 
+def records(source):
+    return [record for piece in source.pieces() for record in source.read(piece)]
+
+
 def by_name(source):
     return {row["source"].partition("/")[2]: row for row in rows_of(source)}
 
@@ -120,6 +124,21 @@ def test_an_image_that_is_a_link_in_a_circle_is_a_row_with_a_reason(folder):
     (folder / "d.jpg").symlink_to("d.jpg")
     rows = by_name(open_source(f"folder:{folder}"))
     assert rows["d.jpg"][ERROR_FIELD.name] == "OSError: d.jpg" and rows["a.jpg"][ERROR_FIELD.name] is None
+
+
+def test_links_in_a_circle_in_shards_are_rows_with_a_reason(tmp_path, photo):
+    (tmp_path / "files/00000").mkdir(parents=True)
+    (tmp_path / "files/00000/1.jpg").symlink_to("1.jpg")
+    (tmp_path / "files/00000/2.jpg").write_bytes(photo(0))
+    one, two = (record for record in records(open_source(f"img2dataset:{tmp_path}/files")))
+    assert one.image is None and "OSError" in one.error and two.image == photo(0)
+
+
+@pytest.mark.parametrize("kind", ["folder", "coco", "prompts", "webdataset", "parquet"])
+def test_a_source_that_is_a_link_in_a_circle_is_refused(tmp_path, kind):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="loop"):
+        open_source(f"{kind}:{tmp_path}/loop")
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])

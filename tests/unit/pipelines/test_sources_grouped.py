@@ -212,8 +212,10 @@ def test_scores_that_are_no_numbers_are_short_reasons(tmp_path, number):
 def test_shards_that_lead_nowhere_are_rows_with_a_reason(tmp_path):
     write_tar(tmp_path / "a.tar", samples(2))
     (tmp_path / "b.tar").symlink_to("gone.tar")
+    (tmp_path / "c.tar").symlink_to("c.tar")
     made = records(f"webdataset:{tmp_path}")
-    assert [bool(record.error) for record in made] == [False, False, True] and made[2].place.endswith("b.tar#end")
+    assert [bool(record.error) for record in made] == [False, False, True, True]
+    assert made[2].place.endswith("b.tar#end") and made[3].place.endswith("c.tar#end")
 
 
 def test_what_lies_beside_shards_of_folders_is_counted(tmp_path):
