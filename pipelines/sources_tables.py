@@ -47,8 +47,9 @@ DICTIONARY_PAGE = 2
 DAMAGE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowSerializationError)
 REMOTE_STORE = re.compile(r"Generic (?!LocalFileSystem|memory)\w+ error")  # of Lance, in an error of damage's class
 DAMAGE_WORDS = (
-    "parquet", "thrift", "decompress", "corrupt", "page", "end of stream", "truncated", "unexpected end", "flatbuffers",
+    "parquet", "thrift", "decompress", "corrupt", "page", "end of stream", "truncated", "unexpected end", "flatbuffer",
     "ipc stream", "ipc message", "message body", "encrypted metadata", "physical column", "schema had",
+    "malformed", "logical type", "compression codec",
 )  # fmt: skip
 UNREADABLE = (*DAMAGE, UnicodeDecodeError, OSError)  # of damage, where `is_damage` says so
 
@@ -108,8 +109,9 @@ class LanceTable(Sharded):
 
     def pieces(self) -> list[Piece]:
         try:
-            dataset = lance.dataset(self.argument)
-        except (ValueError, FileNotFoundError) as error:
+            with no_panic():
+                dataset = lance.dataset(self.argument)
+        except (ValueError, FileNotFoundError, DamagedBytes) as error:
             raise ValueError(f"source lance:{self.argument}: expected a Lance table: {error}") from error
         table_names(dataset.schema, self.names)
         name = self.argument.rstrip("/").rpartition("/")[2]

@@ -24,16 +24,29 @@ def garbled(content, damage):
     if damage == "other columns noted":
         first = content.rindex(b"ARROW:schema")
         return content[: first + 30] + b"////" + content[first + 34 :]
-    return content.replace(b"\x18\x03url", b"\x18\x03u\xffl")  # a name that is not UTF-8
+    old, new = {
+        "a name that is not UTF-8": (b"\x18\x03url", b"\x18\x03u\xffl"),
+        "orders of fewer columns": (b"\x19\x3c\x1c\x00\x00", b"\x19\x2c\x1c\x00\x00"),
+    }[damage]
+    return content.replace(old, new)
 
 
 @pytest.mark.parametrize("stores_schema", [True, False])
 @pytest.mark.parametrize(
-    "damage", ["no footer's bytes", "said to be encrypted", "other columns noted", "a name that is not UTF-8"]
+    "damage",
+    [
+        "no footer's bytes",
+        "said to be encrypted",
+        "other columns noted",
+        "orders of fewer columns",
+        "a name that is not UTF-8",
+    ],
 )
 def test_a_damaged_footer_is_one_row(tmp_path, damage, stores_schema):
     for name, first in ("a", 0), ("b", 2), ("c", 4):
-        pq.write_table(table(2, first), tmp_path / f"{name}.parquet", store_schema=stores_schema or damage[0] == "o")
+        pq.write_table(
+            table(2, first), tmp_path / f"{name}.parquet", store_schema=stores_schema or damage == "other columns noted"
+        )
     path = tmp_path / "b.parquet"
     path.write_bytes(garbled(path.read_bytes(), damage))
     made = records(f"parquet:{tmp_path}")

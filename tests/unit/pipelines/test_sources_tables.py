@@ -267,6 +267,15 @@ def test_damaged_fragments_of_lance_are_a_row_each(tmp_path, damage):
     assert bad.place.endswith("/1#end") and "the fragment is damaged from row 0 on" in bad.error
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff" * 500])
+def test_a_damaged_lance_table_is_named(tmp_path, content):
+    lance.write_dataset(table(2), tmp_path / "t.lance")
+    (path,) = (tmp_path / "t.lance" / "_versions").glob("*.manifest")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"source lance:{tmp_path}/t.lance: expected a Lance table"):
+        open_source(f"lance:{tmp_path}/t.lance").pieces()
+
+
 def test_lance_names(tmp_path):
     uri = str(tmp_path / "t.lance")
     lance.write_dataset(table(2).rename_columns(["u", "picture", "words"]), uri)
