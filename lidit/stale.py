@@ -6,6 +6,9 @@ still there: so a column is as it should be where the columns that it was made f
 version alone. Only where one lies in a later file, or in one of another tool, are the notes looked at: another file with the
 same digest (the same values) changes nothing. A file without such notes is older than them, or another tool compacted it:
 nobody knows what it was made from, and it counts as it is.
+
+Lance's own `update` and `merge_insert` move the rows that they change into files of their own, made columns and all. Such a
+file is known by its transaction; its texts are compared with those of the rows as they were, if they are not too many.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from lidit.outage import is_away, outlast
 
 MADE_FROM = "lidit:made_from"  # key of a file's own metadata: JSON, column that was read -> {"file", "digest"}
 READ_THREADS = 16
+MOST_VERSIONS = 200  # that are looked through for what moved a row
+MOST_COMPARED = 200_000  # rows of the fragments that rows were moved from
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,11 @@ def stale_columns(reader: Reader, dataset: Any, table_uri: str, fields: Iterable
     Raises:
         OSError: storage is away for too long.
     """
-    suspects = list(_suspects(dataset, list(fields)))
+    fields = list(fields)
+    found = _moved(dataset, fields)
+    suspects = list(_suspects(dataset, fields))
     if not suspects:
-        return {}
+        return {fragment_id: list(names) for fragment_id, names in found.items()}
     with ThreadPoolExecutor(READ_THREADS) as pool:
         own = sorted({suspect.file for suspect in suspects})
         notes = dict(zip(own, pool.map(lambda path: _note(reader, table_uri, path), own)))
@@ -71,7 +78,6 @@ def stale_columns(reader: Reader, dataset: Any, table_uri: str, fields: Iterable
         ]
         read = sorted({suspect.read_file for suspect in changed})
         digests = dict(zip(read, pool.map(lambda path: _digests(reader, table_uri, path), read)))
-    found: dict[int, dict[str, None]] = {}
     for suspect in changed:
         before, now = notes[suspect.file][suspect.read]["digest"], digests[suspect.read_file].get(suspect.read)
         if before is None or before != now:
@@ -101,6 +107,88 @@ def _suspects(dataset: Any, fields: Sequence[pa.Field]) -> Iterator[_Suspect]:
                 held = place.get(ids[read])
                 if held is not None and held != own and (held > own or not is_ours(files[held][0])):
                     yield _Suspect(fragment.fragment_id, name, files[own][0], read, files[held][0])
+
+
+def _moved(dataset: Any, fields: Sequence[pa.Field]) -> dict[int, dict[str, None]]:
+    """Fragments of rows that Lance moved to change them: those of the columns that were made from texts that it changed."""
+    ids = {field.name(): field.id() for field in dataset.lance_schema.fields()}
+    texts = {f.name: [name for name in read_by(f) if _is_text(dataset, name)] for f in fields if f.name in ids}
+    files: dict[str, tuple[int, dict[str, list[str]]]] = {}
+    for fragment in dataset.get_fragments() if any(texts.values()) else ():
+        for file in fragment.metadata.files:
+            held = set() if is_ours(file.path) else set(file.fields)
+            here = {
+                name: [read for read in reads if ids[read] in held]
+                for name, reads in texts.items()
+                if ids[name] in held
+            }
+            if any(here.values()):
+                files[file.path] = (fragment.fragment_id, here)
+    found: dict[int, dict[str, None]] = {}
+    for path, transaction in _movers(dataset, files):
+        fragment_id, here = files[path]
+        changed = _changed_texts(
+            dataset, fragment_id, transaction, sorted({read for reads in here.values() for read in reads})
+        )
+        for name, reads in here.items():
+            if changed & {*reads}:
+                found.setdefault(fragment_id, {})[name] = None
+    return found
+
+
+def _is_text(dataset: Any, name: str) -> bool:
+    return name in dataset.schema.names and pa.types.is_string(dataset.schema.field(name).type)
+
+
+def _movers(dataset: Any, paths: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """(file, transaction) of those files that an update made; the newest versions are looked through for them."""
+    left, newest = set(paths), dataset.version
+    for version in range(newest, max(0, newest - MOST_VERSIONS), -1):
+        transaction = _transaction(dataset, version) if left else None
+        if transaction is None:
+            return  # nothing is left, or what is older was cleaned up
+        for path in _new_files(transaction) & left:
+            left.remove(path)
+            if hasattr(transaction.operation, "updated_fragments"):
+                yield path, transaction
+
+
+def _transaction(dataset: Any, version: int) -> Any:
+    try:
+        return outlast(lambda: dataset.read_transaction(version), f"reading the transaction of version {version}")
+    except (OSError, ValueError) as error:  # of a version that was cleaned up meanwhile, or of a tool that leaves none
+        if is_away(error):
+            raise
+        return None
+
+
+def _new_files(transaction: Any) -> set[str]:
+    """Files of the fragments that a transaction made."""
+    operation = getattr(transaction, "operation", None)
+    groups = [operation, *getattr(operation, "groups", [])]
+    fragments = [one for group in groups for one in getattr(group, "new_fragments", None) or ()]
+    fragments += getattr(operation, "fragments", None) or ()
+    return {file.path for fragment in fragments for file in fragment.files}
+
+
+def _changed_texts(dataset: Any, fragment_id: int, transaction: Any, names: list[str]) -> set[str]:
+    """Those of the columns in which a row of the fragment has another text than before it was moved, as far as is known."""
+    operation = transaction.operation
+    earlier = {one.id for one in operation.updated_fragments} | {*operation.removed_fragment_ids}
+    try:
+        before = dataset.checkout_version(transaction.read_version)
+        sources = [one for one in before.get_fragments() if one.fragment_id in earlier]
+        if sum(one.physical_rows for one in sources) > MOST_COMPARED:
+            return set()
+        wanted = [columns.IMAGE_ID, *(name for name in names if name in before.schema.names)]
+        was = {row[columns.IMAGE_ID]: row for one in sources for row in one.to_table(wanted).to_pylist()}
+        now = dataset.get_fragment(fragment_id).to_table(wanted).to_pylist()
+    except (OSError, ValueError) as error:  # the version was cleaned up
+        if is_away(error):
+            raise
+        return set()
+    pairs = [(row, was[row[columns.IMAGE_ID]]) for row in now if row[columns.IMAGE_ID] in was]
+    return {name for name in wanted[1:] if any(row[name] != old[name] for row, old in pairs)}
 
 
 def _note(reader: Reader, table_uri: str, path: str) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Columns whose input has changed since: found from the version and the files' notes, made again, and never silently kept."""
 
+import datetime
+
 import lance
 import pyarrow as pa
 import pytest
@@ -235,3 +237,41 @@ def test_a_deleted_fragment_is_not_stale(table):
     put(table, 1, ["three", "new"])
     table.open().delete("caption = 'three' OR caption = 'new'")
     assert stale_in(table) == {} and lance.dataset(table.uri).count_rows() == 4
+
+
+def test_texts_that_lance_itself_updates(table):
+    """It moves the row into a file of its own, the made column with it."""
+    table.open().update({"caption": "'new'"}, where="caption = 'two'")
+    assert values(table).count("TWO") == 1
+    (moved,) = stale_in(table)
+    assert stale_in(table) == {moved: ["loud"]} and moved not in (0, 1, 2)
+    assert run(table) == {moved: ["loud"]}
+    assert sorted(filter(None, values(table))) == ["FIVE", "FOUR", "NEW", "ONE", "THREE"]
+    assert stale_in(table) == {} and run(table) == {}
+
+
+def test_updates_of_other_columns_make_nothing_stale(table):
+    table.open().add_columns({"rating": "5"})
+    table.open().update({"rating": "6"}, where="caption = 'two'")
+    assert stale_in(table) == {} and run(table) == {}
+
+
+def test_an_update_whose_earlier_version_is_gone_is_unknown(table, monkeypatch):
+    table.open().update({"caption": "'new'"}, where="caption = 'two'")
+    monkeypatch.setattr(stale, "MOST_COMPARED", 1)
+    assert stale_in(table) == {}
+    monkeypatch.undo()
+    assert len(stale_in(table)) == 1
+    table.open().cleanup_old_versions(older_than=datetime.timedelta(0), delete_unverified=True)
+    assert stale_in(table) == {}
+
+
+def test_rows_merged_in_by_another_tool(table):
+    ids = table.open().to_table().to_pylist()
+    rows = [
+        {"image_id": row["image_id"], "caption": "new" if row["caption"] == "four" else row["caption"]} for row in ids
+    ]
+    table.open().merge_insert("image_id").when_matched_update_all().execute(pa.Table.from_pylist(rows))
+    assert set(stale_in(table)) <= {fragment.fragment_id for fragment in table.open().get_fragments()}
+    assert run(table)
+    assert sorted(filter(None, values(table))) == ["FIVE", "NEW", "ONE", "THREE", "TWO"]
