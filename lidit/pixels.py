@@ -193,9 +193,7 @@ def orientation(image: Image.Image) -> int:
         _find_exif(image, file.getbuffer())
     try:
         found = Image.Image.getexif(image).get(Base.Orientation, 1)
-    except (
-        Exception
-    ):  # whatever a damaged note makes the reader of EXIF raise: it says nothing, and the pixels are whole
+    except Exception:  # whatever the reader of EXIF raises: a damaged note says nothing, and the pixels are whole
         return 1
     return found if found in UPRIGHT else 1
 

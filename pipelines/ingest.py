@@ -26,7 +26,7 @@ from lidit.outage import outlast
 from lidit.places import settled
 from lidit.uris import check_config
 from pipelines.filters import FiltersConfig
-from pipelines.ingest_update import update
+from pipelines.ingest_update import COMMIT_FRAGMENTS, COMMIT_SECONDS, update
 from pipelines.ingest_work import Work, plain
 from pipelines.ingest_worker import EXAMPLES, IngestWorker
 from pipelines.known import LEANING, REFUSED, start_known
@@ -40,8 +40,6 @@ from pipelines.sources_tables import LanceTable
 from pipelines.summary import Summary
 from pipelines.table import ColumnFile, Table
 
-COMMIT_FRAGMENTS = 32  # finished fragments that wait at most
-COMMIT_SECONDS = 30.0  # and how long
 ERROR_BASE = 1000
 """Rows that the error rate is taken over at least before the end, or all, if there are known to be fewer."""
 

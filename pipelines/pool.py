@@ -62,12 +62,10 @@ class Attempt:
     careful: list[tuple[int, int]]  # row ranges to take row by row
     quarantined: list[int]  # rows to leave out
     deaths: int = 0  # of processes on this unit so far
-    suspects: list[int] = field(
-        default_factory=list
-    )  # parts that a process died on while it read them: tell of each record
-    set_aside: dict[int, int] = field(
-        default_factory=dict
-    )  # parts that are read no further -> how many records of each are
+    suspects: list[int] = field(default_factory=list)
+    """Parts that a process died on while it read them: the tracker is told of each record."""
+    set_aside: dict[int, int] = field(default_factory=dict)
+    """Parts that are read no further -> how many records of each are."""
 
 
 @dataclass

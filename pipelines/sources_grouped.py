@@ -92,7 +92,11 @@ class WebDataset(Grouped):
 
     def pieces(self) -> list[Piece]:
         files = find_files(self.argument, TAR_SUFFIXES, "webdataset", self.left_out)
-        self.names.check(grouped(tar_files(files[0].uri, self.names.needed_to_check)), files[0].uri)
+        try:
+            self.names.check(grouped(tar_files(files[0].uri, self.names.needed_to_check)), files[0].uri)
+        except OSError as error:
+            if not is_unreadable(error):  # then it is a row with a reason, and says nothing of the others
+                raise
         return [
             {"place": file.place, "uri": file.uri, "stamp": file.stamp, "rows": None, "bytes": file.size}
             for file in files

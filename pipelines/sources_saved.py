@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipelines.locations import is_local, list_folder, read_bytes, real_place, stamp_of
 from pipelines.sources import USUAL_NAMES, ColumnsConfig, Piece, Record, Sharded
-from pipelines.sources_tables import READ_ROWS, UNREADABLE, is_damage, table_names, table_records
+from pipelines.sources_tables import READ_ROWS, READER_ERRORS, is_damage, table_names, table_records
 
 PIECE_ROWS = 1024
 
@@ -54,7 +54,7 @@ class HuggingFace(Sharded):
                     batch.validate()
                     yield from table_records(batch, names, piece["name"], row)
                     row += batch.num_rows
-        except UNREADABLE as error:
+        except READER_ERRORS as error:
             if not is_damage(error):
                 raise
             yield Record(f"{piece['place']}#end", error=f"the folder is damaged from row {row} on: {error}")
@@ -73,7 +73,7 @@ class HuggingFace(Sharded):
                 f"source hf:{self.argument}: expected a folder written by save_to_disk: {error}. Other data sets of the "
                 f"hub are Parquet files: parquet:URI reads them"
             ) from error
-        except (*UNREADABLE, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (*READER_ERRORS, ValueError, LookupError, TypeError, AttributeError) as error:
             if not is_damage(error):
                 raise
             why = f"{_unopened(self.argument)} ({type(error).__name__}: {error})"
@@ -102,6 +102,6 @@ def _unopened(folder: str) -> str:
                     pass
     except FileNotFoundError:  # as of several splits, each in a folder of its own
         return unknown
-    except (*UNREADABLE, ValueError, LookupError, TypeError):
+    except (*READER_ERRORS, ValueError, LookupError, TypeError):
         return f"{folder}/{part} is damaged: copy it again"
     return unknown if state["_data_files"] else "it has none"

@@ -32,9 +32,8 @@ from pipelines.sources import MAX_IMAGE_BYTES, MAX_JSON_BYTES, USUAL_NAMES, Colu
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 READ_ROWS = 64
 LANCE_ROWS = 8  # which tells nothing of its values beforehand, and is as fast with few
-BATCH_BYTES = (
-    512 << 20
-)  # that so many rows may take at worst, each with the largest value of a dictionary; else fewer are read
+BATCH_BYTES = 512 << 20
+"""That so many rows may take at worst, each with the largest value of a dictionary; else fewer are read."""
 COMPRESSIBLE = 4  # times: a dictionary that is so much smaller in the file is none of images, and counts so many times
 LEVEL_BYTES = 16  # of a value, beside its own
 SURELY_SMALL = 1 << 20  # bytes of the texts of some rows
@@ -51,7 +50,7 @@ DAMAGE_WORDS = (
     "ipc stream", "ipc message", "message body", "encrypted metadata", "physical column", "schema had",
     "malformed", "logical type", "compression codec",
 )  # fmt: skip
-UNREADABLE = (*DAMAGE, UnicodeDecodeError, OSError)  # of damage, where `is_damage` says so
+READER_ERRORS = (*DAMAGE, UnicodeDecodeError, OSError)  # of damage, where `is_damage` says so
 
 
 class Parquet(Sharded):
@@ -88,7 +87,7 @@ class Parquet(Sharded):
                 for batch in file.iter_batches(rows, row_groups=[piece["group"]], columns=columns):
                     yield from table_records(batch, names, piece["file"], row, skip_empty=self.downloaded)
                     row += batch.num_rows
-            except UNREADABLE as error:
+            except READER_ERRORS as error:
                 if not is_damage(error):
                     raise
                 yield Record(f"{place}#end", error=f"the row group is damaged from row {row} on: {error}")
@@ -372,7 +371,7 @@ def _footer(file: File) -> tuple[pq.FileMetaData, pa.Schema] | str:
             return footer, footer.schema.to_arrow_schema()
         except UnicodeDecodeError as error:
             return f"the name of a column: {_reason(error)}"
-        except UNREADABLE as error:
+        except READER_ERRORS as error:
             if not is_damage(error):
                 raise
             return f"no Parquet file, or one cut short: {error}"

@@ -62,9 +62,7 @@ class ColumnFile:
     layout: dict[str, Any]  # field ids and the rest of Lance's DataFile
     fragment_id: int | None = None  # None: rows of a new fragment
     replaces: dict[str, str] = field(default_factory=dict)  # column -> the file that held it when we read it
-    reads: dict[str, str] = field(
-        default_factory=dict
-    )  # column that the values were made from -> the file that held it
+    reads: dict[str, str] = field(default_factory=dict)  # column that it was made from -> the file that held it
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for the way through Ray."""

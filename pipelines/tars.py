@@ -16,9 +16,8 @@ from typing import Any
 from pipelines.compression import UnknownArchive, decompressed, is_damage
 from pipelines.locations import count_left_out, is_hidden, open_stream, too_large
 
-MAX_HEADER_BYTES = (
-    1 << 20
-)  # of all that stands before the content of one file of a tar, and of what holds for all files
+MAX_HEADER_BYTES = 1 << 20
+"""Of all that stands before the content of one file of a tar, and of what holds for all files."""
 MAX_HEADERS = 16  # of one file: two long names and a PAX header are usual
 MAX_SIZE = 1 << 40  # of a file that is passed over: storage cannot be asked for any place
 DIGITS = re.compile(rb"[0-9]{100}")  # in a row, in a PAX header: tarfile's patterns take the square of their number

@@ -95,9 +95,7 @@ class Report:
     checks: dict[str, str] = field(default_factory=dict)  # name -> what was looked at
     problems: dict[str, list[str]] = field(default_factory=dict)
     unchecked: list[str] = field(default_factory=list)  # what could not be looked at, which is no problem by itself
-    stale: list[str] = field(
-        default_factory=list
-    )  # made from values that have changed since: no problem, but to be made again
+    stale: list[str] = field(default_factory=list)  # made from values that have changed since: no problem
 
     @property
     def ok(self) -> bool:

@@ -1,7 +1,11 @@
-"""Parquet files to ingest, and what all units of an ingest counted: for tests that drive one without Ray."""
+"""Files to ingest, and what all units of an ingest counted: for tests that drive one without Ray."""
+
+import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+IMAGES = [f"image {number}".encode() for number in range(5)]  # read, not looked at
 
 
 def write(path, rows):
@@ -18,3 +22,12 @@ def total(results):
         for name, count in result["counts"].items():
             counts[name] = counts.get(name, 0) + count
     return counts
+
+
+def put_files(folder, count=3):
+    """Samples as img2dataset leaves them in a folder."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        (folder / f"{number:05d}.jpg").write_bytes(IMAGES[number])
+        (folder / f"{number:05d}.txt").write_text(f"caption {number}")
+        (folder / f"{number:05d}.json").write_text(json.dumps({"status": "success", "key": f"{number:05d}"}))

@@ -13,12 +13,10 @@ import pytest
 
 from pipelines import sources_grouped
 from pipelines.sources import USUAL_NAMES, ColumnsConfig, open_source
-from pipelines.sources_grouped import DamagedShard, PlainFiles, WebDataset, grouped, tar_files
-from pipelines.sources_tables import Parquet
+from pipelines.sources_grouped import DamagedShard, grouped, tar_files
+from tests.ingest_rows import IMAGES, put_files
 
 pytestmark = pytest.mark.unit
-
-IMAGES = [f"image {number}".encode() for number in range(5)]  # read, not looked at
 
 
 def write_tar(path, members, mode="w", format=tarfile.PAX_FORMAT):
@@ -456,60 +454,3 @@ def test_headers_are_not_kept(tmp_path):
     for _ in reader:
         seen.add(len(reader.gi_frame.f_locals["tar"].members))
     assert max(seen) <= 1
-
-
-# -- img2dataset ------------------------------------------------------------------------------------------------------
-
-
-def put_files(folder, count=3):
-    folder.mkdir(parents=True)
-    for number in range(count):
-        (folder / f"{number:05d}.jpg").write_bytes(IMAGES[number])
-        (folder / f"{number:05d}.txt").write_text(f"caption {number}")
-        (folder / f"{number:05d}.json").write_text(json.dumps({"status": "success", "key": f"{number:05d}"}))
-
-
-def test_img2dataset_files(tmp_path):
-    put_files(tmp_path / "00000")
-    put_files(tmp_path / "00001", 2)
-    (tmp_path / "00000.parquet").write_bytes(b"metadata only")
-    (tmp_path / "00000_stats.json").write_text("{}")
-    (tmp_path / "_tmp").mkdir()
-    source = open_source(f"img2dataset:{tmp_path}")
-    assert isinstance(source, PlainFiles)
-    pieces = source.pieces()
-    assert [piece["place"] for piece in pieces] == [f"{tmp_path.name}/00000", f"{tmp_path.name}/00001"]
-    assert pieces[0]["stamp"] and pieces[1]["stamp"] is None, "a shard without its statistics may not be whole yet"
-    made = list(source.records(pieces))
-    assert [record.image for record in made] == [*IMAGES[:3], *IMAGES[:2]]
-    assert made[1].caption == "caption 1" and made[1].place == f"{tmp_path.name}/00000#00001.jpg"
-
-
-def test_img2dataset_files_that_are_odd(tmp_path, monkeypatch):
-    put_files(tmp_path / "00000")
-    (tmp_path / "00000" / "00001.jpg").unlink()
-    (tmp_path / "00000" / "00002.jpg").unlink()
-    (tmp_path / "00000" / "00002.jpg").symlink_to(tmp_path / "gone.jpg")
-    one, two, three = records(f"img2dataset:{tmp_path}")
-    assert one.error is None and "no image" in two.error and "FileNotFoundError" in three.error
-
-
-def test_img2dataset_tars(tmp_path):
-    write_tar(tmp_path / "00000.tar", samples(2))
-    (tmp_path / "00000.parquet").write_bytes(b"metadata only")
-    source = open_source(f"img2dataset:{tmp_path}")
-    assert isinstance(source, WebDataset)
-    assert [record.image for record in source.records(source.pieces())] == IMAGES[:2]
-
-
-def test_img2dataset_parquet_is_told_from_its_files(tmp_path):
-    (tmp_path / "00000.parquet").write_bytes(b"")
-    source = open_source(f"img2dataset:{tmp_path}")
-    assert isinstance(source, Parquet) and source.downloaded
-
-
-@pytest.mark.parametrize(("name", "match"), [("00000.tfrecord", "TFRecord is not read"), ("notes.md", "found none")])
-def test_img2dataset_that_is_not_read(tmp_path, name, match):
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=match):
-        open_source(f"img2dataset:{tmp_path}")

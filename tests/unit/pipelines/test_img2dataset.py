@@ -1,0 +1,86 @@
+"""What img2dataset leaves: folders of files, tars or Parquet."""
+
+import io
+import tarfile
+
+import pytest
+
+from pipelines.sources import USUAL_NAMES, open_source
+from pipelines.sources_grouped import PlainFiles, WebDataset
+from pipelines.sources_tables import Parquet
+from tests.ingest_rows import IMAGES, put_files
+
+pytestmark = pytest.mark.unit
+
+
+def write_tar(path, members, mode="w", format=tarfile.PAX_FORMAT):
+    """Members: (name, bytes), or a TarInfo for what is no file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode, format=format) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+                continue
+            info = tarfile.TarInfo(member[0])
+            info.size = len(member[1])
+            tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def samples(count=5):
+    return [
+        member
+        for number in range(count)
+        for member in ((f"{number:04d}.jpg", IMAGES[number]), (f"{number:04d}.txt", f"caption {number}\n".encode()))
+    ]
+
+
+def records(spec, names=USUAL_NAMES):
+    source = open_source(spec, names)
+    return list(source.records(source.pieces()))
+
+
+def test_img2dataset_files(tmp_path):
+    put_files(tmp_path / "00000")
+    put_files(tmp_path / "00001", 2)
+    (tmp_path / "00000.parquet").write_bytes(b"metadata only")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    (tmp_path / "_tmp").mkdir()
+    source = open_source(f"img2dataset:{tmp_path}")
+    assert isinstance(source, PlainFiles)
+    pieces = source.pieces()
+    assert [piece["place"] for piece in pieces] == [f"{tmp_path.name}/00000", f"{tmp_path.name}/00001"]
+    assert pieces[0]["stamp"] and pieces[1]["stamp"] is None, "a shard without its statistics may not be whole yet"
+    made = list(source.records(pieces))
+    assert [record.image for record in made] == [*IMAGES[:3], *IMAGES[:2]]
+    assert made[1].caption == "caption 1" and made[1].place == f"{tmp_path.name}/00000#00001.jpg"
+
+
+def test_img2dataset_files_that_are_odd(tmp_path, monkeypatch):
+    put_files(tmp_path / "00000")
+    (tmp_path / "00000" / "00001.jpg").unlink()
+    (tmp_path / "00000" / "00002.jpg").unlink()
+    (tmp_path / "00000" / "00002.jpg").symlink_to(tmp_path / "gone.jpg")
+    one, two, three = records(f"img2dataset:{tmp_path}")
+    assert one.error is None and "no image" in two.error and "FileNotFoundError" in three.error
+
+
+def test_img2dataset_tars(tmp_path):
+    write_tar(tmp_path / "00000.tar", samples(2))
+    (tmp_path / "00000.parquet").write_bytes(b"metadata only")
+    source = open_source(f"img2dataset:{tmp_path}")
+    assert isinstance(source, WebDataset)
+    assert [record.image for record in source.records(source.pieces())] == IMAGES[:2]
+
+
+def test_img2dataset_parquet_is_told_from_its_files(tmp_path):
+    (tmp_path / "00000.parquet").write_bytes(b"")
+    source = open_source(f"img2dataset:{tmp_path}")
+    assert isinstance(source, Parquet) and source.downloaded
+
+
+@pytest.mark.parametrize(("name", "match"), [("00000.tfrecord", "TFRecord is not read"), ("notes.md", "found none")])
+def test_img2dataset_that_is_not_read(tmp_path, name, match):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=match):
+        open_source(f"img2dataset:{tmp_path}")
