@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -221,18 +222,37 @@ def wait_until(
 def stop_when(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 240) -> None:
     """Waits like `wait_until`, and leaves the process stopped (SIGSTOP) at the moment that was looked for.
 
-    It is stopped for every look, too: on a busy machine a look takes longer than what is looked for lasts.
+    It is stopped for every look, and the actors of its units with it: on a busy machine a look takes longer than what is
+    looked for lasts, and a driver that finds all units done commits them at once. The actors go on in the end: a stopped
+    one would outlive its driver.
     """
 
     def reached() -> bool:
         process.send_signal(signal.SIGSTOP)
-        if condition():
-            return True
+        actors = unit_actors(process.pid)
+        send(signal.SIGSTOP, actors)
+        try:
+            if condition():
+                return True
+        finally:
+            send(signal.SIGCONT, actors)
         process.send_signal(signal.SIGCONT)
         time.sleep(0.05)
         return False
 
     wait_until(reached, process, seconds)
+
+
+def unit_actors(pid: int) -> list[int]:
+    """Process ids of the actors that work on the units of a driver (or of a raylet)."""
+    return [child for child, name in descendants(pid).items() if "_UnitCaller" in name]
+
+
+def send(number: signal.Signals, pids: Iterable[int]) -> None:
+    """Sends a signal to those of the processes that are still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def descendants(pid: int) -> dict[int, str]:
@@ -264,8 +284,15 @@ def running(pid: int) -> bool:
 
 @pytest.fixture(scope="session")
 def tools() -> Any:
-    """`wait_until`, `stop_when`, `descendants` and `running`, for tests that watch a job's processes."""
-    return SimpleNamespace(wait_until=wait_until, stop_when=stop_when, descendants=descendants, running=running)
+    """For tests that watch a job's processes: `wait_until`, `stop_when`, `descendants`, `unit_actors`, `send`, `running`."""
+    return SimpleNamespace(
+        wait_until=wait_until,
+        stop_when=stop_when,
+        descendants=descendants,
+        unit_actors=unit_actors,
+        send=send,
+        running=running,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Whether this checkout is as fast as another: ingest, embed and saving a checkpoint, before and after in one run.
 
-The two take turns (before, after, before, ...), each job in a process of its own; a ratio is taken pair by pair, so that a
-machine which changes its pace changes both. Figures are medians of the pairs.
+The two take turns (before, after; after, before; ...), each job in a process of its own; a ratio is taken pair by pair, so
+that a machine which changes its pace changes both. Figures are medians of the pairs.
 
 - ingest: a WebDataset of small photos, one actor; from the first unit's begin to the last one's end.
 - embed: real prompts by the demo's two tuned LLMs, one actor; likewise.
@@ -104,8 +104,9 @@ def main() -> None:
         prepare(inputs, arguments.parts, arguments.rows, arguments.prompts)
         for part in arguments.parts:
             rates: dict[str, list[float]] = {"before": [], "after": []}
-            for _ in range(arguments.repeats):
-                for name, checkout in (("before", before), ("after", report.ROOT)):
+            turns = [("before", before), ("after", report.ROOT)]
+            for repeat in range(arguments.repeats):
+                for name, checkout in turns if repeat % 2 == 0 else turns[::-1]:
                     rates[name].append(RATES[part](checkout, inputs, store))
                     shutil.rmtree(store)
             ratios = [after / earlier for earlier, after in zip(rates["before"], rates["after"])]

@@ -237,8 +237,8 @@ def test_ingest_killed_and_run_again(world: Any, tools: Any) -> None:
     flags = ("--store", world.store, "--source", "scenes:3000", "--rows-per-fragment", 40)
     job = world.start("ingest", *flags)
     data = world.store / "samples.lance" / "data"
-    tools.wait_until(lambda: len(list(data.glob("ingest-*"))) >= 5, job)
-    actors = [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
+    tools.stop_when(lambda: len(list(data.glob("ingest-*"))) >= 5, job)
+    actors = tools.unit_actors(job.pid)
     job.send_signal(signal.SIGKILL)
     job.communicate()
     tools.wait_until(lambda: not any(map(tools.running, actors)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from types import SimpleNamespace
@@ -68,7 +67,7 @@ def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, commit_f
     }
     job = world.start("embed", "--config", config)
     tools.stop_when(conditions[moment], job)
-    actors = [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
+    actors = tools.unit_actors(job.pid)
     job.send_signal(signal.SIGKILL)
     job.communicate()
     done_before = world.committed()
@@ -82,12 +81,12 @@ def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, commit_f
 
 def test_actor_killed_in_the_middle_of_a_fragment(world: Any, clean: Any, tools: Any) -> None:
     job = world.start("embed", "--config", world.config(batch_tokens=16))
-    tools.wait_until(lambda: world.committed() >= 1, job)
-    actors = [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
+    tools.stop_when(lambda: world.committed() >= 1, job)
+    actors = tools.unit_actors(job.pid)
     assert actors, "no actor found"
-    for pid in actors:
-        os.kill(pid, signal.SIGKILL)
+    tools.send(signal.SIGKILL, actors)
     assert world.committed() < FRAGMENTS
+    job.send_signal(signal.SIGCONT)
     result = world.finish(job)
     assert result.summary["ok"] and result.summary["errors"] == 0
     assert_like(world, clean)
@@ -105,8 +104,9 @@ def test_two_runs_at_once(world: Any, clean: Any) -> None:
 def test_stopped_by_ctrl_c_keeps_what_is_finished(world: Any, clean: Any, tools: Any) -> None:
     config = world.config(commit={"fragments": 1000, "seconds": 1000.0}, batch_tokens=16)
     job = world.start("embed", "--config", config)
-    tools.wait_until(lambda: len(world.data_files()) >= 4, job)
+    tools.stop_when(lambda: len(world.data_files()) >= 4, job)
     job.send_signal(signal.SIGINT)
+    job.send_signal(signal.SIGCONT)
     result = world.finish(job, expect=130)
     assert "the same command goes on" in result.stderr
     done = world.committed()

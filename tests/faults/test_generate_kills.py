@@ -58,9 +58,9 @@ def test_driver_and_actor_are_killed(world: Any, tools: Any, command: tuple[Any,
     assert not out.exists(), "files are written when all images are there"
     before = committed(world)
     job = world.start(*command, "--store", world.store, "--out", out)
-    tools.wait_until(lambda: committed(world) > before, job)
-    actors = [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
-    os.kill(actors[0], signal.SIGKILL)
+    tools.stop_when(lambda: committed(world) > before, job)
+    tools.send(signal.SIGKILL, tools.unit_actors(job.pid)[:1])
+    job.send_signal(signal.SIGCONT)
     summary = world.finish(job).summary
     assert summary["ok"] and summary["rows"] < PROMPTS
     assert images(out) == images(clean)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
 import subprocess
 import tarfile
@@ -58,10 +57,6 @@ def count(world: Any) -> int:
     return world.table.count_rows() if any((world.store / "samples.lance").glob("_versions/*.manifest")) else 0
 
 
-def actors_of(job: Any, tools: Any) -> list[int]:
-    return [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
-
-
 def ended(job: subprocess.Popen[str]) -> bool:
     """Whether the job is over, at the latest a moment from now."""
     try:
@@ -90,7 +85,7 @@ def test_driver_killed(world: Any, shards: dict[str, Any], tools: Any, kind: str
         tools.stop_when(lambda: count(world) > 0, job)
     else:
         tools.stop_when(lambda: len(files(world)) >= 3, job)
-    actors = actors_of(job, tools)
+    actors = tools.unit_actors(job.pid)
     job.send_signal(signal.SIGKILL)
     job.communicate()
     tools.wait_until(lambda: not any(map(tools.running, actors)))
@@ -111,10 +106,10 @@ def test_actors_killed(world: Any, shards: dict[str, Any], tools: Any) -> None:
     """Twice, in the middle of their units: Ray begins these again, and no row is there twice."""
     job = world.start("ingest", *flags(world, shards["webdataset"]))
     for files_written in (4, 50):
-        tools.wait_until(lambda wanted=files_written: len(files(world)) >= wanted and actors_of(job, tools), job)
-        for pid in actors_of(job, tools):
-            os.kill(pid, signal.SIGKILL)
+        tools.stop_when(lambda wanted=files_written: len(files(world)) >= wanted and tools.unit_actors(job.pid), job)
+        tools.send(signal.SIGKILL, tools.unit_actors(job.pid))
         assert count(world) < SHARDS * ROWS
+        job.send_signal(signal.SIGCONT)
     summary = world.finish(job).summary
     assert (summary["ok"], summary["rows"], summary["errors"]) == (True, SHARDS * ROWS, 0)
     assert summary["counts"]["read"] == SHARDS * ROWS, "only what the last attempts read is counted"
@@ -134,7 +129,7 @@ def test_memory_stays_flat_with_bombs(world: Any, zoo: Any, photo: Callable[...,
                       "--filters.near_duplicates", 0)  # fmt: skip
     peak = 0
     while not ended(job):
-        for pid in actors_of(job, tools):
+        for pid in tools.unit_actors(job.pid):
             try:
                 status = Path(f"/proc/{pid}/status").read_text()
             except OSError:
@@ -163,7 +158,7 @@ def test_driver_killed_in_an_update(world: Any, photo: Callable[..., bytes], too
         tools.stop_when(lambda: world.table.version > version, job)
     else:
         tools.stop_when(lambda: len(files(world)) >= written + 3, job)
-    actors = actors_of(job, tools)
+    actors = tools.unit_actors(job.pid)
     job.send_signal(signal.SIGKILL)
     job.communicate()
     tools.wait_until(lambda: not any(map(tools.running, actors)))

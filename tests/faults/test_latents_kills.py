@@ -56,10 +56,6 @@ def column_files(world: Any) -> int:
     return len(list((world.store / "samples.lance" / "data").glob("latents-*.lance")))
 
 
-def actors_of(tools: Any, job: Any) -> list[int]:
-    return [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
-
-
 def assert_like(world: Any, clean: dict[str, dict[str, Any]]) -> None:
     """Same rows, same buckets, latents within bf16's rounding; nothing left over."""
     rows = world.rows()
@@ -87,7 +83,7 @@ def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, flags: A
     }
     job = world.start("latents", "--store", world.store, *FLAGS, *flags)
     tools.stop_when(conditions[moment], job)
-    actors = actors_of(tools, job)
+    actors = tools.unit_actors(job.pid)
     job.send_signal(signal.SIGKILL)
     job.communicate()
     done_before = committed(world)
@@ -101,12 +97,12 @@ def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, flags: A
 
 def test_actor_killed_in_the_middle_of_a_fragment(world: Any, clean: Any, tools: Any) -> None:
     job = world.start("latents", "--store", world.store, *FLAGS, *EAGER)
-    tools.wait_until(lambda: committed(world) >= 1, job)
-    actors = actors_of(tools, job)
+    tools.stop_when(lambda: committed(world) >= 1, job)
+    actors = tools.unit_actors(job.pid)
     assert actors, "no actor found"
-    for pid in actors:
-        os.kill(pid, signal.SIGKILL)
+    tools.send(signal.SIGKILL, actors)
     assert committed(world) < FRAGMENTS
+    job.send_signal(signal.SIGCONT)
     result = world.finish(job)
     assert result.summary["ok"] and result.summary["errors"] == 0
     assert_like(world, clean)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -84,7 +83,7 @@ def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, commit_f
     }[moment]
     job = world.start("recaption", "--store", world.store, *FLAGS[:-1], *FLAGS[-1:], commit_fragments)
     tools.stop_when(reached, job)
-    actors = [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
+    actors = tools.unit_actors(job.pid)
     job.send_signal(signal.SIGKILL)
     job.communicate()
     done_before = described(world)
@@ -98,12 +97,12 @@ def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, commit_f
 
 def test_actor_killed(world: Any, clean: Any, tools: Any) -> None:
     job = world.start("recaption", "--store", world.store, *FLAGS, 1)
-    tools.wait_until(lambda: described(world) >= 1, job)
-    actors = [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
+    tools.stop_when(lambda: described(world) >= 1, job)
+    actors = tools.unit_actors(job.pid)
     assert actors, "no actor found"
-    for pid in actors:
-        os.kill(pid, signal.SIGKILL)
+    tools.send(signal.SIGKILL, actors)
     assert described(world) < FRAGMENTS
+    job.send_signal(signal.SIGCONT)
     result = world.finish(job)
     assert result.summary["ok"] and result.summary["errors"] == 0
     assert world.rows() == clean and world.orphans() == set()

@@ -111,7 +111,7 @@ def test_a_node_dies_in_the_middle_of_a_job(nodes: Any, cloud: Any, s3: Any, too
     tools.wait_until(lambda: column_files(s3) >= 2, job, 300)
     below = tools.descendants(nodes.worker.process.pid)
     (raylet,) = [pid for pid, name in below.items() if "/raylet/raylet " in name]
-    assert any("_UnitCaller" in name for name in tools.descendants(raylet).values()), "the worker node has an actor"
+    assert tools.unit_actors(raylet), "the worker node has an actor"
     os.kill(raylet, signal.SIGKILL)
     assert column_files(s3) < FRAGMENTS - 2, "the job was nearly over when the node died"
     said, _ = job.communicate(timeout=300)

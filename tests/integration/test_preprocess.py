@@ -156,7 +156,7 @@ def test_killed_in_every_stage_and_finished_by_the_next(world: Any, tools: Any) 
     for stage in preprocess.STAGES:
         job = world.start("preprocess", "--config", path)
         tools.stop_when(lambda stage=stage: begun(world, stage), job)
-        actors = [pid for pid, name in tools.descendants(job.pid).items() if "_UnitCaller" in name]
+        actors = tools.unit_actors(job.pid)
         job.send_signal(signal.SIGKILL)
         job.communicate()
         assert not (world.store / "preprocess" / "last.json").exists(), f"it was over before {stage} was killed"
