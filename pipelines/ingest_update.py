@@ -28,9 +28,8 @@ from pipelines.progress import JobProgress
 from pipelines.runs import Run
 from pipelines.sources import ERROR_FIELD, Listed, Record, unwritable, writable
 from pipelines.summary import Summary
-from pipelines.table import ColumnFile, ColumnFileWriter, Table, column_holder, field_ids
+from pipelines.table import READ_BUFFER_BYTES, ColumnFile, ColumnFileWriter, Table, column_holder, field_ids
 from pipelines.text_files import is_unreadable
-from pipelines.worker import READ_BUFFER_BYTES
 
 if TYPE_CHECKING:
     from pipelines.ingest import IngestConfig

@@ -41,6 +41,7 @@ UNCOMPRESSED = {"lance-encoding:compression": "none"}
 UNFINISHED = "_unfinished"  # folder in the table, one folder per run in it: files being written
 TOMBSTONE = -2  # Lance's mark for a field of a data file that a later file has replaced
 COMMIT_TRIES = 20
+READ_BUFFER_BYTES = 64 << 20  # that Lance may have read and not handed out yet
 AWAY_PAUSE = 5.0  # seconds, where the store is away
 CREATE_TRIES = 3
 OURS = re.compile(

@@ -25,13 +25,12 @@ from lidit.uris import shown
 from lidit.watchdog import arm
 from pipelines.field_prints import field_differences
 from pipelines.pool import Attempt, read_ahead
-from pipelines.table import ColumnFileWriter, Table, column_holder, field_ids, missing_in
+from pipelines.table import READ_BUFFER_BYTES, ColumnFileWriter, Table, column_holder, field_ids, missing_in
 from pipelines.versions import check_versions, made_with
 
 READS, ALSO_READS = columns.META_READS, columns.META_ALSO_READS
 MAY_BE_NULL = "lidit:may_be_null"  # field metadata: null is an answer too; another column of the stage tells why
 STAGE_KEY = columns.META_STAGE.encode()
-READ_BUFFER_BYTES = 64 << 20  # that Lance may have read and not handed out yet
 EXAMPLES = 5  # errors of a fragment that are shown in the summary
 
 

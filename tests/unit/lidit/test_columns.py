@@ -46,6 +46,14 @@ def test_lidit_loads_no_engine():
     assert process.stdout.strip().splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("module", ["pipelines.ingest", "lidit.cli", "infra.submit"])
+def test_torch_is_loaded_only_where_it_is_used(module):
+    """An actor of an ingest would take 200 MB and seconds more."""
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.strip() == "[]", process.stderr
+
+
 def imports_of(path):
     """Top-level packages that a file imports anywhere, in functions too."""
     found = set()

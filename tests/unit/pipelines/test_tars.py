@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from pipelines import compression, sources_grouped
+from pipelines import compression, sources_grouped, tars
 from pipelines.sources import open_source
 
 pytestmark = pytest.mark.unit
@@ -235,6 +235,43 @@ def test_a_header_that_is_usual_is_read(tmp_path):
 
 
 # -- samples of many files --------------------------------------------------------------------------------------------
+
+
+NAMES = [
+    "a.jpg",
+    "x" * 96 + ".jpg",
+    f"{'d' * 100}/{'e' * 90}.jpg",
+    "bär/猫.jpg",
+    "l" * 300 + ".jpg",
+    "./b.c.jpg",
+    "0.jpg",
+]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_are_read_as_tarfile_reads_them(tmp_path, format):
+    names = [name for name in NAMES if format != tarfile.USTAR_FORMAT or len(name) < 250]
+    with tarfile.open(tmp_path / "0.tar", "w", format=format) as tar:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime, info.uid = number, 1.5 if format == tarfile.PAX_FORMAT else 1, 1000
+            tar.addfile(info, io.BytesIO(bytes([number]) * number))
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        expected = [
+            (info.name, tar.extractfile(info).read()) for info in tar if info.isreg() and info.name != "folder/"
+        ]
+    assert [name for name, _ in expected] == names
+    assert list(tars.tar_files(str(tmp_path / "0.tar"), lambda extension: MB)) == expected
+
+
+@pytest.mark.parametrize("place", [0, 130, 150, 156, 345, 500])
+def test_a_changed_byte_of_a_header_is_seen(tmp_path, place):
+    good = file("0.jpg", b"0") + file("1.jpg", b"1")
+    broken = bytearray(good)
+    broken[1024 + place] ^= 1
+    (tmp_path / "0.tar").write_bytes(bytes(broken) + bytes(1024))
+    with pytest.raises(tars.DamagedShard, match=r"no header where one is due|a header that is damaged"):
+        list(tars.tar_files(str(tmp_path / "0.tar"), lambda extension: MB))
 
 
 def test_a_sample_keeps_no_more_bytes_than_an_image_and_its_texts(monkeypatch):
