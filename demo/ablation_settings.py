@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lidit.text import PAPER_INSTRUCTION, EncoderConfig
+from lidit.frozen.text import PAPER_INSTRUCTION, EncoderConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from demo.prompts import plain_scene
 from demo.scenes import render
-from lidit.pixels import to_unit_range
+from lidit.frozen.text import EncoderConfig, PromptEncoder
+from lidit.frozen.vae import VAE
+from lidit.images.pixels import to_unit_range
 from lidit.sampler import PromptBatch
-from lidit.text import EncoderConfig, PromptEncoder
-from lidit.vae import VAE
 
 ENCODE_TOGETHER = 256
 

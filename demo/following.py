@@ -23,11 +23,11 @@ from torch import Tensor
 from demo.cell import Cell
 from demo.cell_table import Prompts
 from demo.swaps import KINDS
-from lidit import columns
 from lidit.diffusion import Objective, loss_per_sample, sample_rng
-from lidit.pixels import to_bytes
+from lidit.frozen.vae import VAE
+from lidit.images.pixels import to_bytes
 from lidit.sampler import SamplerConfig, initial_noise, sample
-from lidit.vae import VAE
+from lidit.store import columns
 from pipelines.score_scenes import Scenes
 
 LAYOUT = (0.65, 0.75, 0.85)

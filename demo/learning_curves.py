@@ -35,7 +35,7 @@ from demo.following import HeldOutExam, PictureExam, SwapExam
 from demo.language import HELD_OUT_SEEDS, TRAIN_SEEDS
 from demo.prompts import bias_prompts, exam_prompts, plain_scene
 from demo.swaps import swaps, training_prompt
-from lidit.vae import load_vae
+from lidit.frozen.vae import load_vae
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_EVERY = 400  # steps

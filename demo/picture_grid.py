@@ -12,8 +12,8 @@ from pathlib import Path
 import lance
 from PIL import Image
 
-from lidit import columns
-from lidit.pixels import open_rgb
+from lidit.images.pixels import open_rgb
+from lidit.store import columns
 from pipelines.score_scenes import CORRECT
 
 GAP = 4  # pixels between pictures

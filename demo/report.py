@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from demo.report_style import STYLE as OWN_STYLE
-from lidit import columns
-from lidit.pixels import open_image
+from lidit.images.pixels import open_image
+from lidit.store import columns
 from pipelines.inspect_charts import curves, intervals
 from pipelines.inspect_page import POLICY, human
 from pipelines.inspect_samples import Picture, thumbnail

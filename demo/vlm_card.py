@@ -8,7 +8,7 @@ from demo.language import HELD_OUT_SEEDS, TRAIN_SEEDS
 from demo.vlm_examples import ASPECTS, CLUTTER_SHARE, HINT_SHARE
 from demo.vlm_model import CONTEXT, GRID, IMAGE_SIDE, PATCH, REFUSAL
 from demo.vlm_optimisation import PATCH_WEIGHT
-from lidit.caption_request import INSTRUCTION
+from pipelines.captioning.request import INSTRUCTION
 
 CARD = """---
 license: apache-2.0

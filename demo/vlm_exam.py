@@ -17,7 +17,7 @@ from demo.language import HELD_OUT_SEEDS
 from demo.scenes import image_size, render, truth
 from demo.vlm_model import REFUSAL
 from demo.world import make_scene
-from lidit.caption_request import INSTRUCTION, conversation, prompt_text
+from pipelines.captioning.request import INSTRUCTION, conversation, prompt_text
 
 GENERATION_BATCH = 25
 

@@ -18,7 +18,7 @@ from demo.language import TRAIN_SEEDS, draw_scene
 from demo.scenes import image_size, render
 from demo.vlm_model import GRID, REFUSAL
 from demo.world import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURES, Scene
-from lidit.caption_request import INSTRUCTION, conversation, prompt_text
+from pipelines.captioning.request import INSTRUCTION, conversation, prompt_text
 
 CLUTTER_SHARE = 0.06
 """Of the images: pictures that are no scenes, to be declined."""

@@ -21,7 +21,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from demo.captions import canonical_caption, noisy_caption
 from demo.language import TRAIN_SEEDS
 from demo.world import make_scene
-from lidit.caption_request import INSTRUCTION, prompt_text
+from pipelines.captioning.request import INSTRUCTION, prompt_text
 
 IMAGE_SIDE, PATCH = 80, 10  # pixels; every image is squeezed into a square of that side
 GRID = IMAGE_SIDE // PATCH  # patches along a side

@@ -148,7 +148,7 @@ def check_store(store: str) -> Check:
     """Writes, reads, lists, creates exclusively and deletes a small file."""
     import fsspec
 
-    from lidit.files import create_exclusively, make_folder
+    from lidit.runtime.files import create_exclusively, make_folder
 
     fs, root = fsspec.core.url_to_fs(store)
     folder = f"{root.rstrip('/')}/preflight"
@@ -201,7 +201,7 @@ def check_clock(store: str) -> Check:
 
 def check_table(store: str) -> Check:
     """Opens the newest version of the samples table and reads a row; a store without one is fine, and said."""
-    from lidit import columns
+    from lidit.store import columns
     from pipelines.table import Table
 
     table = Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}")

@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from lidit.uris import check_uri
+from lidit.runtime.uris import check_uri
 
 POLL_SECONDS = 2.0
 STOP_SECONDS = 60.0  # the driver has 3 s after Ray's SIGTERM; the rest is for a busy head

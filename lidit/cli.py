@@ -17,9 +17,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from lidit.config_files import check_flags, load_yaml, packages
-from lidit.places import settled
-from lidit.printable import printable_streams
+from lidit.runtime.config_files import check_flags, load_yaml, packages
+from lidit.runtime.places import settled
+from lidit.runtime.printable import printable_streams
 
 JOBS = {
     "ingest": ("pipelines.ingest", "rows of a source -> the samples table"),

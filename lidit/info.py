@@ -19,7 +19,7 @@ import torch
 from lidit.config import SIZES, LIDiTConfig
 from lidit.flops import Flops, model_flops
 from lidit.model import LIDiT
-from lidit.uris import check_config
+from lidit.runtime.uris import check_config
 
 PARTS = {
     "timestep": "timestep embedding",

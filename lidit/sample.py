@@ -13,8 +13,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lidit.runtime.uris import check_config
 from lidit.sampler import SamplerConfig
-from lidit.uris import check_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Sampled:
 
 def main(config: SampleConfig) -> Sampled:
     """Loads the weights, makes the images, saves them."""
-    from lidit.model_files import split_revision
+    from lidit.runtime.model_files import split_revision
     from lidit.text_to_image import TextToImage
 
     started = time.perf_counter()

@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lidit.companions import Companions
+from lidit.components import Companions
 from lidit.diffusion import Objective, objective_from_dict
+from lidit.frozen.text import EncoderConfig, PromptEncoder
 from lidit.model import LIDiT
 from lidit.sampler import OnStep, PromptBatch, SamplerConfig, initial_noise, sample
-from lidit.text import EncoderConfig, PromptEncoder
 from lidit.weights import load_weights, read_config, resolve_weights
 
 if TYPE_CHECKING:
-    from lidit.vae import VAE
+    from lidit.frozen.vae import VAE
 
 IMAGE_SIZE = (256, 256)  # height, width in pixels where neither caller nor weights say another
 

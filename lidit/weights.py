@@ -10,8 +10,8 @@
     format      1
     model       fields of `LIDiTConfig`
     objective   `name` (flow, ddpm) and its fields, see `lidit.diffusion`
-    encoders    name -> {config: fields of `lidit.text.EncoderConfig`, fingerprint: of `PromptEncoder.fingerprint`}
-    vae         {model, revision, dtype: as of `lidit.vae.load_vae`, fingerprint: of `VAE.fingerprint`}
+    encoders    name -> {config: fields of `lidit.frozen.text.EncoderConfig`, fingerprint: of `PromptEncoder.fingerprint`}
+    vae         {model, revision, dtype: as of `lidit.frozen.vae.load_vae`, fingerprint: of `VAE.fingerprint`}
     image_size  [height, width] in pixels that it was last trained at
     training    whatever the trainer wants to be remembered: step, images_seen, ema, table version ...
 
@@ -35,9 +35,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lidit.config import LIDiTConfig
-from lidit.durable import flush
 from lidit.model import LIDiT
-from lidit.model_files import ModelFiles, resolve_model
+from lidit.runtime.durable import flush
+from lidit.runtime.model_files import ModelFiles, resolve_model
 
 FORMAT = 1
 SHARD_BYTES = 5_000_000_000

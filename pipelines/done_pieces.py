@@ -14,8 +14,8 @@ from typing import Any
 
 import fsspec
 
-from lidit.files import is_there, make_folder, replace_file
-from lidit.outage import outlast
+from lidit.runtime.files import is_there, make_folder, replace_file
+from lidit.runtime.outage import outlast
 from pipelines.sources import Piece
 
 FOLDER = "_ingested"  # in the table's folder, a JSON file per commit

@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lidit import columns
-from lidit.codec import bytes_per_token, decode_bytes, excess
-from lidit.fingerprints import comparable
-from lidit.text import EncoderConfig, PromptEncoder
+from lidit.frozen.text import EncoderConfig, PromptEncoder
+from lidit.store import columns
+from lidit.store.codec import bytes_per_token, decode_bytes, excess
+from lidit.store.fingerprints import comparable
 from pipelines.field_prints import field_differences
 from pipelines.stage import StageConfig, run_stage
 from pipelines.summary import Summary

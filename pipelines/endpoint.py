@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from lidit.caption_image import sendable
-from lidit.caption_request import CaptionAnswer, CaptionRequest, conversation
-from lidit.pixels import ImageError
-from lidit.uris import shown
+from lidit.images.pixels import ImageError
+from lidit.runtime.uris import shown
+from pipelines.captioning.image import sendable
+from pipelines.captioning.request import CaptionAnswer, CaptionRequest, conversation
 from pipelines.worker import Unavailable
 
 NO_KEY = "none"  # sent where the environment has no key: servers of one's own mostly want none

@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from lidit import columns
-from lidit.fingerprints import flat
+from lidit.store import columns
+from lidit.store.fingerprints import flat
 
 
 def field_differences(present: pa.Field, wanted: pa.Field, key: str) -> list[str]:

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 import torch
 
-from lidit import columns
-from lidit.companions import Companions
-from lidit.model_files import config_digest, split_revision, weights_digest
-from lidit.places import settled
+from lidit.components import Companions
+from lidit.runtime.model_files import config_digest, split_revision, weights_digest
+from lidit.runtime.places import settled
 from lidit.sampler import SamplerConfig
+from lidit.store import columns
 from lidit.weights import FILES, read_config, resolve_weights
 from pipelines.layouts import LAYOUTS, check_folder, image_files, write_layout
 from pipelines.prompt_sets import Picture, Prompt, add_rows, pictures, read_prompts

@@ -1,6 +1,6 @@
 """An encoded image, as it came from outside: whether it is whole, how large, and what it looks like in 64 bits.
 
-What is let in is what `lidit.pixels` can make pixels of. An image is only looked at: its bytes are stored as they came.
+What is let in is what `lidit.images.pixels` can make pixels of. An image is only looked at: its bytes are stored as they came.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lidit.pixels import (
+from lidit.images.pixels import (
     UPRIGHT,
     ImageError,
     check_mode,

@@ -21,10 +21,10 @@ from typing import Any, Literal
 import ray
 import yaml
 
-from lidit import columns
-from lidit.outage import outlast
-from lidit.places import settled
-from lidit.uris import check_config
+from lidit.runtime.outage import outlast
+from lidit.runtime.places import settled
+from lidit.runtime.uris import check_config
+from lidit.store import columns
 from pipelines.filters import FiltersConfig
 from pipelines.ingest_update import COMMIT_FRAGMENTS, COMMIT_SECONDS, update
 from pipelines.ingest_work import Work, plain

@@ -15,7 +15,7 @@ from typing import Any
 
 import lance
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.filters import FiltersConfig
 from pipelines.image_check import digest
 from pipelines.listed_sizes import read_sizes

@@ -3,7 +3,7 @@
 A fragment with such rows gets one new file: of its captions alone, or, where an image is another one, of all that came with the
 images. The file replaces the columns that it holds in one commit, as a stage's does (`Table.attach`): it is all there or not at
 all, and counts only while the fragment still has the files that it was made from. What stages have made of the old values is
-stale from then on (`lidit.stale`).
+stale from then on (`lidit.store.stale`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from lidit import columns
-from lidit.uris import shown
+from lidit.runtime.uris import shown
+from lidit.store import columns
 from pipelines.image_check import check_image
 from pipelines.ingest_compare import Difference
 from pipelines.ingest_worker import DIED, EXAMPLES, IngestWorker, Unforeseen, _Task

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.done_pieces import DonePieces
 from pipelines.hash_index import KeySet, keys_of
 from pipelines.ingest_compare import Difference, compare

@@ -19,10 +19,10 @@ import pyarrow as pa
 import ray
 from PIL.Image import DecompressionBombWarning
 
-from lidit import columns
-from lidit.outage import is_away, outlast
-from lidit.uris import shown
-from lidit.watchdog import arm
+from lidit.runtime.outage import is_away, outlast
+from lidit.runtime.uris import shown
+from lidit.runtime.watchdog import arm
+from lidit.store import columns
 from pipelines.known import IN_RUN, IN_TABLE, NEW, REPEATED, UNKNOWN
 from pipelines.pool import Attempt, read_ahead
 from pipelines.runs import runs_folder

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from lidit.printable import printable
+from lidit.runtime.printable import printable
 from pipelines.inspect_samples import Picture, Sample
 from pipelines.inspect_style import STYLE
 from pipelines.inspect_table import REASONS_SHOWN, Facts, Reason, StageFacts

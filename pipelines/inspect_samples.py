@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from lidit import columns
-from lidit.buckets import parse_bucket
-from lidit.config_files import MAX_BYTES, load_yaml
-from lidit.pixels import UPRIGHT, bucket_pixels, eight_bits, open_image, orientation, to_bytes
-from lidit.uris import shown
+from lidit.images.pixels import UPRIGHT, bucket_pixels, eight_bits, open_image, orientation, to_bytes
+from lidit.runtime.config_files import MAX_BYTES, load_yaml
+from lidit.runtime.uris import shown
+from lidit.store import columns
+from lidit.store.buckets import parse_bucket
 from pipelines.inspect_table import metadata_of
 from pipelines.runs import runs_folder
 
@@ -120,7 +120,7 @@ def open_decoder(store: str, dataset: lance.LanceDataset, model: str | None, rev
 
 def _decoder_of(model: str, revision: str | None, wanted: dict[str, Any], download: bool) -> Decoder:
     """The autoencoder, if it is the one of a fingerprint. `download`: whether it may be fetched, if it is a hub id."""
-    from lidit.vae import load_vae
+    from lidit.frozen.vae import load_vae
 
     try:
         vae = load_vae(model, revision, wanted.get("dtype", "fp32"), download=download)
@@ -184,7 +184,7 @@ def _decode_back(
     """Fills `cropped`, `decoded`, `psnr` of the samples that have latents, one image at a time."""
     import torch
 
-    from lidit.codec import decode_latents
+    from lidit.store.codec import decode_latents
 
     for sample, data, values, bucket in zip(samples, images, decode_latents(latents, stored, buckets), buckets):
         if values is None or data is None:

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lance.file import LanceFileReader
 
-from lidit import columns
-from lidit.stale import stale_columns
-from lidit.uris import shown
+from lidit.runtime.uris import shown
+from lidit.store import columns
+from lidit.store.stale import stale_columns
 from pipelines.runs import Run, runs_folder
 from pipelines.table import Table, field_ids
 

@@ -22,9 +22,9 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from lidit import columns
-from lidit.printable import one_line, printable
-from lidit.uris import check_config
+from lidit.runtime.printable import one_line, printable
+from lidit.runtime.uris import check_config
+from lidit.store import columns
 from pipelines.inspect_charts import bars, histogram
 from pipelines.inspect_page import Chart, Page, human, render
 from pipelines.inspect_samples import draw_samples, open_decoder

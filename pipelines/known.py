@@ -22,7 +22,7 @@ import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.hash_index import HashIndex, KeySet, keys_of
 from pipelines.table import Table
 

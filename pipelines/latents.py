@@ -24,11 +24,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lidit import codec, columns
-from lidit.batches import to_host
-from lidit.buckets import Bucket, bucket_name, make_buckets, nearest_bucket
-from lidit.pixels import MAX_PIXELS, RULES, ImageError, bucket_pixels, open_image, to_unit_range, upright_size
-from lidit.vae import DTYPES, VAE
+from lidit.frozen.batching import to_host
+from lidit.frozen.vae import DTYPES, VAE
+from lidit.images.pixels import MAX_PIXELS, RULES, ImageError, bucket_pixels, open_image, to_unit_range, upright_size
+from lidit.store import codec, columns
+from lidit.store.buckets import Bucket, bucket_name, make_buckets, nearest_bucket
 from pipelines.stage import StageConfig, run_stage
 from pipelines.summary import Summary
 from pipelines.table import UNCOMPRESSED, Table

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lidit.pixels import open_rgb
+from lidit.images.pixels import open_rgb
 from pipelines.prompt_sets import Picture
 
 UNFINISHED = ".unfinished"

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lidit.files import is_there, make_folder, replace_file
-from lidit.outage import outlast
+from lidit.runtime.files import is_there, make_folder, replace_file
+from lidit.runtime.outage import outlast
 from pipelines.hash_index import keys_of
 
 FOLDER = "_listed"  # in the table's folder

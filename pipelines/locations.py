@@ -22,9 +22,9 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from lidit.files import NoRegularFile, check_regular, open_regular
-from lidit.outage import is_away, outlast
-from lidit.uris import shown
+from lidit.runtime.files import NoRegularFile, check_regular, open_regular
+from lidit.runtime.outage import is_away, outlast
+from lidit.runtime.uris import shown
 
 LONGEST_KIND, MOST_KINDS = 40, 100  # of the words for files that are not taken
 STAT_THREADS = 16
@@ -52,7 +52,7 @@ class File:
 def real_place(uri: str) -> str:
     """A path of this machine made absolute, `~` and links resolved: ids are made of it. A URI stays.
 
-    `lidit.places.absolute` leaves links: a store may be mounted elsewhere on another machine.
+    `lidit.runtime.places.absolute` leaves links: a store may be mounted elsewhere on another machine.
 
     Raises:
         ValueError: links on the way lead in a circle.

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lidit.cluster import start_ray
+from lidit.runtime.cluster import start_ray
 from pipelines.job_metrics import JobMetrics
 
 DEATHS_OF_A_ROW = 2  # before it is quarantined

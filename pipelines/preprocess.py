@@ -25,14 +25,14 @@ from typing import Any, Literal
 import fsspec
 import yaml
 
-from lidit import columns
-from lidit.durable import flushed_commit
-from lidit.files import replace_file
-from lidit.lease import Lease, LeaseHeld, LeaseLost
-from lidit.outage import outlast
-from lidit.places import absolute, settled
-from lidit.printable import printable
-from lidit.uris import check_config, shown
+from lidit.runtime.durable import flushed_commit
+from lidit.runtime.files import replace_file
+from lidit.runtime.lease import Lease, LeaseHeld, LeaseLost
+from lidit.runtime.outage import outlast
+from lidit.runtime.places import absolute, settled
+from lidit.runtime.printable import printable
+from lidit.runtime.uris import check_config, shown
+from lidit.store import columns
 from pipelines import embed, ingest, latents, recaption, verify
 from pipelines.embed import EmbedConfig
 from pipelines.ingest import IngestConfig

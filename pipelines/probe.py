@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from lidit.text import EncoderConfig
-from lidit.uris import check_config
+from lidit.frozen.text import EncoderConfig
+from lidit.runtime.uris import check_config
 from pipelines.embed import DEMO_ENCODERS
 from pipelines.probe_linear import Reading, Split, read_labels, split_rows
 from pipelines.probe_states import Pooled, Way, pooled_states, ways_of

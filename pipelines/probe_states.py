@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lidit.batches import plan_batches
-from lidit.beginnings import beginnings
-from lidit.cut import blocks_of
-from lidit.text import EncoderConfig, PromptEncoder
+from lidit.frozen.batching import plan_batches
+from lidit.frozen.early_exit import blocks_of
+from lidit.frozen.text import EncoderConfig, PromptEncoder
+from lidit.frozen.truncation import beginnings
 
 MOST_WORDS = 4096  # of the control's vocabulary, the most frequent tokens
 EPS = 1e-6

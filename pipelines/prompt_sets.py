@@ -15,8 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from lidit import columns
-from lidit.files import check_regular
+from lidit.runtime.files import check_regular
+from lidit.store import columns
 from pipelines.ingest_work import new_items
 from pipelines.runs import Run
 from pipelines.sources_listed import Prompts

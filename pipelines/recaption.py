@@ -22,11 +22,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 
-from lidit import columns
-from lidit.caption_gate import IMAGE_IGNORED, OK, GateConfig, judge, same_text
-from lidit.caption_image import IMAGE_RULES
-from lidit.caption_request import INSTRUCTION, CaptionAnswer, CaptionEngine, CaptionRequest, prompt_text
-from lidit.captioner import Captioner, VlmConfig
+from lidit.store import columns
+from pipelines.captioning.gate import IMAGE_IGNORED, OK, GateConfig, judge, same_text
+from pipelines.captioning.image import IMAGE_RULES
+from pipelines.captioning.request import INSTRUCTION, CaptionAnswer, CaptionEngine, CaptionRequest, prompt_text
+from pipelines.captioning.transformers_engine import Captioner, VlmConfig
 from pipelines.endpoint import EndpointCaptioner, EndpointConfig
 from pipelines.stage import StageConfig, run_stage
 from pipelines.summary import Summary

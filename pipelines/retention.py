@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.table import Table
 
 VERIFIED_TAG = "lidit-verified"  # the version that a scheduled run has verified last

@@ -26,10 +26,10 @@ from typing import Literal
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from lidit import columns
-from lidit.alive import Heartbeat, is_alive, make_heartbeat, read_heartbeat
-from lidit.files import is_there, make_folder, remove_file, replace_file
-from lidit.outage import outlast
+from lidit.runtime.files import is_there, make_folder, remove_file, replace_file
+from lidit.runtime.heartbeat import Heartbeat, is_alive, make_heartbeat, read_heartbeat
+from lidit.runtime.outage import outlast
+from lidit.store import columns
 from pipelines.table import Table
 
 SEEN_SECONDS, SEEN_PAUSE = 10.0, 0.5  # a network disk may show a new folder late

@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lidit import columns
-from lidit.files import is_there, replace_file
-from lidit.outage import outlast
-from lidit.pixels import ImageError, open_rgb
-from lidit.places import settled
-from lidit.printable import one_line
+from lidit.images.pixels import ImageError, open_rgb
+from lidit.runtime.files import is_there, replace_file
+from lidit.runtime.outage import outlast
+from lidit.runtime.places import settled
+from lidit.runtime.printable import one_line
+from lidit.store import columns
 from pipelines.score_clip import ClipScore
 from pipelines.score_fid import fid, fid_features
 from pipelines.score_scenes import Scenes

@@ -15,10 +15,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lidit import columns
-from lidit.beginnings import beginnings
-from lidit.loading import load_model, load_processor
-from lidit.model_files import (
+from lidit.frozen.loading import load_model, load_processor
+from lidit.frozen.truncation import beginnings
+from lidit.runtime.model_files import (
     config_digest,
     processor_digest,
     resolve_model,
@@ -26,6 +25,7 @@ from lidit.model_files import (
     tokenizer_digest,
     weights_digest,
 )
+from lidit.store import columns
 from pipelines.score_intervals import estimate
 
 SCORE = "clip_score"

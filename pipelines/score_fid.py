@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lidit import columns
-from lidit.loading import load_model, load_processor
-from lidit.model_files import PIN, check_pin, model_digest, resolve_model, split_revision
-from lidit.pixels import open_rgb
+from lidit.frozen.loading import load_model, load_processor
+from lidit.images.pixels import open_rgb
+from lidit.runtime.model_files import PIN, check_pin, model_digest, resolve_model, split_revision
+from lidit.store import columns
 from pipelines.table import Table
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.score_intervals import estimate, mean_of_means
 
 RULES = 1  # goes into the fingerprint: count it up where the judgement changes

@@ -28,9 +28,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from lidit import columns
-from lidit.pixels import HAS_HEIF
-from lidit.uris import shown
+from lidit.images.pixels import HAS_HEIF
+from lidit.runtime.uris import shown
+from lidit.store import columns
 from pipelines.image_check import check_image, digest
 from pipelines.locations import too_large
 from pipelines.table import UNCOMPRESSED

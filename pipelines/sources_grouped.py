@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lidit.uris import shown
+from lidit.runtime.uris import shown
 from pipelines.locations import (
     count_left_out,
     find_files,

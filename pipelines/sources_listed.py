@@ -21,8 +21,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from lidit import columns
-from lidit.uris import shown
+from lidit.runtime.uris import shown
+from lidit.store import columns
 from pipelines.image_check import digest
 from pipelines.locations import (
     count_left_out,

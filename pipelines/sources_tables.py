@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lidit.checksum import DamagedBytes, no_panic
-from lidit.outage import is_away
+from lidit.runtime.outage import is_away
+from lidit.store.checksum import DamagedBytes, no_panic
 from pipelines.locations import (
     STAT_THREADS,
     File,

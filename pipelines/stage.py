@@ -20,11 +20,11 @@ import ray
 import yaml
 from lance.file import LanceFileReader
 
-from lidit import columns
-from lidit.checksum import is_ours
-from lidit.places import settled
-from lidit.stale import stale_columns
-from lidit.uris import check_config
+from lidit.runtime.places import settled
+from lidit.runtime.uris import check_config
+from lidit.store import columns
+from lidit.store.checksum import is_ours
+from lidit.store.stale import stale_columns
 from pipelines.field_prints import field_differences, unrecorded_keys
 from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
 from pipelines.progress import JobProgress
@@ -251,8 +251,8 @@ def _reads(fields: list[pa.Field]) -> list[str]:
 def _units(table: Table, fields: list[pa.Field], with_stale: bool = True) -> tuple[list[dict[str, Any]], int]:
     """(fragments with the columns they lack and can get now, number of fragments that wait for a column to read).
 
-    A column is lacking, too, where what it was made from has changed since (`lidit.stale`). A compaction by another tool writes
-    nulls where a column was missing: such fragments are looked into, and done again.
+    A column is lacking, too, where what it was made from has changed since (`lidit.store.stale`). A compaction by another tool
+    writes nulls where a column was missing: such fragments are looked into, and done again.
     """
     dataset = table.open()
     reads = {f.name: f.metadata[READS.encode()].decode() for f in fields}

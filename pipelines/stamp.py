@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lance.file import LanceFileReader
 
-from lidit import columns
-from lidit.codec import decode, excess
-from lidit.stale import stale_columns
+from lidit.store import columns
+from lidit.store.codec import decode, excess
+from lidit.store.stale import stale_columns
 from pipelines.field_prints import field_differences, unrecorded_keys
 from pipelines.summary import Summary
 from pipelines.table import Table

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lidit.printable import one_line, printable
+from lidit.runtime.printable import one_line, printable
 
 SHOWN_ENDINGS = 8  # of files that were passed over
 

@@ -29,10 +29,10 @@ from lance.commit import CommitConflictError
 from lance.file import LanceFileReader, LanceFileWriter
 from lance.fragment import DataFile, FragmentMetadata
 
-from lidit.checksum import DIGEST, MADE_FOR, ColumnDigest, data_file_uri, image_ids_digest, made_for, read_notes
-from lidit.durable import flushed_commit, make_folders, publish
-from lidit.files import is_there, remove_file
-from lidit.outage import AWAY_SECONDS, is_away, make_lance_patient, outlast
+from lidit.runtime.durable import flushed_commit, make_folders, publish
+from lidit.runtime.files import is_there, remove_file
+from lidit.runtime.outage import AWAY_SECONDS, is_away, make_lance_patient, outlast
+from lidit.store.checksum import DIGEST, MADE_FOR, ColumnDigest, data_file_uri, image_ids_digest, made_for, read_notes
 from pipelines.field_prints import field_differences, made_before, unrecorded_keys
 
 # Chosen by measurement, docs/storage.md: large_binary without compression.

@@ -29,17 +29,17 @@ import torch
 import transformers
 from lance.file import LanceFileReader
 
-from lidit import columns
-from lidit.beginnings import beginnings
-from lidit.checksum import no_panic
-from lidit.codec import bytes_per_token, decode, decode_bytes, excess, finite_values
-from lidit.fingerprints import comparable, warn_unrecorded
-from lidit.loading import load_config, load_model, load_tokenizer
-from lidit.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
-from lidit.printable import one_line
-from lidit.stale import stale_columns
-from lidit.text import DTYPES, ENCODER_ONLY, EncoderConfig
-from lidit.uris import check_config, shown
+from lidit.frozen.loading import load_config, load_model, load_tokenizer
+from lidit.frozen.text import DTYPES, ENCODER_ONLY, EncoderConfig
+from lidit.frozen.truncation import beginnings
+from lidit.runtime.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
+from lidit.runtime.printable import one_line
+from lidit.runtime.uris import check_config, shown
+from lidit.store import columns
+from lidit.store.checksum import no_panic
+from lidit.store.codec import bytes_per_token, decode, decode_bytes, excess, finite_values
+from lidit.store.fingerprints import comparable, warn_unrecorded
+from lidit.store.stale import stale_columns
 from pipelines.inspect_table import stale_facts
 from pipelines.table import Table
 from pipelines.verify_files import Unchecked, wrong_content, wrong_places

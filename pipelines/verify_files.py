@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import lance
 from lance.file import LanceFileReader
 
-from lidit import columns
-from lidit.checksum import HeldFile, content_problems, held_files, held_image_ids, place_problems, read_notes
+from lidit.store import columns
+from lidit.store.checksum import HeldFile, content_problems, held_files, held_image_ids, place_problems, read_notes
 
 
 def wrong_content(

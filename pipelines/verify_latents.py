@@ -8,8 +8,8 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from lidit import columns
-from lidit.codec import decode_latents
+from lidit.store import columns
+from lidit.store.codec import decode_latents
 from pipelines.verify_scope import fresh_in, scan
 
 READ_ROWS = 64

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from lidit import columns
-from lidit.printable import printable
+from lidit.runtime.printable import printable
+from lidit.store import columns
 
 CHANGE_VALUES = ("diffusers", "pillow", "tokenizers", "torch", "transformers")  # with a minor version, a little
 MADE_WITH = "lidit:made_with"  # key of a data file's own metadata: JSON, library -> version, and `device`

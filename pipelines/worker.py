@@ -17,12 +17,12 @@ import ray
 import torch
 from lance.file import LanceFileReader
 
-from lidit import columns
-from lidit.checksum import no_panic
-from lidit.outage import outlast
-from lidit.stale import made_from
-from lidit.uris import shown
-from lidit.watchdog import arm
+from lidit.runtime.outage import outlast
+from lidit.runtime.uris import shown
+from lidit.runtime.watchdog import arm
+from lidit.store import columns
+from lidit.store.checksum import no_panic
+from lidit.store.stale import made_from
 from pipelines.field_prints import field_differences
 from pipelines.pool import Attempt, read_ahead
 from pipelines.table import READ_BUFFER_BYTES, ColumnFileWriter, Table, column_holder, field_ids, missing_in

@@ -429,10 +429,10 @@ def scene_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from lidit.config import LIDiTConfig
     from lidit.diffusion import Flow, objective_to_dict
+    from lidit.frozen.text import EncoderConfig, PromptEncoder
+    from lidit.frozen.vae import VAE
     from lidit.layers import ZeroLinear
     from lidit.model import LIDiT
-    from lidit.text import EncoderConfig, PromptEncoder
-    from lidit.vae import VAE
     from lidit.weights import save_weights
 
     configs = [

@@ -21,16 +21,23 @@ import lance.file
 import pyarrow as pa
 import pytest
 
-import lidit.alive
-import lidit.files
-import lidit.lease
-import lidit.outage
+import lidit.runtime.files
+import lidit.runtime.heartbeat
+import lidit.runtime.lease
+import lidit.runtime.outage
 import pipelines.runs
 import pipelines.table
 from tests.consistency_world import Process, Task, World
 
 HEARTBEAT = 300.0  # a third of what it takes to be taken for dead, and not less, for speed
-MODULES = (lidit.alive, lidit.files, lidit.lease, lidit.outage, pipelines.runs, pipelines.table)
+MODULES = (
+    lidit.runtime.heartbeat,
+    lidit.runtime.files,
+    lidit.runtime.lease,
+    lidit.runtime.outage,
+    pipelines.runs,
+    pipelines.table,
+)
 SCRIPTED = ("time", "threading", "random", "secrets", "uuid", "datetime", "ThreadPoolExecutor")
 
 
@@ -46,10 +53,10 @@ def ground(world: World) -> Iterator[None]:
             for name in SCRIPTED:
                 if hasattr(module, name):
                     patch.setattr(module, name, scripted[name])
-        patch.setattr(lidit.alive, "HEARTBEAT_SECONDS", HEARTBEAT)
-        patch.setattr(lidit.alive, "os", types.SimpleNamespace(getpid=lambda: world.process.pid))
-        patch.setattr(lidit.alive, "host_id", lambda: world.process.host.name)
-        patch.setattr(lidit.alive, "_process_start", lambda pid: _started(world, pid))
+        patch.setattr(lidit.runtime.heartbeat, "HEARTBEAT_SECONDS", HEARTBEAT)
+        patch.setattr(lidit.runtime.heartbeat, "os", types.SimpleNamespace(getpid=lambda: world.process.pid))
+        patch.setattr(lidit.runtime.heartbeat, "host_id", lambda: world.process.host.name)
+        patch.setattr(lidit.runtime.heartbeat, "_process_start", lambda pid: _started(world, pid))
         _script_lance(world, patch)
         try:
             yield

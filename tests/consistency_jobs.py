@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lidit.lease import Lease, check_number
+from lidit.runtime.lease import Lease, check_number
 from pipelines.runs import Run
 from pipelines.table import ColumnFileWriter, Table
 from tests.consistency_ground import ground

@@ -16,8 +16,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lidit.codec import decode_bytes
 from lidit.diffusion import Objective, draw, sample_rng
+from lidit.store.codec import decode_bytes
 from trainer.config import DataConfig
 from trainer.features import EmbedsFormat, Features
 from trainer.plan import Rows

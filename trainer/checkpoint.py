@@ -15,10 +15,10 @@ older one. A rank that cannot write says so, and all of them stop together.
 **One driver at a time.** A driver that was silent for long may have been replaced by another one, whose lease has a higher
 number, and its ranks may wake up later. They cannot write over what the new one's ranks have saved: files go into folders of
 their own, and a manifest is created only where there is none. Before rank 0 writes a manifest or deletes anything it looks for
-a higher lease (`lidit.lease.check_number`); if there is one, the save fails and the run ends. The holder of the lease itself
-replaces a checkpoint that an earlier start has left at the step that it saves: it did not go on from there, so that one is
-damaged, or was finished after this run had begun; metrics and everything later come from what is saved now. Between the look
-and the deletion of one file a moment remains, which object stores offer no way to close.
+a higher lease (`lidit.runtime.lease.check_number`); if there is one, the save fails and the run ends. The holder of the lease
+itself replaces a checkpoint that an earlier start has left at the step that it saves: it did not go on from there, so that one
+is damaged, or was finished after this run had begun; metrics and everything later come from what is saved now. Between the
+look and the deletion of one file a moment remains, which object stores offer no way to close.
 
 How a run goes on from one: resume.py.
 """
@@ -34,9 +34,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lidit.durable import make_folders, publish
-from lidit.lease import LeaseLost, check_number
-from lidit.outage import outlast
+from lidit.runtime.durable import make_folders, publish
+from lidit.runtime.lease import LeaseLost, check_number
+from lidit.runtime.outage import outlast
 from trainer import universal
 from trainer.config import CheckpointConfig
 from trainer.ema import EMA

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lidit import columns
 from lidit.diffusion import DDPM, Flow, Objective
-from lidit.uris import check_config
+from lidit.runtime.uris import check_config
+from lidit.store import columns
 from trainer.config_parts import (
     CheckpointConfig,
     DataConfig,

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from lidit import columns
 from lidit.config import SIZES, LIDiTConfig
+from lidit.store import columns
 from trainer.fields import at_least
 
 Size = Literal["tiny", "small", "1b", "10b"]

@@ -1,7 +1,7 @@
 """Reads the data files of a run once more while it trains: a disk's flipped bits must not be trained on unseen.
 
 Loading rows looks at no digest, since digests are of whole columns. So a thread reads each file that the run's tables refer
-to once, column by column, against the notes that its writer left in it (`lidit.checksum`). The ranks share the files. It
+to once, column by column, against the notes that its writer left in it (`lidit.store.checksum`). The ranks share the files. It
 reads slowly, at the lowest priority, and holds little memory; a run that ends sooner has checked a part, each start another.
 """
 
@@ -19,8 +19,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lance.file import LanceFileReader
 
-from lidit.checksum import HeldFile, content_problems, held_files, held_image_ids, place_problems, read_notes
-from lidit.outage import outlast
+from lidit.runtime.outage import outlast
+from lidit.store.checksum import HeldFile, content_problems, held_files, held_image_ids, place_problems, read_notes
 from trainer.features import Features
 
 BYTES_PER_SECOND = 16 << 20  # of a rank: less than a hundredth of what its loader may read

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lidit.alive import HEARTBEAT_SECONDS
-from lidit.lease import Lease, LeaseHeld, LeaseLost
-from lidit.outage import is_away
+from lidit.runtime.heartbeat import HEARTBEAT_SECONDS
+from lidit.runtime.lease import Lease, LeaseHeld, LeaseLost
+from lidit.runtime.outage import is_away
 from trainer.signals import STOP
 from trainer.storage import Storage
 

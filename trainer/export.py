@@ -23,9 +23,9 @@ from torch import Tensor
 
 from lidit.config import LIDiTConfig
 from lidit.model import LIDiT
-from lidit.model_files import split_revision
-from lidit.places import absolute
-from lidit.uris import check_config
+from lidit.runtime.model_files import split_revision
+from lidit.runtime.places import absolute
+from lidit.runtime.uris import check_config
 from lidit.weights import expected_shapes, save_weights
 from trainer.checkpoint import EMA_FOLDER, ENGINE
 from trainer.config import OptimizerConfig

@@ -14,13 +14,13 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from lidit import columns
-from lidit.buckets import parse_bucket
-from lidit.checksum import no_panic
-from lidit.codec import bytes_per_token
-from lidit.durable import flushed_commit
-from lidit.fingerprints import comparable, warn_unrecorded
-from lidit.outage import is_away, outlast
+from lidit.runtime.durable import flushed_commit
+from lidit.runtime.outage import is_away, outlast
+from lidit.store import columns
+from lidit.store.buckets import parse_bucket
+from lidit.store.checksum import no_panic
+from lidit.store.codec import bytes_per_token
+from lidit.store.fingerprints import comparable, warn_unrecorded
 
 METADATA_CACHE = 256 << 20  # bytes that Lance may keep of the files' metadata
 LATENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -34,7 +34,7 @@ class EncoderStates:
     instruction_embeds: np.ndarray  # (P, E) float32
     null_embeds: np.ndarray  # (L, E) float32, the empty prompt; L may be 0
     fingerprint: dict[str, Any]
-    config: dict[str, Any]  # fields of `lidit.text.EncoderConfig`
+    config: dict[str, Any]  # fields of `lidit.frozen.text.EncoderConfig`
 
 
 @dataclass(frozen=True)

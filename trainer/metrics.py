@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lidit.durable import publish
+from lidit.runtime.durable import publish
 from trainer.config import MetricsConfig
 from trainer.ray_metrics import RayGauges
 from trainer.storage import Storage

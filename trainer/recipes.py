@@ -6,7 +6,7 @@ silent on warm-up, weight decay, EMA, prompt drop and the steps of the single ph
 
 from __future__ import annotations
 
-from lidit import columns
+from lidit.store import columns
 from trainer.config import (
     CheckpointConfig,
     DataConfig,

@@ -3,8 +3,8 @@
 A local folder is written in place. To anything else files are written on the machine's own disk first and uploaded whole;
 an object store shows a file only once it is complete.
 
-Everything here may be done twice, and is: while storage is away (lidit/outage.py) it waits for it. Not there is only what
-storage itself says is not there; any other error is raised, since deleting and writing anew hang on the answer.
+Everything here may be done twice, and is: while storage is away (lidit/runtime/outage.py) it waits for it. Not there is only
+what storage itself says is not there; any other error is raised, since deleting and writing anew hang on the answer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from lidit.durable import flush, make_folders, publish
-from lidit.files import create_exclusively
-from lidit.outage import outlast
+from lidit.runtime.durable import flush, make_folders, publish
+from lidit.runtime.files import create_exclusively
+from lidit.runtime.outage import outlast
 
 LOOKS = 3  # at a folder that is there and cannot be listed: something else changes it
 

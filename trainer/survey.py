@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lidit import columns
+from lidit.store import columns
 from trainer.features import Features
 from trainer.plan import Rows, is_held_out, left_out
 

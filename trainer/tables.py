@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from lance.file import LanceFileReader
 
-from lidit.buckets import parse_bucket
 from lidit.config import LIDiTConfig
 from lidit.diffusion import Objective
-from lidit.fingerprints import comparable, warn_unrecorded
-from lidit.places import store_place
-from lidit.stale import stale_columns
+from lidit.runtime.places import store_place
+from lidit.store.buckets import parse_bucket
+from lidit.store.fingerprints import comparable, warn_unrecorded
+from lidit.store.stale import stale_columns
 from trainer.batches import plan_phase
 from trainer.config import PhaseConfig, TrainConfig
 from trainer.features import Features

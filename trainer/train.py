@@ -17,8 +17,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from lidit.lease import Lease
-from lidit.places import settled
+from lidit.runtime.lease import Lease
+from lidit.runtime.places import settled
 from trainer.checkpoint import Observe
 from trainer.config import TrainConfig
 from trainer.driver import in_thread, only_driver, stopped_by_signals
@@ -139,7 +139,7 @@ def _start_ray(config: TrainConfig) -> None:
     """Ray, with as many CPUs as the ranks ask for where it is local."""
     import ray
 
-    from lidit.cluster import start_ray
+    from lidit.runtime.cluster import start_ray
 
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in the config are the user's
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")

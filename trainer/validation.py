@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lidit import columns
-from lidit.codec import decode
 from lidit.diffusion import Objective, loss_per_sample, sample_rng
-from lidit.fingerprints import comparable, warn_unrecorded
 from lidit.sampler import PromptBatch, SamplerConfig, initial_noise, sample
+from lidit.store import columns
+from lidit.store.codec import decode
+from lidit.store.fingerprints import comparable, warn_unrecorded
 from trainer.assemble import Assembler
 from trainer.config import TrainConfig
 from trainer.ema import EMA
@@ -162,8 +162,8 @@ class SampleGrid:
             first = latents[:, [0, min(1, latents.shape[1] - 1), min(2, latents.shape[1] - 1)]]
             return first / first.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
         if self._vae is None:
-            from lidit.model_files import split_revision
-            from lidit.vae import load_vae
+            from lidit.frozen.vae import load_vae
+            from lidit.runtime.model_files import split_revision
 
             self._vae = load_vae(*split_revision(self.vae_path), device=self.ranks.device)
         return torch.cat([self._vae.decode(row[None]).cpu() for row in latents])

@@ -29,9 +29,9 @@ import numpy as np
 import report
 import torch
 
-from lidit import columns
-from lidit.codec import bytes_per_token
-from lidit.text import EncoderConfig, PromptEncoder
+from lidit.frozen.text import EncoderConfig, PromptEncoder
+from lidit.store import columns
+from lidit.store.codec import bytes_per_token
 
 ROWS_PER_FRAGMENT = 1024  # the default of ingest
 PADDED_TOKENS = 256  # what a dense store keeps of every prompt, in bf16

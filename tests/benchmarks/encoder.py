@@ -29,8 +29,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lidit.cut import blocks_of, stop_here
-from lidit.text import DTYPES, EncoderConfig, PromptEncoder
+from lidit.frozen.early_exit import blocks_of, stop_here
+from lidit.frozen.text import DTYPES, EncoderConfig, PromptEncoder
 
 ROWS = 64  # of a batch of the loops
 PAD_TO = 256  # prompt tokens of the naive loop

@@ -34,11 +34,11 @@ import pyarrow as pa
 import report
 import torch
 
-from lidit import columns
-from lidit.buckets import make_buckets
-from lidit.codec import encode_latents
-from lidit.pixels import bucket_pixels, to_unit_range
-from lidit.vae import load_vae
+from lidit.frozen.vae import load_vae
+from lidit.images.pixels import bucket_pixels, to_unit_range
+from lidit.store import columns
+from lidit.store.buckets import make_buckets
+from lidit.store.codec import encode_latents
 from pipelines.latents import EncodeLatents, LatentsConfig
 from pipelines.pool import ActorsConfig
 from pipelines.table import UNCOMPRESSED, ColumnFileWriter, Table

@@ -76,7 +76,7 @@ class Rows:
 def write_lance(rows: Rows, folder: Path) -> None:
     import pyarrow as pa
 
-    from lidit import columns
+    from lidit.store import columns
     from pipelines.embed import ENCODERS_SCHEMA
     from pipelines.table import UNCOMPRESSED, ColumnFileWriter, Table
 

@@ -26,8 +26,8 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).parent))
 import report
 
-from lidit import columns
-from lidit.codec import decode_latents
+from lidit.store import columns
+from lidit.store.codec import decode_latents
 from lidit.text_to_image import TextToImage
 
 ENCODERS = {"stories": "stories260K", "babyllama": "babyllama-tok105"}

@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 import report
 
-from lidit import columns
-from lidit.buckets import bucket_name, make_buckets
+from lidit.store import columns
+from lidit.store.buckets import bucket_name, make_buckets
 from pipelines.embed import ENCODERS_SCHEMA
 from pipelines.table import Table
 from trainer.batches import plan_phase

@@ -26,9 +26,9 @@ from typing import Any
 import report
 import torch
 
-from lidit import columns
-from lidit.caption_image import shown_image
-from lidit.caption_request import INSTRUCTION, CaptionRequest
+from lidit.store import columns
+from pipelines.captioning.image import shown_image
+from pipelines.captioning.request import INSTRUCTION, CaptionRequest
 
 TARGET = 0.9
 MAX_NEW_TOKENS = 128
@@ -36,7 +36,7 @@ MAX_NEW_TOKENS = 128
 
 def config(store: str, model: str, dtype: str, threads: int, gpus: float) -> Any:
     """The job: one actor, no retries, no blank images."""
-    from lidit.captioner import VlmConfig
+    from pipelines.captioning.transformers_engine import VlmConfig
     from pipelines.pool import ActorsConfig
     from pipelines.recaption import RecaptionConfig
 

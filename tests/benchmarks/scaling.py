@@ -25,7 +25,7 @@ from pathlib import Path
 
 import report
 
-from lidit.text import EncoderConfig
+from lidit.frozen.text import EncoderConfig
 
 DRIVER_ROWS = (1_000, 10_000, 100_000)
 DRIVER_FRAGMENT = 1_000

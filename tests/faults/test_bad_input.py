@@ -17,8 +17,8 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from lidit import columns
-from lidit.text import EncoderConfig
+from lidit.frozen.text import EncoderConfig
+from lidit.store import columns
 from pipelines import embed, ingest, verify
 from pipelines.embed import EmbedConfig
 from pipelines.ingest import IngestConfig

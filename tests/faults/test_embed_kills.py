@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lidit.codec import decode_bytes
+from lidit.store.codec import decode_bytes
 
 pytestmark = pytest.mark.faults
 

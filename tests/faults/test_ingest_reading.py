@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from lidit import columns
+from lidit.store import columns
 from pipelines import ingest, ingest_worker
 from pipelines.ingest import IngestConfig
 from pipelines.pool import ActorsConfig

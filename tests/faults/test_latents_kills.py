@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import ray
 
-from lidit.codec import decode_latents_bytes
+from lidit.store.codec import decode_latents_bytes
 from pipelines.latents import EncodeLatents, LatentsConfig
 from pipelines.pool import ActorsConfig
 from pipelines.stage import CommitConfig, run_stage

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from lidit.caption_request import INSTRUCTION, CaptionAnswer, CaptionRequest
 from pipelines import ingest, recaption
+from pipelines.captioning.request import INSTRUCTION, CaptionAnswer, CaptionRequest
 from pipelines.endpoint import EndpointCaptioner, EndpointConfig
 from pipelines.ingest import IngestConfig
 from pipelines.pool import ActorsConfig

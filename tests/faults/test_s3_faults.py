@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lidit.codec import decode_bytes
-from lidit.lease import Lease, LeaseHeld
+from lidit.runtime.lease import Lease, LeaseHeld
+from lidit.store.codec import decode_bytes
 from pipelines.table import Table
 
 pytestmark = pytest.mark.faults

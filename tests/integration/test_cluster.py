@@ -64,7 +64,7 @@ def test_nobody_submits_without_the_token(nodes: Any, cloud: Any, s3: Any) -> No
 
 LOCAL = """
 import ray
-from lidit.cluster import start_ray
+from lidit.runtime.cluster import start_ray
 start_ray(ray, num_cpus=1)
 print(ray.get_runtime_context().gcs_address, flush=True)
 input()

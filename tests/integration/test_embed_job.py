@@ -11,8 +11,8 @@ import lance
 import numpy as np
 import pytest
 
-from lidit.codec import decode
-from lidit.text import EncoderConfig, PromptEncoder
+from lidit.frozen.text import EncoderConfig, PromptEncoder
+from lidit.store.codec import decode
 from pipelines import embed, ingest, verify
 from pipelines.embed import EmbedConfig
 from pipelines.ingest import IngestConfig

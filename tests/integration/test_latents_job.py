@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lidit.buckets import make_buckets
-from lidit.codec import decode_latents
-from lidit.pixels import bucket_pixels, to_unit_range
-from lidit.vae import load_vae
+from lidit.frozen.vae import load_vae
+from lidit.images.pixels import bucket_pixels, to_unit_range
+from lidit.store.buckets import make_buckets
+from lidit.store.codec import decode_latents
 from pipelines import embed, ingest, latents, verify
 from pipelines.embed import EmbedConfig
 from pipelines.ingest import IngestConfig
@@ -215,7 +215,7 @@ def test_beside_an_embed_run(world: Any, config: LatentsConfig) -> None:
     """Two stages on one table at once, each its own columns."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from lidit.text import EncoderConfig
+    from lidit.frozen.text import EncoderConfig
 
     put(world, "scenes:90", 30)
     encoder = EncoderConfig("one", str(world.llms["one"]), template="plain", dtype="fp32")

@@ -13,10 +13,10 @@ from torch import Tensor
 from demo.scenes import describe, make_scene, render
 from lidit.config import lidit_tiny
 from lidit.diffusion import DDPM, Flow, Objective, draw, loss_per_sample
+from lidit.frozen.text import EncoderConfig, PromptEncoder
+from lidit.frozen.vae import load_vae
 from lidit.model import LIDiT
 from lidit.sampler import PromptBatch, SamplerConfig, initial_noise, sample
-from lidit.text import EncoderConfig, PromptEncoder
-from lidit.vae import load_vae
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
 DEMO = Path(__file__).parents[2] / "demo"

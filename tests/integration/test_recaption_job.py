@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from demo.caption_check import check_caption
-from lidit.caption_request import CaptionRequest, prompt_text
-from lidit.captioner import Captioner
-from lidit.text import EncoderConfig
+from lidit.frozen.text import EncoderConfig
 from pipelines import embed, ingest, recaption, verify
+from pipelines.captioning.request import CaptionRequest, prompt_text
+from pipelines.captioning.transformers_engine import Captioner
 from pipelines.ingest import IngestConfig
 from pipelines.pool import ActorsConfig
 from pipelines.recaption import DEMO_VLM, RecaptionConfig

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lidit import columns
+from lidit.store import columns
 from lidit.weights import load_weights
 from trainer.config import CheckpointConfig, ZeroConfig
 from trainer.export import ExportConfig

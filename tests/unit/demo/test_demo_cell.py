@@ -12,7 +12,7 @@ from demo.cell import Cell, CellConfig, training_rows
 from demo.cell_table import Prompts, States, encode_prompts, scene_latents
 from demo.following import HIGH, HeldOutExam, SwapExam, losses, margin_figures
 from demo.swaps import swaps
-from lidit.vae import load_vae
+from lidit.frozen.vae import load_vae
 from trainer.config import OptimizerConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,7 +38,7 @@ def cell_of(rows: tuple[torch.Tensor, Prompts], config: CellConfig = SMALL, seed
 
 
 def test_states_are_the_encoders_own_and_dropped_rows_are_empty(rows):
-    from lidit.text import PromptEncoder
+    from lidit.frozen.text import PromptEncoder
 
     latents, prompts = rows
     assert latents.shape == (24, 4, 8, 8)

@@ -11,7 +11,7 @@ import torch
 
 from demo import train_t5
 from demo.language import TRAIN_SEEDS
-from lidit.text import EncoderConfig, PromptEncoder
+from lidit.frozen.text import EncoderConfig, PromptEncoder
 
 pytestmark = pytest.mark.unit
 

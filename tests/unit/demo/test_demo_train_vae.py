@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from demo.train_vae import TrainVAEConfig, batch_of_scenes, build, build_optimizers, main, parse, scene_pixels
-from lidit.vae import load_vae
+from lidit.frozen.vae import load_vae
 
 pytestmark = pytest.mark.unit
 

@@ -11,7 +11,7 @@ from demo.language import HELD_OUT_SEEDS
 from demo.scenes import image_size
 from demo.train_vae import TrainVAEConfig, examine, finished, scene_pixels
 from demo.vae_card import model_card
-from lidit.vae import load_vae
+from lidit.frozen.vae import load_vae
 
 pytestmark = pytest.mark.unit
 

@@ -20,9 +20,9 @@ from demo.vlm_exam import caption_images
 from demo.vlm_examples import ASPECTS, IGNORED, patch_labels, prompt_ids, vlm_batch
 from demo.vlm_model import GRID, IMAGE_SIDE, REFUSAL
 from demo.world import make_scene
-from lidit.caption_gate import REFUSAL as REFUSED
-from lidit.caption_gate import GateConfig, judge
-from lidit.caption_request import INSTRUCTION, prompt_text
+from pipelines.captioning.gate import REFUSAL as REFUSED
+from pipelines.captioning.gate import GateConfig, judge
+from pipelines.captioning.request import INSTRUCTION, prompt_text
 
 pytestmark = pytest.mark.unit
 FOLDER = Path(__file__).parents[3] / "demo" / "vlm"

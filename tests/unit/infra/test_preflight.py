@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.table import Table
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -86,9 +86,11 @@ def test_a_store_that_cannot_be_written(preflight, tmp_path):
 
 
 def test_a_store_that_ignores_conditions(preflight, store, monkeypatch):
-    import lidit.files
+    import lidit.runtime.files
 
-    monkeypatch.setattr(lidit.files, "create_exclusively", lambda fs, path, content: fs.pipe_file(path, b"preflight"))
+    monkeypatch.setattr(
+        lidit.runtime.files, "create_exclusively", lambda fs, path, content: fs.pipe_file(path, b"preflight")
+    )
     check = preflight.check_store(store)
     assert not check.ok and "twice" in check.found and "If-None-Match" in check.fix
 

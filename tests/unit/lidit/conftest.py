@@ -209,7 +209,7 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prompt_encoders(llms: dict[str, Path]) -> dict[str, Any]:
     """The two tiny LLMs as encoders that read 12 tokens of a prompt."""
-    from lidit.text import EncoderConfig, PromptEncoder
+    from lidit.frozen.text import EncoderConfig, PromptEncoder
 
     options: dict[str, Any] = dict(template="plain", dtype="fp32", max_prompt_tokens=12)
     return {name: PromptEncoder(EncoderConfig(name, str(folder), **options), "cpu") for name, folder in llms.items()}
@@ -226,7 +226,7 @@ def weights_folder(
     import dataclasses
 
     from lidit.diffusion import Flow, objective_to_dict
-    from lidit.vae import VAE
+    from lidit.frozen.vae import VAE
     from lidit.weights import save_weights
 
     encoders = {

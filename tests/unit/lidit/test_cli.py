@@ -12,7 +12,7 @@ import yaml
 
 from lidit import cli
 from lidit.cli import main, parse_config
-from lidit.text import EncoderConfig
+from lidit.frozen.text import EncoderConfig
 from pipelines import embed, ingest, verify
 from pipelines.summary import Summary
 

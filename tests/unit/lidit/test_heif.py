@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lidit.pixels import FORMATS, ImageError, bucket_pixels, open_image
+from lidit.images.pixels import FORMATS, ImageError, bucket_pixels, open_image
 from pipelines.image_check import check_image
 from pipelines.sources import IMAGE_ENDINGS
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import transformers
 
-from lidit.captioner import Captioner, VlmConfig
-from lidit.model_files import (
+from lidit.frozen.text import EncoderConfig, PromptEncoder
+from lidit.runtime.model_files import (
     HARMLESS_KEYS,
     OTHER_TOKENIZER_FILES,
     TOKENIZER_FILES,
@@ -20,7 +20,7 @@ from lidit.model_files import (
     digest_of_files,
     tokenizer_digest,
 )
-from lidit.text import EncoderConfig, PromptEncoder
+from pipelines.captioning.transformers_engine import Captioner, VlmConfig
 
 pytestmark = pytest.mark.unit
 
@@ -85,7 +85,7 @@ def test_every_key_of_the_config_counts_or_changes_nothing(source, tmp_path):
 
 
 def test_the_harmless_keys_of_a_vlm_change_no_caption(tmp_path, photo):
-    from lidit.caption_request import CaptionRequest
+    from pipelines.captioning.request import CaptionRequest
 
     folder = shutil.copytree(ROOT / "demo" / "vlm", tmp_path / "vlm")
     config = json.loads((folder / "config.json").read_text())

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from lidit.text import EncoderConfig, PromptEncoder
+from lidit.frozen.text import EncoderConfig, PromptEncoder
 
 pytestmark = pytest.mark.unit
 

@@ -10,8 +10,8 @@ import torch
 
 import lidit
 from lidit.diffusion import DDPM, Flow
+from lidit.frozen.text import PromptEncoder
 from lidit.sampler import SamplerConfig
-from lidit.text import PromptEncoder
 from lidit.text_to_image import TextToImage
 from lidit.weights import save_weights
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from lidit import columns
+from lidit.store import columns
 from pipelines import ingest_worker
 from pipelines.ingest import IngestConfig
 from pipelines.ingest_work import Work

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 
-from lidit.files import NoRegularFile, open_regular
+from lidit.runtime.files import NoRegularFile, open_regular
 from pipelines import ingest_worker, locations, sources_grouped
 from pipelines.prompt_sets import read_prompts
 from pipelines.sources import MAX_JSON_BYTES, MAX_TEXT_BYTES, ColumnsConfig, Record, open_source

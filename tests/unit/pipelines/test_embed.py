@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lidit import columns
-from lidit.codec import decode
-from lidit.text import EncoderConfig, PromptEncoder
+from lidit.frozen.text import EncoderConfig, PromptEncoder
+from lidit.store import columns
+from lidit.store.codec import decode
 from pipelines import verify
 from pipelines.embed import WINDOW_ROWS, EmbedConfig, EmbedPrompts, window_rows
 from pipelines.pool import ActorsConfig

@@ -12,8 +12,8 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from demo import picture_grid
-from lidit import columns
-from lidit.pixels import ImageError
+from lidit.images.pixels import ImageError
+from lidit.store import columns
 from pipelines.layouts import _grid
 from pipelines.pool import ActorsConfig
 from pipelines.score import ScoreConfig, ScoreImages

@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.ingest import IngestConfig
 from pipelines.ingest_work import Work
 from pipelines.sources import open_source

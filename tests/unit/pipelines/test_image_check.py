@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from lidit.pixels import bucket_pixels
+from lidit.images.pixels import bucket_pixels
 from pipelines import image_check
 from pipelines.image_check import check_image, digest, has_end, perceptual_hash
 

@@ -7,7 +7,7 @@ import tarfile
 import pyarrow as pa
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from pipelines import ingest, ingest_worker
 from pipelines.done_pieces import DonePieces
 from pipelines.filters import FiltersConfig

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from pipelines import ingest, ingest_worker
 from pipelines.ingest_work import Work
 from pipelines.summary import Summary

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from pipelines import ingest, ingest_compare, ingest_worker, sources_listed
 from pipelines.filters import FiltersConfig
 from pipelines.image_check import check_image, digest

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lidit import columns
+from lidit.store import columns
 from pipelines import inspect_samples, inspection
 from pipelines.inspect_charts import bars, histogram
 from pipelines.inspect_page import Page, human, render
@@ -212,9 +212,9 @@ def encoded(store, tmp_path):
     """Latents by a tiny autoencoder for the first fragment; the folder of the autoencoder."""
     import diffusers
 
-    from lidit.codec import encode_latents
-    from lidit.pixels import bucket_pixels, to_unit_range
-    from lidit.vae import load_vae
+    from lidit.frozen.vae import load_vae
+    from lidit.images.pixels import bucket_pixels, to_unit_range
+    from lidit.store.codec import encode_latents
 
     torch.manual_seed(0)
     folder = tmp_path / "vae"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.known import ALONE, IN_RUN, IN_TABLE, LEANING, REFUSED, UNKNOWN, Known
 from pipelines.sources import ID_FIELD, IMAGE_FIELDS
 from pipelines.table import ColumnFileWriter, Table

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lidit import columns
-from lidit.codec import decode_latents
-from lidit.pixels import bucket_pixels, to_unit_range
-from lidit.vae import load_vae
+from lidit.frozen.vae import load_vae
+from lidit.images.pixels import bucket_pixels, to_unit_range
+from lidit.store import columns
+from lidit.store.codec import decode_latents
 from pipelines.latents import WINDOW_ROWS, EncodeLatents, LatentsConfig
 from pipelines.pool import ActorsConfig
 from pipelines.worker import READS

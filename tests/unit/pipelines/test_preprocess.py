@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from lidit.cli import parse_config
-from lidit.lease import Lease
+from lidit.runtime.lease import Lease
 from pipelines import preprocess
 from pipelines.embed import EmbedConfig
 from pipelines.ingest import IngestConfig
@@ -112,7 +112,7 @@ def test_leaves_where_another_run_is_at_work(store, ran):
 
 
 def test_waits_as_long_as_asked(store, ran, monkeypatch):
-    monkeypatch.setattr("lidit.lease.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("lidit.runtime.lease.POLL_SECONDS", 0.01)
     config = PreprocessConfig(store, ingest=SCENES, if_busy="wait", wait_seconds=0.1)
     with Lease(store, "preprocess"):
         result = main(config)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lidit.cli import main
-from lidit.text import EncoderConfig, PromptEncoder
+from lidit.frozen.text import EncoderConfig, PromptEncoder
 from pipelines import probe
 from pipelines.probe_linear import _svd, read_labels, split_rows
 from pipelines.probe_states import Way, pooled_states, ways_of

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.prompt_sets import add_rows, pictures, read_prompts
 from pipelines.runs import Run
 from pipelines.table import Table

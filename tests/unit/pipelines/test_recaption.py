@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from lidit import columns
-from lidit.caption_gate import GateConfig
-from lidit.caption_request import CaptionAnswer, CaptionRequest
-from lidit.captioner import VlmConfig
+from lidit.store import columns
+from pipelines.captioning.gate import GateConfig
+from pipelines.captioning.request import CaptionAnswer, CaptionRequest
+from pipelines.captioning.transformers_engine import VlmConfig
 from pipelines.endpoint import EndpointConfig
 from pipelines.pool import ActorsConfig
 from pipelines.recaption import Recaption, RecaptionConfig

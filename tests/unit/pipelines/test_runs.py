@@ -15,8 +15,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from ray import cloudpickle
 
-from lidit import alive
-from lidit.alive import DEAD_AFTER_SECONDS
+from lidit.runtime import heartbeat as alive
+from lidit.runtime.heartbeat import DEAD_AFTER_SECONDS
 from pipelines import runs
 from pipelines.pool import _UnitCaller
 from pipelines.runs import Fenced, Run

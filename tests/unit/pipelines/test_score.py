@@ -13,7 +13,7 @@ import torch
 
 from demo.prompts import exam_prompts, plain_scene
 from demo.scenes import render
-from lidit import columns
+from lidit.store import columns
 from pipelines.pool import ActorsConfig
 from pipelines.score import ScoreConfig, ScoreImages, Scores, main
 from pipelines.score_clip import ClipScore

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.sources import ColumnsConfig, Record, error_row, make_row, open_source
 
 pytestmark = pytest.mark.unit

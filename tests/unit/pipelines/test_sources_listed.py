@@ -6,7 +6,7 @@ import json
 import pytest
 from PIL import Image
 
-from lidit import columns
+from lidit.store import columns
 from pipelines import sources_listed
 from pipelines.ingest_work import new_items
 from pipelines.sources import ERROR_FIELD, open_source

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from pipelines import stage
 from pipelines.pool import ActorsConfig
 from pipelines.runs import Fenced, Run

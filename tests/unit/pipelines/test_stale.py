@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 from lance.file import LanceFileReader
 
-from lidit import columns, stale
-from lidit.stale import MADE_FROM, made_from, stale_columns
+from lidit.store import columns, stale
+from lidit.store.stale import MADE_FROM, made_from, stale_columns
 from pipelines import worker
 from pipelines.inspect_table import stale_facts
 from pipelines.pool import ActorsConfig, Tracker

@@ -12,10 +12,10 @@ import pytest
 from lance.commit import CommitConflictError
 
 from demo.scenes import example
-from lidit import columns
-from lidit.captioner import VlmConfig
-from lidit.text import EncoderConfig
+from lidit.frozen.text import EncoderConfig
+from lidit.store import columns
 from pipelines import verify
+from pipelines.captioning.transformers_engine import VlmConfig
 from pipelines.embed import EmbedConfig, EmbedPrompts
 from pipelines.pool import ActorsConfig
 from pipelines.recaption import Recaption, RecaptionConfig

@@ -6,7 +6,7 @@ import lance
 import pyarrow as pa
 import pytest
 
-from lidit.checksum import ColumnDigest, is_ours
+from lidit.store.checksum import ColumnDigest, is_ours
 from pipelines.field_prints import field_differences
 from pipelines.table import (
     TOMBSTONE,

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 from lance.file import LanceFileReader
 
-from lidit import checksum, columns
-from lidit.checksum import is_ours
+from lidit.store import checksum, columns
+from lidit.store.checksum import is_ours
 from pipelines.table import UNCOMPRESSED, ColumnFileWriter, Table
 from pipelines.verify import VerifyConfig, main
 

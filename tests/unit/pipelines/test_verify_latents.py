@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.verify_latents import latents_fields, latents_problems
 
 pytestmark = pytest.mark.unit

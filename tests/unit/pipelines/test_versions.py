@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 from lance.file import LanceFileReader
 
-from lidit import columns
-from lidit.checksum import data_file_uri
+from lidit.store import columns
+from lidit.store.checksum import data_file_uri
 from pipelines.embed import EmbedConfig, EmbedPrompts
 from pipelines.latents import EncodeLatents, LatentsConfig
 from pipelines.pool import ActorsConfig

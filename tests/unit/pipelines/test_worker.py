@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.table import ColumnFileWriter
 from pipelines.worker import ALSO_READS, EXAMPLES, READS, Columns, Unavailable, _Task, add_examples, columns_read
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from lidit import columns
-from lidit.buckets import parse_bucket
-from lidit.codec import decode_bytes, encode
+from lidit.store import columns
+from lidit.store.buckets import parse_bucket
+from lidit.store.codec import decode_bytes, encode
 from pipelines.embed import ENCODERS_SCHEMA
 from pipelines.table import UNCOMPRESSED, ColumnFileWriter, Table
 

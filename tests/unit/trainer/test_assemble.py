@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from lidit import columns
 from lidit.diffusion import Flow, draw, sample_rng
+from lidit.store import columns
 from trainer.assemble import DROPPED, Assembler, HostBuffers
 from trainer.config import DataConfig
 from trainer.features import Features

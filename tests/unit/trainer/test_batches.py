@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from lidit import columns
 from lidit.diffusion import Flow
+from lidit.store import columns
 from trainer.assemble import DROPPED
 from trainer.batches import Batches, plan_phase, read_steps
 from trainer.config import DataConfig, PhaseConfig, TrainConfig

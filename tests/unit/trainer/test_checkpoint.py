@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lidit import outage
+from lidit.runtime import outage
 from trainer.checkpoint import Checkpoints, SaveFailed
 from trainer.config import CheckpointConfig
 from trainer.manifest import BEGUN, MANIFEST, Damaged, File, Manifest, folder_of, read_manifest, steps_in

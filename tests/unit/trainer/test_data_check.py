@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from trainer.data_check import DataCheck
 from trainer.features import Features
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lidit import lease
-from lidit.lease import Lease, LeaseLost
+from lidit.runtime import lease
+from lidit.runtime.lease import Lease, LeaseLost
 from trainer import driver
 from trainer.storage import Storage
 

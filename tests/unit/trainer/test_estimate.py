@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from trainer.config import DataConfig, HardwareConfig, ModelConfig, PhaseConfig, TrainConfig
 from trainer.estimate import Shapes, count_lines, estimate, expected_longest, mixed
 from trainer.features import Features

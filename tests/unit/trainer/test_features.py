@@ -11,7 +11,7 @@ import lance
 import numpy as np
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from pipelines.table import Table
 from trainer.features import Features
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from trainer.recipes import RECIPES
 
 pytestmark = pytest.mark.unit

@@ -57,7 +57,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
     def fail(path: Path) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr("lidit.durable.flush", fail)
+    monkeypatch.setattr("lidit.runtime.durable.flush", fail)
     with pytest.raises(OSError, match="no space"):
         storage.write("a", b"new")
     assert storage.read("a") == b"old" and [path.name for path in tmp_path.iterdir()] == ["a"]

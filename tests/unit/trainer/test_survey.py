@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lidit import columns
+from lidit.store import columns
 from trainer.features import Features
 from trainer.survey import _wider, mean_length, survey
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 from lance.file import LanceFileReader
 
-from lidit import columns
-from lidit.places import settled
-from lidit.stale import made_from
+from lidit.runtime.places import settled
+from lidit.store import columns
+from lidit.store.stale import made_from
 from pipelines.table import ColumnFileWriter, Table, column_holder, field_ids
 from trainer.config import TrainConfig
 from trainer.features import Features
