@@ -28,7 +28,7 @@ from lidit.frozen.vae import VAE
 from lidit.images.pixels import to_bytes
 from lidit.sampler import SamplerConfig, initial_noise, sample
 from lidit.store import columns
-from pipelines.score_scenes import Scenes
+from pipelines.evaluation.scenes import Scenes
 
 LAYOUT = (0.65, 0.75, 0.85)
 """Timesteps of swaps: margins of trained models are largest there, in standard errors too (docs/ablations.md)."""

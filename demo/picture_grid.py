@@ -14,7 +14,7 @@ from PIL import Image
 
 from lidit.images.pixels import open_rgb
 from lidit.store import columns
-from pipelines.score_scenes import CORRECT
+from pipelines.evaluation.scenes import CORRECT
 
 GAP = 4  # pixels between pictures
 RIGHT, WRONG = (255, 255, 255), (214, 40, 40)

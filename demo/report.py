@@ -21,11 +21,11 @@ from typing import Any
 from demo.report_style import STYLE as OWN_STYLE
 from lidit.images.pixels import open_image
 from lidit.store import columns
-from pipelines.inspect_charts import curves, intervals
-from pipelines.inspect_page import POLICY, human
-from pipelines.inspect_samples import Picture, thumbnail
-from pipelines.inspect_style import STYLE
-from pipelines.table import Table
+from pipelines.engine.table import Table
+from pipelines.report.charts import curves, intervals
+from pipelines.report.page import POLICY, human
+from pipelines.report.samples import Picture, thumbnail
+from pipelines.report.style import STYLE
 
 FLOW = {
     "ingest": "images and their texts become rows",

@@ -202,7 +202,7 @@ def check_clock(store: str) -> Check:
 def check_table(store: str) -> Check:
     """Opens the newest version of the samples table and reads a row; a store without one is fine, and said."""
     from lidit.store import columns
-    from pipelines.table import Table
+    from pipelines.engine.table import Table
 
     table = Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}")
     if not table.exists():

@@ -25,11 +25,11 @@ from lidit.frozen.text import EncoderConfig, PromptEncoder
 from lidit.store import columns
 from lidit.store.codec import bytes_per_token, decode_bytes, excess
 from lidit.store.fingerprints import comparable
-from pipelines.field_prints import field_differences
-from pipelines.stage import StageConfig, run_stage
-from pipelines.summary import Summary
-from pipelines.table import UNCOMPRESSED, Table
-from pipelines.worker import READS, Columns
+from pipelines.engine.field_prints import field_differences
+from pipelines.engine.stage import StageConfig, run_stage
+from pipelines.engine.summary import Summary
+from pipelines.engine.table import UNCOMPRESSED, Table
+from pipelines.engine.worker import READS, Columns
 
 WINDOW_BYTES = 512 << 20  # of embeddings that one window may make, at `TYPICAL_TOKENS` a prompt
 TYPICAL_TOKENS = 64

@@ -29,12 +29,12 @@ from lidit.runtime.places import settled
 from lidit.sampler import SamplerConfig
 from lidit.store import columns
 from lidit.weights import FILES, read_config, resolve_weights
-from pipelines.layouts import LAYOUTS, check_folder, image_files, write_layout
-from pipelines.prompt_sets import Picture, Prompt, add_rows, pictures, read_prompts
-from pipelines.stage import StageConfig, run_stage
-from pipelines.summary import Summary
-from pipelines.table import UNCOMPRESSED, Table
-from pipelines.worker import ALSO_READS, READS, Columns
+from pipelines.engine.stage import StageConfig, run_stage
+from pipelines.engine.summary import Summary
+from pipelines.engine.table import UNCOMPRESSED, Table
+from pipelines.engine.worker import ALSO_READS, READS, Columns
+from pipelines.generation.layouts import LAYOUTS, check_folder, image_files, write_layout
+from pipelines.generation.prompt_sets import Picture, Prompt, add_rows, pictures, read_prompts
 
 if TYPE_CHECKING:
     from lidit.text_to_image import TextToImage

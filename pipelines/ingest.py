@@ -25,20 +25,20 @@ from lidit.runtime.outage import outlast
 from lidit.runtime.places import settled
 from lidit.runtime.uris import check_config
 from lidit.store import columns
-from pipelines.filters import FiltersConfig
-from pipelines.ingest_update import COMMIT_FRAGMENTS, COMMIT_SECONDS, update
-from pipelines.ingest_work import Work, plain
-from pipelines.ingest_worker import EXAMPLES, IngestWorker
-from pipelines.known import LEANING, REFUSED, start_known
-from pipelines.listed_sizes import note_sizes
-from pipelines.locations import real_place
-from pipelines.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
-from pipelines.progress import JobProgress
-from pipelines.runs import Run
-from pipelines.sources import ColumnsConfig, Listed, Source, open_source
-from pipelines.sources_tables import LanceTable
-from pipelines.summary import Summary
-from pipelines.table import ColumnFile, Table
+from pipelines.engine.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
+from pipelines.engine.progress import JobProgress
+from pipelines.engine.runs import Run
+from pipelines.engine.summary import Summary
+from pipelines.engine.table import ColumnFile, Table
+from pipelines.ingestion.dedup import LEANING, REFUSED, start_known
+from pipelines.ingestion.filters import FiltersConfig
+from pipelines.ingestion.listed_sizes import note_sizes
+from pipelines.ingestion.update import COMMIT_FRAGMENTS, COMMIT_SECONDS, update
+from pipelines.ingestion.work import Work, plain
+from pipelines.ingestion.worker import EXAMPLES, IngestWorker
+from pipelines.sources.base import ColumnsConfig, Listed, Source, open_source
+from pipelines.sources.locations import real_place
+from pipelines.sources.tables import LanceTable
 
 ERROR_BASE = 1000
 """Rows that the error rate is taken over at least before the end, or all, if there are known to be fewer."""

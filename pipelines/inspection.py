@@ -25,11 +25,11 @@ import pyarrow as pa
 from lidit.runtime.printable import one_line, printable
 from lidit.runtime.uris import check_config
 from lidit.store import columns
-from pipelines.inspect_charts import bars, histogram
-from pipelines.inspect_page import Chart, Page, human, render
-from pipelines.inspect_samples import draw_samples, open_decoder
-from pipelines.inspect_table import REASONS_SHOWN, Facts, gather, labels, metadata_of, numbers
-from pipelines.table import Table
+from pipelines.engine.table import Table
+from pipelines.report.charts import bars, histogram
+from pipelines.report.facts import REASONS_SHOWN, Facts, gather, labels, metadata_of, numbers
+from pipelines.report.page import Chart, Page, human, render
+from pipelines.report.samples import draw_samples, open_decoder
 
 BUCKETS_SHOWN = 16
 SHORT = 88  # characters of a line's text

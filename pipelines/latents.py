@@ -29,10 +29,10 @@ from lidit.frozen.vae import DTYPES, VAE
 from lidit.images.pixels import MAX_PIXELS, RULES, ImageError, bucket_pixels, open_image, to_unit_range, upright_size
 from lidit.store import codec, columns
 from lidit.store.buckets import Bucket, bucket_name, make_buckets, nearest_bucket
-from pipelines.stage import StageConfig, run_stage
-from pipelines.summary import Summary
-from pipelines.table import UNCOMPRESSED, Table
-from pipelines.worker import READS, Columns
+from pipelines.engine.stage import StageConfig, run_stage
+from pipelines.engine.summary import Summary
+from pipelines.engine.table import UNCOMPRESSED, Table
+from pipelines.engine.worker import READS, Columns
 
 DEMO_VAE = "demo/vae"
 WINDOW_PIXELS = 32 << 20  # decoded pixels that one window may hold, 3 bytes each

@@ -35,13 +35,13 @@ from lidit.runtime.uris import check_config, shown
 from lidit.store import columns
 from pipelines import embed, ingest, latents, recaption, verify
 from pipelines.embed import EmbedConfig
+from pipelines.engine.retention import VERIFIED_TAG, RetentionConfig, clean_up, tagged_versions
+from pipelines.engine.runs import Run
+from pipelines.engine.table import Table
 from pipelines.ingest import IngestConfig
-from pipelines.ingest_work import plain
+from pipelines.ingestion.work import plain
 from pipelines.latents import LatentsConfig
 from pipelines.recaption import RecaptionConfig
-from pipelines.retention import VERIFIED_TAG, RetentionConfig, clean_up, tagged_versions
-from pipelines.runs import Run
-from pipelines.table import Table
 from pipelines.verify import VerifyConfig
 
 StageName = Literal["ingest", "recaption", "embed", "latents", "verify"]

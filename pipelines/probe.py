@@ -27,9 +27,9 @@ from torch import Tensor
 from lidit.frozen.text import EncoderConfig
 from lidit.runtime.uris import check_config
 from pipelines.embed import DEMO_ENCODERS
-from pipelines.probe_linear import Reading, Split, read_labels, split_rows
-from pipelines.probe_states import Pooled, Way, pooled_states, ways_of
-from pipelines.score_intervals import NORMAL
+from pipelines.evaluation.intervals import NORMAL
+from pipelines.evaluation.linear_probe import Reading, Split, read_labels, split_rows
+from pipelines.evaluation.probe_states import Pooled, Way, pooled_states, ways_of
 
 FEWEST = 50  # rows that accuracy is told on
 MOST_CLASSES = 64

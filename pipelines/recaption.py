@@ -25,12 +25,12 @@ import torch
 from lidit.store import columns
 from pipelines.captioning.gate import IMAGE_IGNORED, OK, GateConfig, judge, same_text
 from pipelines.captioning.image import IMAGE_RULES
+from pipelines.captioning.openai_engine import EndpointCaptioner, EndpointConfig
 from pipelines.captioning.request import INSTRUCTION, CaptionAnswer, CaptionEngine, CaptionRequest, prompt_text
 from pipelines.captioning.transformers_engine import Captioner, VlmConfig
-from pipelines.endpoint import EndpointCaptioner, EndpointConfig
-from pipelines.stage import StageConfig, run_stage
-from pipelines.summary import Summary
-from pipelines.worker import ALSO_READS, EXAMPLES, MAY_BE_NULL, READS, Columns
+from pipelines.engine.stage import StageConfig, run_stage
+from pipelines.engine.summary import Summary
+from pipelines.engine.worker import ALSO_READS, EXAMPLES, MAY_BE_NULL, READS, Columns
 
 WINDOW_ROWS = 256  # images in memory at a time, encoded
 TYPICAL_BYTES = 400  # of a caption, for the estimate of a dry run

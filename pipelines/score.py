@@ -27,13 +27,13 @@ from lidit.runtime.outage import outlast
 from lidit.runtime.places import settled
 from lidit.runtime.printable import one_line
 from lidit.store import columns
-from pipelines.score_clip import ClipScore
-from pipelines.score_fid import fid, fid_features
-from pipelines.score_scenes import Scenes
-from pipelines.stage import StageConfig, run_stage
-from pipelines.summary import Summary
-from pipelines.table import Table
-from pipelines.worker import ALSO_READS, MAY_BE_NULL, READS, Columns
+from pipelines.engine.stage import StageConfig, run_stage
+from pipelines.engine.summary import Summary
+from pipelines.engine.table import Table
+from pipelines.engine.worker import ALSO_READS, MAY_BE_NULL, READS, Columns
+from pipelines.evaluation.clip import ClipScore
+from pipelines.evaluation.fid import fid, fid_features
+from pipelines.evaluation.scenes import Scenes
 
 MetricName = Literal["scenes", "clip_score", "fid"]
 WINDOW_ROWS = 256

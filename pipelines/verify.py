@@ -40,12 +40,12 @@ from lidit.store.checksum import no_panic
 from lidit.store.codec import bytes_per_token, decode, decode_bytes, excess, finite_values
 from lidit.store.fingerprints import comparable, warn_unrecorded
 from lidit.store.stale import stale_columns
-from pipelines.inspect_table import stale_facts
-from pipelines.table import Table
-from pipelines.verify_files import Unchecked, wrong_content, wrong_places
-from pipelines.verify_latents import latents_fields, latents_problems
-from pipelines.verify_scope import draw_rows, fragments_since, fresh_in, scan
-from pipelines.worker import READS
+from pipelines.engine.table import Table
+from pipelines.engine.worker import READS
+from pipelines.report.facts import stale_facts
+from pipelines.verification.files import Unchecked, wrong_content, wrong_places
+from pipelines.verification.latents import latents_fields, latents_problems
+from pipelines.verification.scope import draw_rows, fragments_since, fresh_in, scan
 
 READ_ROWS = 256
 SHOWN = 5  # problems of one check that are listed

@@ -189,7 +189,7 @@ class World:
 
     def committed(self, column: str = "caption_embeds_one") -> int:
         """Fragments that have the column."""
-        from pipelines.table import Table
+        from pipelines.engine.table import Table
 
         table = Table(str(self.store / "samples.lance"))
         dataset = table.open()
@@ -376,7 +376,7 @@ def ray_here() -> Any:
     """A local Ray for jobs that run inside the test's own process."""
     import ray
 
-    from pipelines.pool import start_ray_data
+    from pipelines.engine.pool import start_ray_data
 
     start_ray_data()
     yield ray

@@ -25,8 +25,8 @@ import lidit.runtime.files
 import lidit.runtime.heartbeat
 import lidit.runtime.lease
 import lidit.runtime.outage
-import pipelines.runs
-import pipelines.table
+import pipelines.engine.runs
+import pipelines.engine.table
 from tests.consistency_world import Process, Task, World
 
 HEARTBEAT = 300.0  # a third of what it takes to be taken for dead, and not less, for speed
@@ -35,8 +35,8 @@ MODULES = (
     lidit.runtime.files,
     lidit.runtime.lease,
     lidit.runtime.outage,
-    pipelines.runs,
-    pipelines.table,
+    pipelines.engine.runs,
+    pipelines.engine.table,
 )
 SCRIPTED = ("time", "threading", "random", "secrets", "uuid", "datetime", "ThreadPoolExecutor")
 
@@ -108,7 +108,7 @@ def _script_lance(world: World, patch: pytest.MonkeyPatch) -> None:
     )
     for name in ("all_files", "tracked_files", "add_columns"):
         patch.setattr(whole, name, asked_for(getattr(whole, name), name, writes=name == "add_columns"))
-    patch.setattr(pipelines.table, "LanceFileWriter", lambda *args, **kw: _Writer(world, *args, **kw))
+    patch.setattr(pipelines.engine.table, "LanceFileWriter", lambda *args, **kw: _Writer(world, *args, **kw))
 
 
 class _Writer:

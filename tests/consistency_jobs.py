@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from lidit.runtime.lease import Lease, check_number
-from pipelines.runs import Run
-from pipelines.table import ColumnFileWriter, Table
+from pipelines.engine.runs import Run
+from pipelines.engine.table import ColumnFileWriter, Table
 from tests.consistency_ground import ground
 from tests.consistency_world import Host, World
 
@@ -98,7 +98,7 @@ class Jobs:
             run.write("summary.json", "{}")
 
     def stage(self) -> None:
-        """As `pipelines.stage.run_stage`."""
+        """As `pipelines.engine.stage.run_stage`."""
         self.table.open()
         with Run(self.world.store, "embed") as run:
             self.table.declare(list(FEATURE), "fingerprint")

@@ -1,11 +1,11 @@
-"""Rows and columns of a small Lance table, for tests of `pipelines.table`."""
+"""Rows and columns of a small Lance table, for tests of `pipelines.engine.table`."""
 
 import json
 import threading
 
 import pyarrow as pa
 
-from pipelines.table import UNCOMPRESSED, ColumnFileWriter
+from pipelines.engine.table import UNCOMPRESSED, ColumnFileWriter
 
 KEY = "lidit:fingerprint"
 ROWS = pa.schema([pa.field("id", pa.string()), pa.field("text", pa.string())])

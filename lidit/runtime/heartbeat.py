@@ -2,7 +2,7 @@
 
 A judgement may be wrong: a process that is suspended, or cut off from its store, looks dead and is not. So it never decides
 by itself what is safe. Who takes over writes into the store that the other one is over, and the other one looks there before
-it changes anything (`pipelines/runs.py`, `lidit/runtime/lease.py`, docs/consistency.md).
+it changes anything (`pipelines/engine/runs.py`, `lidit/runtime/lease.py`, docs/consistency.md).
 """
 
 from __future__ import annotations

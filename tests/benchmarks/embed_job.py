@@ -94,8 +94,8 @@ def bare(config: EncoderConfig, prompts: list[str], threads: int, window: int | 
 def job(config: EncoderConfig, store: str, threads: int) -> dict[str, float]:
     """Runs the real job with one actor; its summary, and the bytes of the stored embeddings alone."""
     from pipelines import embed
-    from pipelines.pool import ActorsConfig
-    from pipelines.table import Table
+    from pipelines.engine.pool import ActorsConfig
+    from pipelines.engine.table import Table
 
     actors = ActorsConfig(min=1, max=1, num_cpus=threads, num_gpus=0)
     summary = embed.main(embed.EmbedConfig(store=store, encoders=(config,), actors=actors))

@@ -23,8 +23,8 @@ import torch
 
 from demo.prompts import exam_prompts
 from lidit.sampler import SamplerConfig, initial_noise
+from pipelines.engine.pool import ActorsConfig
 from pipelines.generate import GenerateConfig, open_pipe
-from pipelines.pool import ActorsConfig
 
 TARGET = 0.9
 BATCH_SIZE = 16

@@ -87,9 +87,9 @@ def plain(kind: str, folder: str) -> dict[str, float]:
 
 def bare(kind: str, folder: str, check: str, store: str) -> dict[str, float]:
     """What an actor does to a row, one thing after the other."""
-    from pipelines.ingest_worker import WINDOW_ROWS
-    from pipelines.sources import make_row, open_source
-    from pipelines.table import ColumnFileWriter, Table
+    from pipelines.engine.table import ColumnFileWriter, Table
+    from pipelines.ingestion.worker import WINDOW_ROWS
+    from pipelines.sources.base import make_row, open_source
 
     source, table = open_source(f"{kind}:{folder}"), Table(f"{store}/samples.lance")
     table.create(source.schema)
@@ -113,7 +113,7 @@ def bare(kind: str, folder: str, check: str, store: str) -> dict[str, float]:
 def job(kind: str, folder: str, check: str, store: str) -> dict[str, float]:
     """The real job with one actor; peak memory of driver and actor."""
     from pipelines import ingest
-    from pipelines.pool import ActorsConfig
+    from pipelines.engine.pool import ActorsConfig
 
     actors = ActorsConfig(min=1, max=1, num_cpus=1, num_gpus=0)
     with ActorWatch() as watch:
@@ -124,9 +124,9 @@ def job(kind: str, folder: str, check: str, store: str) -> dict[str, float]:
 
 def known(rows: int, store: str) -> dict[str, float]:
     """The keeper of a table with so many rows: time to load, rows/s of asking for them all, memory beyond its start."""
-    from pipelines.known import Known
-    from pipelines.sources import ID_FIELD
-    from pipelines.table import ColumnFileWriter, Table
+    from pipelines.engine.table import ColumnFileWriter, Table
+    from pipelines.ingestion.dedup import Known
+    from pipelines.sources.base import ID_FIELD
 
     table, schema = Table(f"{store}/samples.lance"), pa.schema([ID_FIELD])
     ids = [f"{number:032x}-{number:016x}" for number in range(rows)]

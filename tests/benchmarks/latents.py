@@ -39,9 +39,9 @@ from lidit.images.pixels import bucket_pixels, to_unit_range
 from lidit.store import columns
 from lidit.store.buckets import make_buckets
 from lidit.store.codec import encode_latents
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.table import UNCOMPRESSED, ColumnFileWriter, Table
 from pipelines.latents import EncodeLatents, LatentsConfig
-from pipelines.pool import ActorsConfig
-from pipelines.table import UNCOMPRESSED, ColumnFileWriter, Table
 
 TARGET = 0.9
 ROWS_PER_FRAGMENT = 512

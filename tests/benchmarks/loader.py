@@ -78,7 +78,7 @@ def write_lance(rows: Rows, folder: Path) -> None:
 
     from lidit.store import columns
     from pipelines.embed import ENCODERS_SCHEMA
-    from pipelines.table import UNCOMPRESSED, ColumnFileWriter, Table
+    from pipelines.engine.table import UNCOMPRESSED, ColumnFileWriter, Table
 
     made = {columns.META_CODEC: "bf16", columns.META_FINGERPRINT: "{}", **UNCOMPRESSED}
     shape = {columns.META_CHANNELS: str(LATENTS[0]), columns.META_DOWNSCALE: "8"}

@@ -26,7 +26,7 @@ import report
 from lidit.store import columns
 from lidit.store.buckets import bucket_name, make_buckets
 from pipelines.embed import ENCODERS_SCHEMA
-from pipelines.table import Table
+from pipelines.engine.table import Table
 from trainer.batches import plan_phase
 from trainer.config import DataConfig, PhaseConfig, TrainConfig
 from trainer.features import Features

@@ -37,7 +37,7 @@ MAX_NEW_TOKENS = 128
 def config(store: str, model: str, dtype: str, threads: int, gpus: float) -> Any:
     """The job: one actor, no retries, no blank images."""
     from pipelines.captioning.transformers_engine import VlmConfig
-    from pipelines.pool import ActorsConfig
+    from pipelines.engine.pool import ActorsConfig
     from pipelines.recaption import RecaptionConfig
 
     actors = ActorsConfig(min=1, max=1, num_cpus=threads, num_gpus=gpus)
@@ -62,8 +62,8 @@ def job(store: str, **settings: Any) -> dict[str, Any]:
 
 def bare(store: str, **settings: Any) -> dict[str, Any]:
     """The engine on the table's images, window by window; rows a second, and the split."""
+    from pipelines.engine.table import Table
     from pipelines.recaption import WINDOW_ROWS
-    from pipelines.table import Table
 
     torch.set_num_threads(settings["threads"])
     made = config(store, **settings)

@@ -118,7 +118,7 @@ def ingest(store: str, file: str, rows_per_fragment: int) -> dict[str, float]:
 def embed(store: str, model: str, codec: str, threads: int) -> dict[str, float]:
     """The embed job with one actor; peak memory of driver and actor."""
     from pipelines import embed as job
-    from pipelines.pool import ActorsConfig
+    from pipelines.engine.pool import ActorsConfig
 
     encoder = EncoderConfig("tiny", model, template="plain", dtype="fp32", codec=codec)  # type: ignore[arg-type]
     config = job.EmbedConfig(

@@ -21,11 +21,11 @@ from lidit.frozen.text import EncoderConfig
 from lidit.store import columns
 from pipelines import embed, ingest, verify
 from pipelines.embed import EmbedConfig
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.stage import CommitConfig, ErrorRateExceeded, StageConfig, run_stage
+from pipelines.engine.worker import READS, Columns
 from pipelines.ingest import IngestConfig
-from pipelines.pool import ActorsConfig
-from pipelines.stage import CommitConfig, ErrorRateExceeded, StageConfig, run_stage
 from pipelines.verify import VerifyConfig
-from pipelines.worker import READS, Columns
 
 pytestmark = pytest.mark.faults
 ONE = ActorsConfig(min=1, max=1, num_gpus=0)
@@ -57,8 +57,8 @@ def config(world: Any, ray_here: Any) -> EmbedConfig:
 
 def write_rows(world: Any, texts: list[str | None]) -> None:
     """Puts texts straight into a table, also such as no source would give."""
-    from pipelines.sources import CAPTION_FIELD, ID_FIELD
-    from pipelines.table import ColumnFileWriter, Table
+    from pipelines.engine.table import ColumnFileWriter, Table
+    from pipelines.sources.base import CAPTION_FIELD, ID_FIELD
 
     table, schema = Table(str(world.store / "samples.lance")), pa.schema([ID_FIELD, CAPTION_FIELD])
     table.create(schema)

@@ -14,11 +14,12 @@ import pytest
 import ray
 
 from lidit.store import columns
-from pipelines import ingest, ingest_worker
+from pipelines import ingest
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.table import Table
 from pipelines.ingest import IngestConfig
-from pipelines.pool import ActorsConfig
-from pipelines.sources import Piece, Record
-from pipelines.table import Table
+from pipelines.ingestion import worker as ingest_worker
+from pipelines.sources.base import Piece, Record
 
 pytestmark = [pytest.mark.faults]
 

@@ -15,10 +15,10 @@ import pytest
 import ray
 
 from lidit.store.codec import decode_latents_bytes
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.stage import CommitConfig, run_stage
+from pipelines.engine.table import ColumnFileWriter, Table
 from pipelines.latents import EncodeLatents, LatentsConfig
-from pipelines.pool import ActorsConfig
-from pipelines.stage import CommitConfig, run_stage
-from pipelines.table import ColumnFileWriter, Table
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 
 from pipelines import ingest, recaption
+from pipelines.captioning.openai_engine import EndpointCaptioner, EndpointConfig
 from pipelines.captioning.request import INSTRUCTION, CaptionAnswer, CaptionRequest
-from pipelines.endpoint import EndpointCaptioner, EndpointConfig
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.stage import CommitConfig
+from pipelines.engine.worker import Unavailable
 from pipelines.ingest import IngestConfig
-from pipelines.pool import ActorsConfig
 from pipelines.recaption import RecaptionConfig
-from pipelines.stage import CommitConfig
-from pipelines.worker import Unavailable
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 ONE = ActorsConfig(min=1, max=1, num_gpus=0)

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from pipelines import recaption
-from pipelines.pool import ActorsConfig
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.table import ColumnFileWriter, Table, field_ids, missing_in
 from pipelines.recaption import RecaptionConfig
-from pipelines.sources import IMAGE_FIELDS
-from pipelines.table import ColumnFileWriter, Table, field_ids, missing_in
+from pipelines.sources.base import IMAGE_FIELDS
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 

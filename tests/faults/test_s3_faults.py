@@ -12,7 +12,7 @@ import pytest
 
 from lidit.runtime.lease import Lease, LeaseHeld
 from lidit.store.codec import decode_bytes
-from pipelines.table import Table
+from pipelines.engine.table import Table
 
 pytestmark = pytest.mark.faults
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pipelines.table import Table
+from pipelines.engine.table import Table
 from trainer.config import CheckpointConfig
 
 pytestmark = pytest.mark.faults

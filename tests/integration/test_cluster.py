@@ -39,7 +39,7 @@ def nodes(cloud: Any, s3: Any, make_world: Any, llms: Any, tmp_path_factory: pyt
 
 
 def table(cloud: Any, s3: Any) -> Any:
-    from pipelines.table import Table
+    from pipelines.engine.table import Table
 
     with cloud.environment(s3.env()):
         return Table(f"{STORE}/samples.lance").open()

@@ -13,11 +13,11 @@ from lidit.frozen.text import EncoderConfig, PromptEncoder
 from lidit.store.codec import decode
 from pipelines import embed, ingest, inspection, latents, verify
 from pipelines.embed import EmbedConfig
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.table import column_holder, field_ids
 from pipelines.ingest import IngestConfig
 from pipelines.inspection import InspectConfig
 from pipelines.latents import LatentsConfig
-from pipelines.pool import ActorsConfig
-from pipelines.table import column_holder, field_ids
 from pipelines.verify import VerifyConfig
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_here")]

@@ -15,9 +15,9 @@ from lidit.frozen.text import EncoderConfig, PromptEncoder
 from lidit.store.codec import decode
 from pipelines import embed, ingest, verify
 from pipelines.embed import EmbedConfig
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.stage import CommitConfig
 from pipelines.ingest import IngestConfig
-from pipelines.pool import ActorsConfig
-from pipelines.stage import CommitConfig
 from pipelines.verify import VerifyConfig
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_here")]

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import ingest
-from pipelines.filters import FiltersConfig
+from pipelines.engine.pool import ActorsConfig
 from pipelines.ingest import IngestConfig, TooManyErrors
-from pipelines.pool import ActorsConfig
-from pipelines.sources import ColumnsConfig, open_source
+from pipelines.ingestion.filters import FiltersConfig
+from pipelines.sources.base import ColumnsConfig, open_source
 
 pytestmark = pytest.mark.integration
 TWO = ActorsConfig(min=2, max=2, num_cpus=0.5, num_gpus=0)

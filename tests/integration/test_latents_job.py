@@ -22,11 +22,11 @@ from lidit.store.buckets import make_buckets
 from lidit.store.codec import decode_latents
 from pipelines import embed, ingest, latents, verify
 from pipelines.embed import EmbedConfig
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.stage import CommitConfig
+from pipelines.engine.table import ColumnFileWriter, Table
 from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
-from pipelines.pool import ActorsConfig
-from pipelines.stage import CommitConfig
-from pipelines.table import ColumnFileWriter, Table
 from pipelines.verify import VerifyConfig
 
 ONE = ActorsConfig(min=1, max=1, num_gpus=0)

@@ -16,13 +16,13 @@ import yaml
 from demo import scenes
 from pipelines import preprocess
 from pipelines.embed import EmbedConfig
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.retention import RetentionConfig
+from pipelines.engine.stage import CommitConfig
 from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
-from pipelines.pool import ActorsConfig
 from pipelines.preprocess import PreprocessConfig
 from pipelines.recaption import RecaptionConfig
-from pipelines.retention import RetentionConfig
-from pipelines.stage import CommitConfig
 
 pytestmark = pytest.mark.integration
 

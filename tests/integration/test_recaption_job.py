@@ -15,10 +15,10 @@ from lidit.frozen.text import EncoderConfig
 from pipelines import embed, ingest, recaption, verify
 from pipelines.captioning.request import CaptionRequest, prompt_text
 from pipelines.captioning.transformers_engine import Captioner
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.stage import CommitConfig
 from pipelines.ingest import IngestConfig
-from pipelines.pool import ActorsConfig
 from pipelines.recaption import DEMO_VLM, RecaptionConfig
-from pipelines.stage import CommitConfig
 from pipelines.verify import VerifyConfig
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_here")]

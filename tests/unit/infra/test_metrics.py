@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.job_metrics import COUNTED
+from pipelines.engine.job_metrics import COUNTED
 from trainer.ray_metrics import EXPORTED, STEP
 
 ROOT = Path(__file__).resolve().parents[3]

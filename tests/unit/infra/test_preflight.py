@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lidit.store import columns
-from pipelines.table import Table
+from pipelines.engine.table import Table
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.unit

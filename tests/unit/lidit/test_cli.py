@@ -14,7 +14,7 @@ from lidit import cli
 from lidit.cli import main, parse_config
 from lidit.frozen.text import EncoderConfig
 from pipelines import embed, ingest, verify
-from pipelines.summary import Summary
+from pipelines.engine.summary import Summary
 
 pytestmark = pytest.mark.unit
 

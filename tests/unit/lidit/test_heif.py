@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from lidit.images.pixels import FORMATS, ImageError, bucket_pixels, open_image
-from pipelines.image_check import check_image
-from pipelines.sources import IMAGE_ENDINGS
+from pipelines.sources.base import IMAGE_ENDINGS
+from pipelines.sources.image_check import check_image
 
 pillow_heif = pytest.importorskip("pillow_heif")
 pytestmark = pytest.mark.unit

@@ -10,14 +10,14 @@ import torch
 import transformers
 
 from lidit.store import columns
-from pipelines import ingest_worker
+from pipelines.engine.pool import Tracker
+from pipelines.engine.table import ColumnFile, ColumnFileWriter, Table
 from pipelines.ingest import IngestConfig
-from pipelines.ingest_work import Work
-from pipelines.ingest_worker import IngestWorker
-from pipelines.known import Known
-from pipelines.pool import Tracker
-from pipelines.sources import open_source
-from pipelines.table import ColumnFile, ColumnFileWriter, Table
+from pipelines.ingestion import worker as ingest_worker
+from pipelines.ingestion.dedup import Known
+from pipelines.ingestion.work import Work
+from pipelines.ingestion.worker import IngestWorker
+from pipelines.sources.base import open_source
 from tests.table_rows import EMBEDS, ERROR, KEY, LENGTH, ROWS, write_rows
 
 

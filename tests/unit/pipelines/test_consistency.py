@@ -5,8 +5,8 @@ docs/consistency.md says what is promised; `tests/consistency_world.py` how a sc
 
 import pytest
 
-from pipelines.runs import Run
-from pipelines.table import Table
+from pipelines.engine.runs import Run
+from pipelines.engine.table import Table
 from tests.consistency_jobs import run_schedule
 
 pytestmark = pytest.mark.unit

@@ -16,9 +16,11 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 
 from lidit.runtime.files import NoRegularFile, open_regular
-from pipelines import ingest_worker, locations, sources_grouped
-from pipelines.prompt_sets import read_prompts
-from pipelines.sources import MAX_JSON_BYTES, MAX_TEXT_BYTES, ColumnsConfig, Record, open_source
+from pipelines.generation.prompt_sets import read_prompts
+from pipelines.ingestion import worker as ingest_worker
+from pipelines.sources import archives as sources_grouped
+from pipelines.sources import locations
+from pipelines.sources.base import MAX_JSON_BYTES, MAX_TEXT_BYTES, ColumnsConfig, Record, open_source
 
 pytestmark = pytest.mark.unit
 LONGEST = "a red bench " * (MAX_TEXT_BYTES // 12)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.engine.summary import Summary
 from pipelines.ingest import TooManyErrors, _Pass
-from pipelines.sources import ColumnsConfig, open_source
-from pipelines.summary import Summary
+from pipelines.sources.base import ColumnsConfig, open_source
 
 pytestmark = pytest.mark.unit
 ERROR = "ingest_error"

@@ -9,9 +9,9 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from pipelines.sources import open_source
-from pipelines.spelling import Spelling
-from pipelines.summary import Summary
+from pipelines.engine.summary import Summary
+from pipelines.sources.base import open_source
+from pipelines.sources.spelling import Spelling
 
 pytestmark = pytest.mark.unit
 

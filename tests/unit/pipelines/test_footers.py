@@ -8,9 +8,9 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-
-from pipelines.sources import open_source
 from tests.unit.pipelines.test_sources_tables import pairs, records, table, wanted
+
+from pipelines.sources.base import open_source
 
 pytestmark = pytest.mark.unit
 
@@ -62,7 +62,9 @@ def test_a_footer_that_ends_a_process_is_left_to_a_worker(tmp_path):
     optional, required = b"\x15\x0c\x25\x02\x18\x07caption", b"\x15\x0c\x25\x00\x18\x07caption"
     assert content.count(optional) == 1
     (tmp_path / "a.parquet").write_bytes(content.replace(optional, required))
-    program = "import sys; from pipelines.sources import open_source; print(len(open_source(sys.argv[1]).pieces()))"
+    program = (
+        "import sys; from pipelines.sources.base import open_source; print(len(open_source(sys.argv[1]).pieces()))"
+    )
     done = subprocess.run([sys.executable, "-c", program, f"parquet:{tmp_path}"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from lidit.sampler import SamplerConfig
+from pipelines.engine.pool import ActorsConfig
 from pipelines.generate import GenerateConfig, GenerateImages, check_input, fingerprint, main
-from pipelines.pool import ActorsConfig
-from pipelines.prompt_sets import Prompt
+from pipelines.generation.prompt_sets import Prompt
 
 pytestmark = pytest.mark.unit
 

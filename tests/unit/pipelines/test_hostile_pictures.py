@@ -14,10 +14,10 @@ from PIL import EpsImagePlugin, Image
 from demo import picture_grid
 from lidit.images.pixels import ImageError
 from lidit.store import columns
-from pipelines.layouts import _grid
-from pipelines.pool import ActorsConfig
+from pipelines.engine.pool import ActorsConfig
+from pipelines.evaluation.fid import _images
+from pipelines.generation.layouts import _grid
 from pipelines.score import ScoreConfig, ScoreImages
-from pipelines.score_fid import _images
 
 pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")]
 

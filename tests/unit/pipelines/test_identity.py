@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 
 from lidit.store import columns
+from pipelines.engine.summary import Summary
+from pipelines.engine.table import ColumnFileWriter, Table
 from pipelines.ingest import IngestConfig
-from pipelines.ingest_work import Work
-from pipelines.sources import open_source
-from pipelines.summary import Summary
-from pipelines.table import ColumnFileWriter, Table
+from pipelines.ingestion.work import Work
+from pipelines.sources.base import open_source
 
 pytestmark = pytest.mark.unit
 

@@ -5,9 +5,9 @@ import tarfile
 
 import pytest
 
-from pipelines.sources import USUAL_NAMES, open_source
-from pipelines.sources_grouped import PlainFiles, WebDataset
-from pipelines.sources_tables import Parquet
+from pipelines.sources.archives import PlainFiles, WebDataset
+from pipelines.sources.base import USUAL_NAMES, open_source
+from pipelines.sources.tables import Parquet
 from tests.ingest_rows import IMAGES, put_files
 
 pytestmark = pytest.mark.unit

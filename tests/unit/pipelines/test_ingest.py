@@ -8,14 +8,15 @@ import pyarrow as pa
 import pytest
 
 from lidit.store import columns
-from pipelines import ingest, ingest_worker
-from pipelines.done_pieces import DonePieces
-from pipelines.filters import FiltersConfig
+from pipelines import ingest
+from pipelines.engine.summary import Summary
+from pipelines.engine.table import ColumnFileWriter, Table
 from pipelines.ingest import IngestConfig
-from pipelines.ingest_work import Work, options_of, packed
-from pipelines.sources import ColumnsConfig, Record, error_row, open_source
-from pipelines.summary import Summary
-from pipelines.table import ColumnFileWriter, Table
+from pipelines.ingestion import worker as ingest_worker
+from pipelines.ingestion.done_pieces import DonePieces
+from pipelines.ingestion.filters import FiltersConfig
+from pipelines.ingestion.work import Work, options_of, packed
+from pipelines.sources.base import ColumnsConfig, Record, error_row, open_source
 from tests.ingest_rows import total, write
 
 pytestmark = pytest.mark.unit

@@ -4,9 +4,10 @@ import pyarrow as pa
 import pytest
 
 from lidit.store import columns
-from pipelines import ingest, ingest_worker
-from pipelines.ingest_work import Work
-from pipelines.summary import Summary
+from pipelines import ingest
+from pipelines.engine.summary import Summary
+from pipelines.ingestion import worker as ingest_worker
+from pipelines.ingestion.work import Work
 from tests.ingest_rows import write
 
 pytestmark = pytest.mark.unit

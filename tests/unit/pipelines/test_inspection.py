@@ -14,15 +14,16 @@ import torch
 from PIL import Image
 
 from lidit.store import columns
-from pipelines import inspect_samples, inspection
-from pipelines.inspect_charts import bars, histogram
-from pipelines.inspect_page import Page, human, render
-from pipelines.inspect_samples import draw_samples, open_decoder, thumbnail
-from pipelines.inspect_table import gather, labels, numbers
+from pipelines import inspection
+from pipelines.engine.runs import Run
+from pipelines.engine.table import ColumnFileWriter, Table
 from pipelines.inspection import InspectConfig
-from pipelines.runs import Run
-from pipelines.sources import ERROR_FIELD, ID_FIELD, IMAGE_FIELDS, Record, make_row
-from pipelines.table import ColumnFileWriter, Table
+from pipelines.report import samples as inspect_samples
+from pipelines.report.charts import bars, histogram
+from pipelines.report.facts import gather, labels, numbers
+from pipelines.report.page import Page, human, render
+from pipelines.report.samples import draw_samples, open_decoder, thumbnail
+from pipelines.sources.base import ERROR_FIELD, ID_FIELD, IMAGE_FIELDS, Record, make_row
 
 pytestmark = pytest.mark.unit
 

@@ -15,9 +15,9 @@ from lidit.frozen.vae import load_vae
 from lidit.images.pixels import bucket_pixels, to_unit_range
 from lidit.store import columns
 from lidit.store.codec import decode_latents
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.worker import READS
 from pipelines.latents import WINDOW_ROWS, EncodeLatents, LatentsConfig
-from pipelines.pool import ActorsConfig
-from pipelines.worker import READS
 
 pytestmark = pytest.mark.unit
 

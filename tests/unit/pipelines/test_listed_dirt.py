@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from pipelines.listed_sizes import note_sizes, read_sizes
-from pipelines.sources import ERROR_FIELD, open_source
-from pipelines.summary import Summary
+from pipelines.engine.summary import Summary
+from pipelines.ingestion.listed_sizes import note_sizes, read_sizes
+from pipelines.sources.base import ERROR_FIELD, open_source
 
 pytestmark = pytest.mark.unit
 BOM = "\ufeff"

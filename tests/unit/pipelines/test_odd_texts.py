@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import ingest_worker, sources
-from pipelines.ingest_worker import IngestWorker
+from pipelines.ingestion import worker as ingest_worker
+from pipelines.ingestion.worker import IngestWorker
+from pipelines.sources import base as sources
 
 pytestmark = pytest.mark.unit
 HALF = "half an emoji \ud83d"

@@ -11,10 +11,10 @@ from lidit.cli import parse_config
 from lidit.runtime.lease import Lease
 from pipelines import preprocess
 from pipelines.embed import EmbedConfig
+from pipelines.engine.summary import Summary
 from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
 from pipelines.preprocess import PreprocessConfig, Result, main
-from pipelines.summary import Summary
 
 pytestmark = pytest.mark.unit
 

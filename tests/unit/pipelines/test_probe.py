@@ -14,8 +14,8 @@ import torch
 from lidit.cli import main
 from lidit.frozen.text import EncoderConfig, PromptEncoder
 from pipelines import probe
-from pipelines.probe_linear import _svd, read_labels, split_rows
-from pipelines.probe_states import Way, pooled_states, ways_of
+from pipelines.evaluation.linear_probe import _svd, read_labels, split_rows
+from pipelines.evaluation.probe_states import Way, pooled_states, ways_of
 
 ROOT = Path(__file__).resolve().parents[3]
 LLAMA = EncoderConfig("llama", str(ROOT / "demo" / "encoders" / "llama-tuned"), dtype="fp32")

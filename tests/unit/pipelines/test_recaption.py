@@ -17,12 +17,12 @@ import pytest
 
 from lidit.store import columns
 from pipelines.captioning.gate import GateConfig
+from pipelines.captioning.openai_engine import EndpointConfig
 from pipelines.captioning.request import CaptionAnswer, CaptionRequest
 from pipelines.captioning.transformers_engine import VlmConfig
-from pipelines.endpoint import EndpointConfig
-from pipelines.pool import ActorsConfig
+from pipelines.engine.pool import ActorsConfig
+from pipelines.engine.worker import ALSO_READS, MAY_BE_NULL, READS
 from pipelines.recaption import Recaption, RecaptionConfig
-from pipelines.worker import ALSO_READS, MAY_BE_NULL, READS
 
 pytestmark = pytest.mark.unit
 

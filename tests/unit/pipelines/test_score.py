@@ -14,12 +14,12 @@ import torch
 from demo.prompts import exam_prompts, plain_scene
 from demo.scenes import render
 from lidit.store import columns
-from pipelines.pool import ActorsConfig
+from pipelines.engine.pool import ActorsConfig
+from pipelines.evaluation.clip import ClipScore
+from pipelines.evaluation.fid import open_distance, open_features, result, update
+from pipelines.evaluation.intervals import estimate, mean_of_means, wilson
+from pipelines.evaluation.scenes import Scenes
 from pipelines.score import ScoreConfig, ScoreImages, Scores, main
-from pipelines.score_clip import ClipScore
-from pipelines.score_fid import open_distance, open_features, result, update
-from pipelines.score_intervals import estimate, mean_of_means, wilson
-from pipelines.score_scenes import Scenes
 
 pytestmark = pytest.mark.unit
 

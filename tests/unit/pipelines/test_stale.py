@@ -9,12 +9,12 @@ from lance.file import LanceFileReader
 
 from lidit.store import columns, stale
 from lidit.store.stale import MADE_FROM, made_from, stale_columns
-from pipelines import worker
-from pipelines.inspect_table import stale_facts
-from pipelines.pool import ActorsConfig, Tracker
-from pipelines.stage import StageConfig, _overwrite, _units
-from pipelines.table import ColumnFile, ColumnFileWriter, column_holder, field_ids
-from pipelines.worker import READS, Columns, FragmentWorker
+from pipelines.engine import worker
+from pipelines.engine.pool import ActorsConfig, Tracker
+from pipelines.engine.stage import StageConfig, _overwrite, _units
+from pipelines.engine.table import ColumnFile, ColumnFileWriter, column_holder, field_ids
+from pipelines.engine.worker import READS, Columns, FragmentWorker
+from pipelines.report.facts import stale_facts
 from tests.unit.pipelines.conftest import Near
 
 pytestmark = pytest.mark.unit

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from lance.commit import CommitConflictError
 
-import pipelines.table
-from pipelines.table import (
+import pipelines.engine.table
+from pipelines.engine.table import (
     ColumnFileWriter,
     Table,
     data_file_uri,
@@ -250,7 +250,7 @@ def test_a_commit_that_arrives_late_counts_once(filled, monkeypatch, kind, arriv
                 commit(uri, waiting[0][0], read_version=waiting[0][1])
         return commit(uri, operation, read_version=read_version)
 
-    monkeypatch.setattr(pipelines.table, "AWAY_PAUSE", 0)
+    monkeypatch.setattr(pipelines.engine.table, "AWAY_PAUSE", 0)
     files = [write_rows(filled, 12)] if kind == "append" else [write_columns(filled, number) for number in range(3)]
     monkeypatch.setattr(lance.LanceDataset, "commit", slow)
     if kind == "append":

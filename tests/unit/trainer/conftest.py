@@ -17,7 +17,7 @@ from lidit.store import columns
 from lidit.store.buckets import parse_bucket
 from lidit.store.codec import decode_bytes, encode
 from pipelines.embed import ENCODERS_SCHEMA
-from pipelines.table import UNCOMPRESSED, ColumnFileWriter, Table
+from pipelines.engine.table import UNCOMPRESSED, ColumnFileWriter, Table
 
 CHANNELS, DOWNSCALE = 4, 8
 PREFIX = {"one": 3, "two": 5}  # instruction tokens of each encoder

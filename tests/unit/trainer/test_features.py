@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lidit.store import columns
-from pipelines.table import Table
+from pipelines.engine.table import Table
 from trainer.features import Features
 
 pytestmark = pytest.mark.unit

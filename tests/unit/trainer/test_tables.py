@@ -16,7 +16,7 @@ from lance.file import LanceFileReader
 from lidit.runtime.places import settled
 from lidit.store import columns
 from lidit.store.stale import made_from
-from pipelines.table import ColumnFileWriter, Table, column_holder, field_ids
+from pipelines.engine.table import ColumnFileWriter, Table, column_holder, field_ids
 from trainer.config import TrainConfig
 from trainer.features import Features
 from trainer.storage import Storage

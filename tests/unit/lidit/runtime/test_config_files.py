@@ -27,7 +27,7 @@ def trap(tmp_path, monkeypatch):
     ran = tmp_path / "ran"
     code = f"""
         import pathlib
-        from pipelines.pool import ActorsConfig
+        from pipelines.engine.pool import ActorsConfig
         pathlib.Path({str(ran)!r}).touch()
         class Actors(ActorsConfig):
             pass

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from lidit.runtime.durable import flush, flushed_commit, make_folders, publish
-from pipelines.table import UNFINISHED, ColumnFileWriter, Table
+from pipelines.engine.table import UNFINISHED, ColumnFileWriter, Table
 from trainer.features import Features
 
 pytestmark = pytest.mark.unit

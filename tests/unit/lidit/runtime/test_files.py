@@ -13,8 +13,8 @@ import pytest
 
 from lidit.runtime.files import create_exclusively, is_there, make_folder, replace_file, seconds_since_written
 from lidit.runtime.lease import Lease
-from pipelines.done_pieces import DonePieces
-from pipelines.runs import Run
+from pipelines.engine.runs import Run
+from pipelines.ingestion.done_pieces import DonePieces
 
 pytestmark = pytest.mark.unit
 

@@ -13,12 +13,12 @@ from lidit.frozen.text import EncoderConfig
 from lidit.runtime.places import absolute, model_place, settled, source_place, store_place
 from pipelines import ingest
 from pipelines.embed import DEMO_ENCODERS, EmbedConfig
+from pipelines.engine.table import Table
 from pipelines.generate import GenerateConfig
 from pipelines.ingest import IngestConfig
 from pipelines.preprocess import PreprocessConfig
 from pipelines.score import ScoreConfig
-from pipelines.sources import open_source
-from pipelines.table import Table
+from pipelines.sources.base import open_source
 from trainer.config import PhaseConfig, TrainConfig
 from trainer.export import ExportConfig
 

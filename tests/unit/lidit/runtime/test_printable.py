@@ -10,11 +10,11 @@ import pytest
 from lidit.cli import main
 from lidit.runtime.printable import one_line, printable
 from pipelines import verify
-from pipelines.inspect_table import Facts, Reason
+from pipelines.engine.summary import Summary
 from pipelines.inspection import Inspection
 from pipelines.preprocess import Result
+from pipelines.report.facts import Facts, Reason
 from pipelines.score import Scores
-from pipelines.summary import Summary
 
 pytestmark = pytest.mark.unit
 

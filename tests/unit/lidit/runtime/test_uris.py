@@ -11,12 +11,12 @@ import yaml
 from lidit.cli import JOBS, main
 from lidit.runtime import uris
 from lidit.runtime.uris import check_config, check_uri, shown
+from pipelines.captioning.openai_engine import EndpointConfig
 from pipelines.embed import EmbedConfig
-from pipelines.endpoint import EndpointConfig
 from pipelines.ingest import IngestConfig
-from pipelines.locations import File, find_files
 from pipelines.preprocess import PreprocessConfig
-from pipelines.sources import Record, error_row
+from pipelines.sources.base import Record, error_row
+from pipelines.sources.locations import File, find_files
 from trainer.config import PhaseConfig, TrainConfig
 
 pytestmark = pytest.mark.unit

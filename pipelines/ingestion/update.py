@@ -1,0 +1,305 @@
+"""`lidit ingest --update`: rows whose source has another caption or image now get it, under the `image_id` that they have.
+
+A fragment with such rows gets one new file: of its captions alone, or, where an image is another one, of all that came with the
+images. The file replaces the columns that it holds in one commit, as a stage's does (`Table.attach`): it is all there or not at
+all, and counts only while the fragment still has the files that it was made from. What stages have made of the old values is
+stale from then on (`lidit.store.stale`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import ray
+
+from lidit.runtime.uris import shown
+from lidit.store import columns
+from pipelines.engine.pool import run_units, start_ray_data, start_tracker
+from pipelines.engine.progress import JobProgress
+from pipelines.engine.runs import Run
+from pipelines.engine.summary import Summary
+from pipelines.engine.table import READ_BUFFER_BYTES, ColumnFile, ColumnFileWriter, Table, column_holder, field_ids
+from pipelines.ingestion.compare import Difference
+from pipelines.ingestion.worker import DIED, EXAMPLES, IngestWorker, Unforeseen, _Task
+from pipelines.sources.base import ERROR_FIELD, Listed, Record, unwritable, writable
+from pipelines.sources.image_check import check_image
+from pipelines.sources.text_files import is_unreadable
+
+if TYPE_CHECKING:
+    from pipelines.ingest import IngestConfig
+
+CAPTION_COLUMNS = [columns.CAPTION_ORIGINAL]
+IMAGE_COLUMNS = [
+    columns.IMAGE, columns.HEIGHT, columns.WIDTH, columns.CAPTION_ORIGINAL, columns.IMAGE_DIGEST, columns.IMAGE_PHASH,
+    ERROR_FIELD.name,
+]  # fmt: skip
+PART = ("item", "image_id", "position", "image", "failed")  # of a `Difference`: what a worker is told of a row
+WINDOW_ROWS = 64  # of a fragment, images and all: bounds an actor's memory
+COMMIT_FRAGMENTS = 32  # finished fragments that wait at most
+COMMIT_SECONDS = 30.0  # and how long
+
+
+def units_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
+    """A unit per fragment."""
+    units: dict[int, dict[str, Any]] = {}
+    for one in sorted(differences, key=lambda one: (one.fragment, one.position)):
+        unit = units.setdefault(
+            one.fragment, {"name": f"fragment {one.fragment}", "fragment": one.fragment, "parts": []}
+        )
+        unit["parts"].append({key: getattr(one, key) for key in PART})
+    return list(units.values())
+
+
+def update(config: IngestConfig, table: Table, run: Run, differences: Sequence[Difference], summary: Summary) -> None:
+    """Gives rows the caption and image that their source has now; a row whose new content is no good one keeps the old.
+
+    Raises:
+        RuntimeError: a worker failed, or somebody else changed a fragment meanwhile; what is committed is kept.
+    """
+    units = units_of(differences)
+    start_ray_data()
+    tracker = start_tracker("ingest")
+    worker_kwargs = {"config": config, "table_uri": table.uri, "run_id": run.id, "tracker": tracker}
+    progress = JobProgress("ingest --update", len(differences))
+    committer = _Committer(table, run, summary, {unit["name"] for unit in units})
+    try:
+        for result in run_units(UpdateWorker, worker_kwargs, units, config.actors, run.seen):
+            progress.show(tracker)
+            if result is not None:
+                committer.take(result)
+            committer.commit_if_due()
+        progress.show(tracker, final=True)
+    finally:
+        progress.close()
+        ray.kill(tracker)
+        committer.commit()
+    if committer.unsettled:
+        raise RuntimeError(
+            f"{len(committer.unsettled):,} fragments with rows to update were changed by another job meanwhile, or gave no "
+            f"result. Run the same command again: what is committed is kept"
+        )
+
+
+class _Committer:
+    """Attaches finished files, and counts what it attached."""
+
+    def __init__(self, table: Table, run: Run, summary: Summary, units: set[str]):
+        self.table, self.run, self.summary = table, run, summary
+        self.unsettled = units
+        self.seen: set[str] = set()
+        self.pending: list[dict[str, Any]] = []
+        self.oldest = time.monotonic()
+
+    def take(self, result: dict[str, Any]) -> None:
+        """The first result of each unit counts; Ray may give another."""
+        if result["name"] in self.seen:
+            return
+        self.seen.add(result["name"])
+        self.oldest = self.oldest if self.pending else time.monotonic()
+        self.pending.append(result)
+
+    def commit_if_due(self) -> None:
+        """Commits where enough waits, or has waited for long."""
+        waited = time.monotonic() - self.oldest
+        if len(self.pending) >= COMMIT_FRAGMENTS or (self.pending and waited >= COMMIT_SECONDS):
+            self.commit()
+
+    def commit(self) -> None:
+        """Makes what is finished part of the table, in one commit."""
+        if not self.pending:
+            return
+        start = time.monotonic()
+        made = {result["name"]: ColumnFile(**result["file"]) for result in self.pending if result["file"] is not None}
+        attached = (
+            {file.path for file in self.table.attach(list(made.values()), self.run.check).done} if made else set()
+        )
+        counts = Counter(self.summary.counts)
+        for result in self.pending:
+            file = made.get(result["name"])
+            if result["gone"] or (file is not None and file.path not in attached):
+                continue
+            self.unsettled.discard(result["name"])
+            counts.update(result["counts"])
+            known = self.summary.examples.get("not_updated", [])
+            if result["examples"]:
+                self.summary.examples["not_updated"] = [*known, *result["examples"]][:EXAMPLES]
+            self.summary.bytes_written += file.size if file is not None else 0
+        self.summary.counts = dict(counts)
+        self.pending = []
+        self.summary.commits += bool(made)
+        self.summary.commit_seconds += time.monotonic() - start
+
+
+class UpdateWorker(IngestWorker):
+    """One actor. Its unit is `{"name", "fragment", "parts"}`, parts with what `PART` names."""
+
+    def __init__(self, config: IngestConfig, table_uri: str, run_id: str, tracker: Any):
+        super().__init__(config, table_uri, run_id, tracker, known=None)
+
+    def _work(self, unit: dict[str, Any]) -> dict[str, Any]:
+        task = _Update(self, unit)
+        result = {"name": unit["name"], "file": None, "gone": not task.is_there, "counts": {}, "examples": []}
+        if task.is_there:
+            try:
+                file = task.rewrite()
+            except Unforeseen as error:
+                raise RuntimeError(self._explained(error, f"update-{unit['fragment']}")) from None
+            result |= {"file": file and file.to_json(), "counts": dict(task.counts), "examples": task.said}
+        ray.get(self.tracker.end.remote(unit["name"]))
+        return result
+
+
+class _Update(_Task):
+    """One fragment on its way through a worker."""
+
+    def __init__(self, worker: UpdateWorker, unit: dict[str, Any]):
+        self.unit, self.source, self.each = unit, worker.source, worker.each
+        self.config, self.filters, self.tracker = worker.config, worker.config.filters, worker.tracker
+        self.table_uri, self.run_id = worker.table_uri, worker.run_id
+        self.counts: Counter[str] = Counter()
+        self.said: list[str] = []  # of a few rows: why they stay as they are
+        self.attempt = ray.get(self.tracker.begin.remote(unit["name"], worker.process))
+        self.dataset = Table(self.table_uri).open()
+        self.fragment: lance.LanceFragment = self.dataset.get_fragment(unit["fragment"])  # type: ignore[assignment]
+        self.parts = {part["position"]: (number, part) for number, part in enumerate(unit["parts"])}
+        self.is_there = self.fragment is not None and self._rows_are_there()
+
+    def rewrite(self) -> ColumnFile | None:
+        """Writes the fragment's columns with the new values; None where every row keeps what it has."""
+        self._leave_failed()
+        if not self.parts:
+            return None
+        with_images = any(part["image"] for _, part in self.parts.values())
+        wanted = IMAGE_COLUMNS if with_images else CAPTION_COLUMNS
+        schema = pa.schema([f for f in self.dataset.schema if f.name in wanted])
+        ids = field_ids(self.dataset)
+        holders = {name: column_holder(self.fragment.metadata, ids[name]) for name in schema.names}
+        writer = ColumnFileWriter(self.table_uri, schema, self.run_id)
+        try:
+            for rows in self._batches(schema):
+                writer.write(rows)
+            if trailing := self.fragment.physical_rows - writer.rows:
+                writer.write(pa.record_batch([pa.nulls(trailing, f.type) for f in schema], schema))
+            if not self.counts["updated"]:
+                writer.discard()
+                return None
+            held = {name: path for name, path in holders.items() if path is not None}
+            return writer.finish(self.dataset, self.fragment.fragment_id, held)
+        except BaseException:
+            writer.discard()
+            raise
+
+    def _rows_are_there(self) -> bool:
+        """Whether the rows still lie where they were when they were compared."""
+        ids = self.fragment.to_table(columns=[columns.IMAGE_ID], with_row_address=True)
+        at = dict(
+            zip((address & 0xFFFFFFFF for address in ids["_rowaddr"].to_pylist()), ids[columns.IMAGE_ID].to_pylist())
+        )
+        return all(at.get(position, part["image_id"]) == part["image_id"] for position, (_, part) in self.parts.items())
+
+    def _batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """The fragment's rows with the new values in them, nulls where rows are deleted."""
+        following = 0
+        batches = self.fragment.to_batches(
+            columns=schema.names,
+            batch_size=WINDOW_ROWS,
+            with_row_address=True,
+            batch_readahead=1,
+            io_buffer_size=READ_BUFFER_BYTES,
+        )
+        for batch in batches:
+            if not batch.num_rows:
+                continue
+            positions = (batch.column("_rowaddr").to_numpy() & 0xFFFFFFFF).astype(np.int64)
+            rows = self._replaced(positions.tolist(), batch.select(schema.names), schema)
+            places = np.full(int(positions[-1]) + 1 - following, -1)
+            places[positions - following] = np.arange(len(positions))
+            following = int(positions[-1]) + 1
+            yield rows if len(places) == len(positions) else rows.take(pa.array(places, mask=places < 0))
+
+    def _replaced(self, positions: list[int], batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+        changed = {}
+        for row, position in enumerate(positions):
+            if position not in self.parts:
+                continue
+            number, part = self.parts[position]
+            old = batch.slice(row, 1).to_pylist()[0]
+            new = self._image(number, part, old) if part["image"] else self._caption(part)
+            self.tracker.leave.remote(self.unit["name"], {"rows": 1})
+            if new is not None:
+                changed[row] = {**old, **new}
+        self.counts["updated"] += len(changed)
+        return _spliced(batch, changed, schema)
+
+    def _leave_failed(self) -> None:
+        """Rows that have an error and would have one again need no file."""
+        for position, (number, part) in list(self.parts.items()):
+            if part["failed"] and self._image(number, part, {}) is None:
+                del self.parts[position]
+
+    def _image(self, number: int, part: dict[str, Any], old: dict[str, Any]) -> dict[str, Any] | None:
+        """What a row is to hold whose image is another one; None where it keeps what it has."""
+        if number in self.attempt.quarantined:
+            self._keep(str(part["item"].get("place") or part["image_id"]), DIED)
+            return None
+        ray.get(self.tracker.enter.remote(self.unit["name"], number, number + 1))  # reading it may be what kills
+        record = next(iter(self.source.records([part["item"]])))
+        record.drop_long_texts()
+        (looked,) = self._looked_at([(number, record)])
+        row = looked.row
+        if row is None:
+            self._keep(record.place, f"its image or caption does not pass {looked.filtered}")
+            return None
+        if (reason := row.get(ERROR_FIELD.name)) is not None:
+            self._keep(record.place, reason)
+            return None
+        if old.get(columns.IMAGE_PHASH) is not None and row.get(columns.IMAGE_PHASH) is None:
+            row[columns.IMAGE_PHASH] = check_image(row[columns.IMAGE], True, with_phash=True).phash
+        new = {name: row.get(name) for name in IMAGE_COLUMNS}
+        if part["item"].get("text_unsure") and not part["failed"]:
+            del new[columns.CAPTION_ORIGINAL]
+        return new
+
+    def _caption(self, part: dict[str, Any]) -> dict[str, Any] | None:
+        """What a row is to hold whose caption alone is another one; None where it keeps what it has."""
+        record = Record(str(part["item"].get("place") or part["image_id"]), image_id=part["image_id"])
+        try:
+            assert isinstance(self.source, Listed)
+            record.caption = self.source.text(part["item"])
+            record.drop_long_texts()
+            reason = record.error or unwritable(record)
+        except ValueError as error:
+            reason = f"its caption is no good one: {error}"
+        except OSError as error:
+            if not is_unreadable(error):
+                raise
+            reason = f"{type(error).__name__}: its caption cannot be read"
+        if reason is None and (bad := self.filters.caption(record.caption)) is not None:
+            record.caption = None
+            reason = f"its caption does not pass {bad}" if self.filters.bad_caption == "drop" else None
+        if reason is not None:
+            self._keep(record.place, reason)
+            return None
+        return {columns.CAPTION_ORIGINAL: record.caption}
+
+    def _keep(self, place: str, reason: str) -> None:
+        """Counts a row that stays as it is, and remembers why."""
+        self.counts["not_updated"] += 1
+        self.said = [*self.said, writable(shown(f"{place}: {reason}"))][:EXAMPLES]
+
+
+def _spliced(batch: pa.RecordBatch, changed: dict[int, dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """The batch with some of its rows replaced."""
+    if not changed:
+        return batch
+    new = pa.RecordBatch.from_pylist(list(changed.values()), schema=schema)
+    places = np.arange(batch.num_rows)
+    places[list(changed)] = batch.num_rows + np.arange(len(changed))
+    both = pa.Table.from_batches([batch.cast(schema), new]).combine_chunks()
+    return both.take(pa.array(places)).combine_chunks().to_batches()[0]
