@@ -25,7 +25,7 @@ from lidit.config import LIDiTConfig
 from lidit.diffusion import Flow, draw, loss_per_sample, sample_rng
 from lidit.model import LIDiT
 from trainer.config import EMAConfig, OptimizerConfig
-from trainer.optimizer import build_optimizer
+from trainer.engine.optimizer import build_optimizer
 
 PROMPT_DROP = 0.1
 

@@ -25,7 +25,6 @@ import torch
 from lidit.config import LIDiTConfig
 from lidit.diffusion import loss_per_sample
 from lidit.model import LIDiT
-from trainer.batches import Batches
 from trainer.config import (
     CheckpointConfig,
     DataConfig,
@@ -37,10 +36,11 @@ from trainer.config import (
     TrainConfig,
     ZeroConfig,
 )
-from trainer.metrics import read_lines
-from trainer.optimizer import build_optimizer
+from trainer.data.loader import Batches
+from trainer.data.tables import Tables
+from trainer.engine.optimizer import build_optimizer
+from trainer.monitor.metrics import read_lines
 from trainer.storage import Storage
-from trainer.tables import Tables
 
 TESTS = Path(__file__).resolve().parent
 SHAPE = {"depth": 2, "width": 32, "heads": 2}

@@ -14,7 +14,7 @@ from typing import Any
 from lidit.runtime.heartbeat import HEARTBEAT_SECONDS
 from lidit.runtime.lease import Lease, LeaseHeld, LeaseLost
 from lidit.runtime.outage import is_away
-from trainer.signals import STOP
+from trainer.engine.signals import STOP
 from trainer.storage import Storage
 
 

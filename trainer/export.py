@@ -27,15 +27,15 @@ from lidit.runtime.model_files import split_revision
 from lidit.runtime.places import absolute
 from lidit.runtime.uris import check_config
 from lidit.weights import expected_shapes, save_weights
-from trainer.checkpoint import EMA_FOLDER, ENGINE
+from trainer.checkpoints.manifest import Damaged, Manifest, check_content, read_manifest, steps_in
+from trainer.checkpoints.resume import read_state
+from trainer.checkpoints.save import EMA_FOLDER, ENGINE
+from trainer.checkpoints.universal import restricted_unpickling
 from trainer.config import OptimizerConfig
+from trainer.engine.optimizer import parameter_groups
+from trainer.engine.shards import FragmentReader
 from trainer.fields import from_plain
-from trainer.fragments import FragmentReader
-from trainer.manifest import Damaged, Manifest, check_content, read_manifest, steps_in
-from trainer.optimizer import parameter_groups
-from trainer.resume import read_state
 from trainer.storage import Storage, inside
-from trainer.universal import restricted_unpickling
 
 VAE_KEYS = (
     "autoencoder",

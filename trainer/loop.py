@@ -16,19 +16,19 @@ from typing import Any
 
 from lidit.config import LIDiTConfig
 from lidit.diffusion import loss_per_sample, objective_to_dict
-from trainer.batches import Batches
-from trainer.checkpoint import Checkpoints, Observe
+from trainer.checkpoints.save import Checkpoints, Observe
 from trainer.config import PhaseConfig, TrainConfig
-from trainer.data_check import DataCheck
-from trainer.ema import EMA
-from trainer.engine import set_learning_rate
-from trainer.partitions import discard_gradients, squared_norm
-from trainer.ranks import Ranks
-from trainer.report import Meter, Report
-from trainer.signals import StopFile, Terminated, draining, terminated
-from trainer.tables import PhaseTable, Tables, describe
-from trainer.tally import Tally, Totals
-from trainer.validation import Validation
+from trainer.data.check import DataCheck
+from trainer.data.loader import Batches
+from trainer.data.tables import PhaseTable, Tables, describe
+from trainer.engine.ema import EMA
+from trainer.engine.engine import set_learning_rate
+from trainer.engine.partitions import discard_gradients, squared_norm
+from trainer.engine.ranks import Ranks
+from trainer.engine.signals import StopFile, Terminated, draining, terminated
+from trainer.monitor.report import Meter, Report
+from trainer.monitor.step_metrics import Tally, Totals
+from trainer.monitor.validation import Validation
 
 
 class NotFinite(RuntimeError):

@@ -19,14 +19,14 @@ from typing import Any
 
 from lidit.runtime.lease import Lease
 from lidit.runtime.places import settled
-from trainer.checkpoint import Observe
+from trainer.checkpoints.manifest import steps_in
+from trainer.checkpoints.save import Observe
 from trainer.config import TrainConfig
+from trainer.data.tables import Tables, pinned_versions, write_versions
 from trainer.driver import in_thread, only_driver, stopped_by_signals
-from trainer.manifest import steps_in
+from trainer.engine.signals import STOP
 from trainer.recipes import RECIPES
-from trainer.signals import STOP
 from trainer.storage import Storage
-from trainer.tables import Tables, pinned_versions, write_versions
 
 __all__ = ["RECIPES", "TrainConfig", "TrainSummary", "main"]
 
@@ -241,7 +241,7 @@ def _sigterm_callback() -> Any:
         """Called in the main thread of every worker."""
 
         def after_init_train_context(self) -> None:
-            from trainer.signals import install_sigterm
+            from trainer.engine.signals import install_sigterm
 
             install_sigterm()
 
@@ -261,8 +261,8 @@ def _check_resume_mode(config: TrainConfig, storage: Storage) -> None:
 
 def _plan(config: TrainConfig) -> list[str]:
     """What a run would need, in lines."""
-    from trainer.estimate import estimate
-    from trainer.survey import survey
+    from trainer.data.survey import survey
+    from trainer.planner.estimate import estimate
 
     tables, unknown = {}, []
     for number, phase in enumerate(config.phases):

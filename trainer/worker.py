@@ -6,20 +6,20 @@ import contextlib
 import dataclasses
 from typing import Any
 
-from trainer.checkpoint import Checkpoints, Observe, SaveFailed
+from trainer.checkpoints.resume import Found, Layout, Resume, load_engine
+from trainer.checkpoints.rng import load_rng
+from trainer.checkpoints.save import Checkpoints, Observe, SaveFailed
 from trainer.config import TrainConfig
-from trainer.data_check import DamagedData, DataCheck
-from trainer.engine import build_engine, prepare_process
+from trainer.data.check import DamagedData, DataCheck
+from trainer.data.tables import Tables, check_resumable
+from trainer.engine.engine import build_engine, prepare_process
+from trainer.engine.ranks import Ranks, told_to_ranks
+from trainer.engine.signals import StopFile
 from trainer.loop import Loop, NotFinite, Progress
-from trainer.metrics import MetricsWriter
-from trainer.ranks import Ranks, told_to_ranks
-from trainer.report import Report
-from trainer.resume import Found, Layout, Resume, load_engine
-from trainer.rng import load_rng
-from trainer.signals import StopFile
+from trainer.monitor.metrics import MetricsWriter
+from trainer.monitor.report import Report
+from trainer.monitor.validation import Validation
 from trainer.storage import Storage
-from trainer.tables import Tables, check_resumable
-from trainer.validation import Validation
 
 
 @told_to_ranks
@@ -124,7 +124,7 @@ def _progress(found: Found | None) -> Progress:
 
 def _restore(config: TrainConfig, found: Found | None, engine: Any) -> Any:
     """Puts a checkpoint into the engine; returns the average, restored or new, if the run keeps one."""
-    from trainer.ema import EMA
+    from trainer.engine.ema import EMA
 
     if found is not None:
         load_engine(found, engine)

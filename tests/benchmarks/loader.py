@@ -157,11 +157,11 @@ def collate(samples: list[tuple[bytes, bytes]]) -> tuple[Any, Any, Any]:
 
 
 def load_lidit(folder: str, threads: int) -> Iterator[tuple[Any, Any, Any]]:
-    from trainer.batches import Batches
+    from lidit.store.features import Features
     from trainer.config import DataConfig
-    from trainer.features import Features
-    from trainer.plan import Plan
-    from trainer.survey import survey
+    from trainer.data.loader import Batches
+    from trainer.data.plan import Plan
+    from trainer.data.survey import survey
 
     data = DataConfig(encoders=("llm",), prompt_drop_prob=0.0, read_threads=threads, pad_multiple=PAD)
     features = Features(folder, data.encoders, data.text_mix)

@@ -25,12 +25,12 @@ import report
 
 from lidit.store import columns
 from lidit.store.buckets import bucket_name, make_buckets
+from lidit.store.features import Features
 from pipelines.embed import ENCODERS_SCHEMA
 from pipelines.engine.table import Table
-from trainer.batches import plan_phase
 from trainer.config import DataConfig, PhaseConfig, TrainConfig
-from trainer.features import Features
-from trainer.survey import survey
+from trainer.data.loader import plan_phase
+from trainer.data.survey import survey
 
 CHUNK_ROWS = 1_000_000  # of a write, and of a fragment
 ENCODERS, TEXTS = ("llama3", "qwen15"), (columns.CAPTION, columns.CAPTION_ORIGINAL)

@@ -32,15 +32,15 @@ import report
 
 from lidit.diffusion import loss_per_sample
 from lidit.model import LIDiT
-from trainer.assemble import Batch
-from trainer.batches import Batches
 from trainer.config import CheckpointConfig, TrainConfig, ValidationConfig, ZeroConfig
-from trainer.engine import build_engine, prepare_process, set_learning_rate
-from trainer.metrics import read_lines
-from trainer.optimizer import build_optimizer
-from trainer.ranks import Ranks
+from trainer.data.assemble import Batch
+from trainer.data.loader import Batches
+from trainer.data.tables import Tables
+from trainer.engine.engine import build_engine, prepare_process, set_learning_rate
+from trainer.engine.optimizer import build_optimizer
+from trainer.engine.ranks import Ranks
+from trainer.monitor.metrics import read_lines
 from trainer.recipes import scenes
-from trainer.tables import Tables
 from trainer.worker import train
 
 WARM = 2  # steps of a turn that do not count

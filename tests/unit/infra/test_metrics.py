@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipelines.engine.job_metrics import COUNTED
-from trainer.ray_metrics import EXPORTED, STEP
+from trainer.monitor.ray_metrics import EXPORTED, STEP
 
 ROOT = Path(__file__).resolve().parents[3]
 DASHBOARD = json.loads((ROOT / "infra/grafana/lidit.json").read_text())

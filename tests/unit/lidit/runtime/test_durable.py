@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from lidit.runtime.durable import flush, flushed_commit, make_folders, publish
+from lidit.store.features import Features
 from pipelines.engine.table import UNFINISHED, ColumnFileWriter, Table
-from trainer.features import Features
 
 pytestmark = pytest.mark.unit
 

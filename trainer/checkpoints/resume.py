@@ -1,0 +1,209 @@
+"""Going on: the newest valid checkpoint of a run, brought to each rank, at this or another number of ranks.
+
+A checkpoint whose manifest or files do not hold is skipped with a warning that names the file, and the next older one is
+looked at. A rank reads and checks the files that it needs. At another number of ranks the engine's shards are converted once
+per node (universal.py); the pieces of the average are read in any cut (fragments.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoints import universal
+from trainer.checkpoints.manifest import MANIFEST, Damaged, Manifest, check_content, folder_of, read_manifest, steps_in
+from trainer.checkpoints.save import EMA_FOLDER, ENGINE, RNG_FOLDER, STATE, rank_file
+from trainer.engine.ranks import Ranks
+from trainer.storage import Storage, inside
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run's state is cut. Where it is the same, ranks load the shards that they saved."""
+
+    world_size: int
+    zero_stage: int
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank has everything: then any number of ranks loads what rank 0 saved."""
+        return self.zero_stage == 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose files are here and whole."""
+
+    step: int
+    state: dict[str, Any]
+    """Content of state.json."""
+    engine: Path
+    """Folder that DeepSpeed loads from."""
+    tag: str
+    """Its name for a folder in that."""
+    universal: bool
+    """Whether it was converted for another number of ranks."""
+    ema: tuple[Path, ...]
+    """Files with this rank's pieces, maybe among others."""
+    rng: Path | None
+    """This rank's, if as many saved."""
+
+
+class Resume:
+    """Finds what a run can go on from, for one rank of it.
+
+    Args:
+        storage: the run's folder.
+        ranks: who takes part.
+        layout: how the run cuts its state now.
+    """
+
+    def __init__(self, storage: Storage, ranks: Ranks, layout: Layout):
+        self.storage, self.ranks, self.layout = storage, ranks, layout
+        self.warnings: list[str] = []
+
+    @contextlib.contextmanager
+    def newest(self) -> Iterator[Found | None]:
+        """The newest valid checkpoint, its files at hand inside the context. All ranks call it; None: there is none."""
+        refused: set[int] = set()
+        with contextlib.ExitStack() as stack:
+            while True:
+                candidate = self.ranks.from_first(lambda: self._newest_listed(refused))
+                if candidate is None:
+                    yield None
+                    return
+                step, content, state = candidate
+                manifest = Manifest.from_json(content.encode(), f"{folder_of(step)}/{MANIFEST}")
+                found, problem = None, None
+                try:
+                    found = self._fetch(manifest, state, stack)
+                except Damaged as error:
+                    problem = str(error)
+                problems = sorted({problem for problem in self.ranks.gather(problem) if problem})
+                if not problems:
+                    assert found is not None
+                    yield found
+                    return
+                refused.add(step)
+                for problem in problems:
+                    self._warn(problem)
+
+    def _newest_listed(self, refused: set[int]) -> tuple[int, str, dict[str, Any]] | None:
+        """Rank 0: the newest checkpoint whose manifest (as it is stored), sizes and state hold."""
+        for step in reversed(steps_in(self.storage)):
+            if step in refused:
+                continue
+            try:
+                manifest = read_manifest(self.storage, step)
+                return step, manifest.to_json().decode(), read_state(self.storage, manifest)
+            except Damaged as error:
+                refused.add(step)
+                self._warn(str(error))
+        return None
+
+    def _fetch(self, manifest: Manifest, state: dict[str, Any], stack: contextlib.ExitStack) -> Found:
+        """Brings the files that this rank needs to this machine, checks them, converts them if need be."""
+        saved = Layout(state["world_size"], state["zero_stage"])
+        if saved == self.layout or self.layout.replicated:
+            source = 0 if self.layout.replicated else self.ranks.rank
+            names = [name for name in manifest.files if _belongs(name, source)]
+            local = self._local_folder(manifest, stack)
+            self._bring(manifest, names, local)
+            ema = tuple(local / name for name in names if name.startswith(f"{EMA_FOLDER}/"))
+            rng = f"{RNG_FOLDER}/{rank_file(self.ranks.rank)}"
+            here = local / rng if rng in names else None
+            return Found(manifest.step, state, local, ENGINE, False, ema, here)
+        leader = self.ranks.local_rank == 0
+        shared = self._shared_folder(stack)
+        local = Path(self.storage.path(manifest.place)) if self.storage.local else shared
+        names = [name for name in manifest.files if name.startswith((f"{ENGINE}/", f"{EMA_FOLDER}/"))]
+        damage = failure = None
+        if leader:
+            try:
+                self._bring(manifest, names, local)
+                universal.check_names(local / ENGINE)
+                universal.convert(local / ENGINE, shared / "universal")
+            except Damaged as error:
+                damage = str(error)
+            except Exception as error:  # told, since the others wait
+                failure = str(error)
+        told = self.ranks.gather([damage, failure])
+        if failures := [failure for _, failure in told if failure]:
+            raise RuntimeError(failures[0])
+        if damages := [damage for damage, _ in told if damage]:
+            raise Damaged(damages[0])
+        ema = tuple(local / name for name in names if name.startswith(f"{EMA_FOLDER}/"))
+        return Found(manifest.step, state, shared, "universal", True, ema, None)
+
+    def _bring(self, manifest: Manifest, names: list[str], local: Path) -> None:
+        for name in names:
+            remote, path = f"{manifest.place}/{name}", inside(local, name)
+            if not self.storage.local:
+                self.storage.download(remote, path)
+            check_content(path, manifest.files[name], remote)
+
+    def _local_folder(self, manifest: Manifest, stack: contextlib.ExitStack) -> Path:
+        """Where this rank finds its files: in place, or in a temporary folder of its own."""
+        if self.storage.local:
+            return Path(self.storage.path(manifest.place))
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lidit-")))
+
+    def _shared_folder(self, stack: contextlib.ExitStack) -> Path:
+        """A temporary folder that the ranks of a node share, and no other user reads; its leader makes it, and deletes it after
+        all have left. The ranks of a node follow each other."""
+        leader = self.ranks.local_rank == 0
+        made = self.ranks.gather(tempfile.mkdtemp(prefix="lidit-universal-") if leader else None)
+        folder = made[self.ranks.rank - self.ranks.local_rank]
+        assert folder is not None, f"rank {self.ranks.rank - self.ranks.local_rank} is not the leader of a node"
+
+        def leave() -> None:
+            self.ranks.gather(None)
+            if leader:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        stack.callback(leave)
+        return Path(folder)
+
+    def _warn(self, problem: str) -> None:
+        message = f"checkpoint skipped: {problem}"
+        if self.ranks.first:
+            self.warnings.append(message)
+            print(f"lidit train: WARNING: {message}", file=sys.stderr, flush=True)
+
+
+def load_engine(found: Found, engine: Any) -> None:
+    """Puts a checkpoint's weights and optimizer state into an engine that was built for it (`universal` as found)."""
+    with universal.restricted_unpickling():
+        path, _ = engine.load_checkpoint(str(found.engine), tag=found.tag, load_lr_scheduler_states=False)
+    assert path is not None, f"DeepSpeed found nothing in {found.engine}/{found.tag}"
+    if found.universal:
+        universal.separate_step_counts(engine)
+
+
+def read_state(storage: Storage, manifest: Manifest) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises Damaged where it is not what the manifest says."""
+    name = f"{manifest.place}/{STATE}"
+    with tempfile.TemporaryDirectory(prefix="lidit-") as folder:
+        path = Path(folder) / STATE
+        storage.download(name, path)
+        if STATE not in manifest.files:
+            raise Damaged(f"{folder_of(manifest.step)}/{MANIFEST}: does not list {STATE}")
+        check_content(path, manifest.files[STATE], name)
+        return json.loads(path.read_text())
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _belongs(name: str, rank: int) -> bool:
+    """Whether a rank needs that file to go on where it stopped: its own, and the one that holds all ranks' module."""
+    if name.startswith(f"{ENGINE}/"):
+        return f"zero_pp_rank_{rank}_mp" in name or name.startswith(f"{ENGINE}/mp_rank_")
+    return name in (f"{EMA_FOLDER}/{rank_file(rank)}", f"{RNG_FOLDER}/{rank_file(rank)}")

@@ -1,0 +1,255 @@
+"""The tables that a run reads: one for each phase, each pinned to the version that the run began with."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from lance.file import LanceFileReader
+
+from lidit.config import LIDiTConfig
+from lidit.diffusion import Objective
+from lidit.runtime.places import store_place
+from lidit.store.buckets import parse_bucket
+from lidit.store.features import Features
+from lidit.store.fingerprints import comparable, warn_unrecorded
+from lidit.store.stale import stale_columns
+from trainer.config import PhaseConfig, TrainConfig
+from trainer.data.loader import plan_phase
+from trainer.data.plan import Plan
+from trainer.data.survey import Survey, survey
+from trainer.storage import Storage
+
+TAG = "lidit-train-"  # and the run's name, and what tells it from others of that name
+TOKEN = "tag.token"  # in the run's folder: what its tags are told by
+VERSIONS = "tables.json"  # in the run's folder: store -> version, from the run's first start on
+
+
+@dataclass(frozen=True)
+class PhaseTable:
+    """What a phase trains on."""
+
+    features: Features
+    survey: Survey
+    plan: Plan
+    objective: Objective
+
+    @property
+    def bucket(self) -> str:
+        """The one with most rows."""
+        return self.survey.rows.buckets[int(np.argmax(self.survey.rows.counts))]
+
+
+class Tables:
+    """The feature tables of all phases.
+
+    Args:
+        config: the run.
+        versions: store -> version; a store that is not in it is opened at its newest.
+
+    Raises:
+        ValueError: a table, version or column is not there, or the phases' tables do not belong to one model.
+    """
+
+    def __init__(self, config: TrainConfig, versions: Mapping[str, int]):
+        self.config = config
+        self.versions = dict(versions)
+        if config.data.version is not None:
+            self.versions.setdefault(config.store, config.data.version)
+        self._features: dict[int, Features] = {}
+        self._surveyed: tuple[int, PhaseTable] | None = None
+        for number, phase in enumerate(config.phases):
+            self._features[number] = features = self._open(phase)
+            self.versions.setdefault(phase.store or config.store, features.version)
+        self._check_alike()
+
+    def features(self, number: int) -> Features:
+        """The table of the phase of that number."""
+        return self._features[number]
+
+    def phase(self, number: int) -> PhaseTable:
+        """Surveys it, which reads the small columns of every row, and plans the phase; the last one asked for is kept."""
+        if self._surveyed is not None and self._surveyed[0] == number:
+            return self._surveyed[1]
+        phase, features = self.config.phases[number], self._features[number]
+        found = survey(features, self.config.data.holdout)
+        features.check_resolution(found.rows.buckets, phase.resolution)
+        plan, objective = plan_phase(self.config, number, found), self.config.phase_objective(phase)
+        self._surveyed = number, PhaseTable(features, found, plan, objective)
+        return self._surveyed[1]
+
+    def model_config(self) -> LIDiTConfig:
+        """The model that fits the tables."""
+        first = self._features[0]
+        widths = {name: states.width for name, states in first.encoders.items()}
+        return self.config.model.build(widths, first.latents.channels)
+
+    def pin(self, storage: Storage, known: Mapping[str, int]) -> list[str]:
+        """Tags the versions, so that no clean-up of the store takes them away while the run is unfinished.
+
+        Args:
+            storage: the run's folder, which the tag's name belongs to.
+            known: store -> version, as an earlier start of the run has written them down.
+
+        Returns:
+            Warnings: stores that take no tag.
+
+        Raises:
+            ValueError: the run's tag keeps another version than this one, and no earlier start has written that down.
+        """
+        tag, warnings = tag_of(storage, self.config.name), []
+        for number, features in self._features.items():
+            store = self.config.phases[number].store or self.config.store
+            problem = features.pin(tag, move=known.get(store) == features.version)
+            if problem is not None:
+                warnings.append(f"{problem}: a clean-up of old versions there may end this run")
+        return list(dict.fromkeys(warnings))
+
+    def stale(self) -> list[str]:
+        """Warnings: columns that were made from captions or images which have changed since; they are read as they are."""
+        warnings = []
+        for features in {features.table.uri: features for features in self._features.values()}.values():
+            fields = [features.table.schema.field(name) for name in features.columns]
+            stale = stale_columns(LanceFileReader, features.table, features.table.uri, fields)
+            if stale:
+                names = sorted({name for names in stale.values() for name in names})
+                warnings.append(
+                    f"{features.store}: {', '.join(names)} were made from values that have changed since, in {len(stale):,} "
+                    f"fragments; they are trained on as they are. `lidit inspect` names the commands that make them again"
+                )
+        return warnings
+
+    def unpin(self, storage: Storage) -> list[str]:
+        """Takes this run's tags away, and nobody else's. Returns warnings: stores that keep theirs, or one that may be ours."""
+        tag, shared, warnings = tag_of(storage, self.config.name), f"{TAG}{self.config.name}", []
+        for features in self._features.values():
+            if (problem := features.unpin(tag)) is not None:
+                warnings.append(problem)
+            if features.keeps(shared):
+                warnings.append(
+                    f"{features.table.uri} has the tag {shared}, which earlier versions gave all runs of this name: delete it "
+                    f"if no other run needs version {features.version}"
+                )
+        return list(dict.fromkeys(warnings))
+
+    def _open(self, phase: PhaseConfig) -> Features:
+        store = phase.store or self.config.store
+        data = self.config.data
+        return Features(store, data.encoders, data.text_mix, phase.latents, phase.bucket, self.versions.get(store))
+
+    def _check_alike(self) -> None:
+        first = self._features[0]
+        for number, features in self._features.items():
+            for name, states in features.encoders.items():
+                this, other, unrecorded = comparable(states.fingerprint, first.encoders[name].fingerprint)
+                warn_unrecorded(f"encoder {name!r} of {features.store} and {first.store}", unrecorded)
+                if this != other:
+                    raise ValueError(
+                        f"phases: encoder {name!r} of {features.store} is not the one of {first.store}: all phases of a run "
+                        f"need the same encoders"
+                    )
+            if features.latents.channels != first.latents.channels:
+                raise ValueError(
+                    f"phases: latents of phase {number} have {features.latents.channels} channels, those of phase 0 "
+                    f"{first.latents.channels}: all phases of a run need the same autoencoder"
+                )
+
+
+def tag_of(storage: Storage, name: str) -> str:
+    """The tag of a run, and of no other one: runs of the same name in another folder, or on another machine, have their own.
+
+    A token is kept in the run's folder; with the folder's URI it makes the tag, so that a copy of a run is another run.
+    """
+    with contextlib.suppress(FileExistsError):
+        storage.create(TOKEN, secrets.token_hex(8).encode())
+    token = storage.read(TOKEN).decode()
+    return f"{TAG}{name}-{hashlib.sha256(f'{token} {storage.uri}'.encode()).hexdigest()[:10]}"
+
+
+def pinned_versions(storage: Storage, config: TrainConfig) -> dict[str, int]:
+    """What the run's first start has written down; nothing before that."""
+    content = storage.read_if_there(VERSIONS)
+    if content is None:
+        return {}
+    return {_as_named_now(store): int(version) for store, version in json.loads(content).items()}
+
+
+def _as_named_now(store: str) -> str:
+    """A store as a config names it once it is settled; earlier versions wrote it down as the user had."""
+    try:
+        return store_place(store)
+    except ValueError:
+        return store
+
+
+def write_versions(storage: Storage, tables: Tables, known: Mapping[str, int]) -> None:
+    """Keeps the versions for all later starts of the run; before they are tagged. `known`: what is written down already."""
+    if tables.versions != known:
+        storage.write(VERSIONS, json.dumps(tables.versions, indent=1).encode())
+
+
+def describe(tables: Tables, number: int, table: PhaseTable) -> dict[str, Any]:
+    """What a checkpoint remembers of the table of a phase, and exported weights are made with: JSON."""
+    features = table.features
+    return {
+        "phase": number,
+        "versions": tables.versions,
+        "features": features.fingerprint(),
+        "encoders": {
+            name: {"config": states.config, "fingerprint": states.fingerprint}
+            for name, states in features.encoders.items()
+        },
+        "image_size": list(parse_bucket(table.bucket)),
+        "plan": table.plan.fingerprint(),
+    }
+
+
+def check_resumable(config: TrainConfig, saved: Mapping[str, Any], tables: Tables, table: PhaseTable) -> list[str]:
+    """Whether a checkpoint's run may go on with this config; returns the settings that changed and may.
+
+    Args:
+        config: of the run as it is started now.
+        saved: state.json of the checkpoint.
+        tables: as they are now.
+        table: of the phase that the next step is in.
+
+    Raises:
+        ValueError: something that its steps or its state depend on is different; says what.
+    """
+    before, now = saved["config"], config.to_dict()
+    fixed = ("model", "objective", "flow", "ddpm", "precision", "seed")
+    pairs = {name: (before[name], now[name]) for name in fixed}
+    pairs["zero.stage"] = (before["zero"]["stage"], config.zero.stage)
+    pairs["optimizer.name"] = (before["optimizer"].get("name", "adamw"), config.optimizer.name)
+    pairs["data.encoders"] = (list(before["data"]["encoders"]), list(config.data.encoders))
+    phase, step_in_phase, images_seen = config.phase_at(saved["step"])
+    pairs["images that the phases have seen by then"] = (saved["images_seen"], images_seen)
+    wrong = [f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new]
+    if wrong:
+        raise ValueError(
+            f"run {config.name!r} has a checkpoint at step {saved['step']:,} that was made otherwise: {'; '.join(wrong)}. Set "
+            f"it back, or train under another `name`"
+        )
+    trained = saved["table"]
+    tables.features(min(trained["phase"], phase)).check_same(trained["features"])
+    plan = table.plan.fingerprint()
+    if trained["phase"] == phase and step_in_phase and trained["plan"] != plan:
+        differing = ", ".join(sorted(key for key in plan if trained["plan"].get(key) != plan[key]))
+        raise ValueError(
+            f"run {config.name!r}, checkpoint at step {saved['step']:,}: the order of rows would be another one ({differing} "
+            f"changed). Set data.* and the phase back, or train under another `name`"
+        )
+    ignored = {*fixed, "phases", "dry_run", "stop_after_steps", "resume", "num_workers", "hardware", "name", "storage"}
+    return [change for name in before if name not in ignored for change in _changes(name, before[name], now.get(name))]
+
+
+def _changes(name: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [change for key in old for change in _changes(f"{name}.{key}", old[key], new.get(key))]
+    return [] if old == new else [f"{name}: {old} -> {new}"]

@@ -1,0 +1,89 @@
+"""The DeepSpeed engine of a run: the model (sharded from the start at stage 3), its optimizer, and DeepSpeed around them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from lidit.config import LIDiTConfig
+from lidit.model import LIDiT
+from trainer.config import TrainConfig
+from trainer.engine.optimizer import build_optimizer
+from trainer.engine.ranks import Ranks
+from trainer.engine.zero import deepspeed_config
+
+NO_DYNAMO = "TORCHDYNAMO_DISABLE"  # read by torch.compile when it is called
+
+
+def prepare_process(config: TrainConfig) -> None:
+    """Settings of a worker process that must be made before DeepSpeed is imported. Call it first, and again is harmless."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    if config.use_gpu:
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+
+
+def build_engine(config: TrainConfig, model_config: LIDiTConfig, ranks: Ranks, universal: bool = False) -> Any:
+    """Model, optimizer and engine, the same initial weights on every rank and for every number of ranks.
+
+    Args:
+        universal: a checkpoint of another world size will be loaded (see universal.py).
+    """
+    deepspeed = _import_deepspeed(ranks.device)
+    settings = deepspeed_config(config, model_config, config.phases[0], ranks.world_size)
+    if universal:
+        settings["checkpoint"] = {"load_universal": True}
+    torch.manual_seed(config.seed)
+    sharded = config.zero.stage == 3
+    with deepspeed.zero.Init(config_dict_or_path=settings) if sharded else contextlib.nullcontext():
+        model = LIDiT(model_config)
+    model.set_checkpointing(config.model.checkpointing)
+    if config.model.compile == "pointwise":
+        model.compile_regions()
+    elif config.model.compile == "blocks":
+        model.compile_blocks()
+    optimizer = build_optimizer(model, config.optimizer)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    # Ours alone: a failed write must not raise on one rank while the others wait for it (see checkpoint.py).
+    engine._copy_recovery_script = lambda save_path: None
+    return engine
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Of the next optimizer step, in all groups."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # Its shared-memory collectives would be compiled at the first run, 44 s; gloo does as well for a few processes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return deepspeed
+
+
+def _import_muon() -> None:
+    """DeepSpeed asks whether AdamW is its Muon, whose import hands functions to torch.compile: seconds for every process,
+    spent on importing a compiler that nobody will use. Imported here first, without it."""
+    before = os.environ.get(NO_DYNAMO)
+    os.environ[NO_DYNAMO] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        if before is None:
+            del os.environ[NO_DYNAMO]
+        else:
+            os.environ[NO_DYNAMO] = before

@@ -1,0 +1,172 @@
+"""What is written down while training: JSON lines, TensorBoard, and Weights & Biases where the extra is installed.
+
+    metrics.jsonl       one object per line: `kind` (train, validation), `step`, figures; what other tools should read
+    starts.jsonl        one object for every time that the ranks were started: from which step, when, how many
+    tensorboard/        the figures of metrics.jsonl, and sample grids
+
+Rank 0 writes. A run that resumes at step n first drops the lines of later steps: they are of a future that did not happen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lidit.runtime.durable import publish
+from trainer.config import MetricsConfig
+from trainer.monitor.ray_metrics import RayGauges
+from trainer.storage import Storage
+
+LINES = "metrics.jsonl"
+STARTS = "starts.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class MetricsWriter:
+    """Writes figures; on rank 0.
+
+    Args:
+        storage: the run's folder; a remote one gets the files at every `flush`.
+        config: where to.
+        run: name of the run.
+        step: that the run begins at.
+        settings: the resolved config, shown beside the figures.
+    """
+
+    def __init__(self, storage: Storage, config: MetricsConfig, run: str, step: int, settings: dict[str, Any]):
+        self.storage = storage
+        self._temporary = None if storage.local else tempfile.TemporaryDirectory(prefix="lidit-metrics-")
+        self.folder = Path(self._temporary.name if self._temporary else storage.root)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.before: list[dict[str, Any]] = []
+        """Lines of the run's earlier starts, those up to `step`."""
+        self._lines = self._open_lines(step)
+        self._tensorboard: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=step + 1, flush_secs=30)
+        self._wandb = _open_wandb(config.wandb, run, settings) if config.wandb else None
+        self._gauges = RayGauges.here(run)
+
+    def started(self, step: int, world_size: int) -> None:
+        """Keeps a line of this start; earlier ones stay, whatever step they were at."""
+        before = (self.storage.read_if_there(STARTS) or b"").decode()
+        line = {"step": step, "time": time.time(), "world_size": world_size}
+        self.storage.write(STARTS, f"{before}{json.dumps(line)}\n".encode())
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Figures of a step: numbers, and lists of numbers (one per timestep bin, nan where it is empty)."""
+        self._lines.write(json.dumps({"kind": kind, "step": step, **_json_able(values)}) + "\n")
+        self._lines.flush()
+        if self._gauges is not None:
+            self._gauges.write(kind, step, values)
+        flat = dict(_flat(kind, values))
+        if self._tensorboard is not None:
+            for name, value in flat.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(flat, step=step)
+
+    def write_image(self, name: str, step: int, image: np.ndarray) -> None:
+        """A picture (height, width, 3) uint8, also as `samples/step_00001000.png`."""
+        from PIL import Image
+
+        path = self.folder / "samples" / f"step_{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(image)}, step=step)
+
+    def flush(self) -> None:
+        """Puts all that was written where it belongs; before every checkpoint."""
+        self._lines.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        if not self.storage.local:
+            for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+                self.storage.upload(path, path.relative_to(self.folder).as_posix())
+
+    def close(self) -> None:
+        """Ends it."""
+        self.flush()
+        self._lines.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _open_lines(self, step: int) -> Any:
+        """The file of lines, those of steps after `step` and a line that a kill cut short left out."""
+        path = self.folder / LINES
+        content = self.storage.read_if_there(LINES)
+        self.before = [line for line in _lines_of(content or b"") if line["step"] <= step]
+        beside = path.with_suffix(".new")
+        beside.write_text("".join(f"{json.dumps(line)}\n" for line in self.before))
+        publish(beside, path)
+        return open(path, "a")
+
+
+def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of a metrics file, of one kind if given; a last one that was cut short is left out."""
+    return [line for line in _lines_of(path.read_bytes()) if kind is None or line["kind"] == kind]
+
+
+def memory_gb() -> float:
+    """Most memory that was in use so far: the GPU's by tensors, or this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _lines_of(content: bytes) -> list[dict[str, Any]]:
+    lines = []
+    for text in content.decode().splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def _flat(kind: str, values: dict[str, Any]) -> list[tuple[str, float]]:
+    """`loss_bins: [a, b]` -> `train/loss_bins/0`, `train/loss_bins/1`; what is not finite is left out."""
+    flat = []
+    for name, value in values.items():
+        items = enumerate(value) if isinstance(value, list) else [(None, value)]
+        for index, item in items:
+            if isinstance(item, (int, float)) and math.isfinite(item):
+                flat.append((f"{kind}/{name}" if index is None else f"{kind}/{name}/{index}", float(item)))
+    return flat
+
+
+def _json_able(values: dict[str, Any]) -> dict[str, Any]:
+    """nan and inf -> null: JSON has neither."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: plain(value) for name, value in values.items()}
+
+
+def _open_wandb(project: str | None, run: str, settings: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"metrics.wandb {project!r}: needs `pip install lidit[wandb]`") from error
+    return wandb.init(project=project, name=run, id=run, resume="allow", config=settings)
