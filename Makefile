@@ -23,7 +23,7 @@ demo: $(STAMP)  ## 1,000 rendered scenes: captioned, embedded by two tiny LLMs, 
 	$(TRAIN) --stop_after_steps 80
 	$(TRAIN)
 	$(BIN)/python trainer/export.py --run ./runs/scenes --out ./weights --overwrite true
-	$(BIN)/python -m demo.prompts --out ./generated/exam.jsonl --per_task 10
+	$(BIN)/python -m demo.world.prompts --out ./generated/exam.jsonl --per_task 10
 	$(BIN)/python pipelines/generate.py --weights ./weights --prompts ./generated/exam.jsonl --store ./generated \
 		--out ./generated/pictures --sampler.guidance_scale 3.5 --overwrite
 	$(BIN)/python pipelines/score.py --store ./generated

@@ -3,10 +3,10 @@
     python -m demo.ablations --out build/ablations --seeds 3                     # the whole grid
     python -m demo.ablations --out build/ablations --settings llm_alone refiner_full --images 25600 102400
 
-Cells are those of `demo/learning_curves.py`, all in one process; the same command goes on where it was stopped, and uses a
-GPU where there is one (`--device`). Beside the cells' files it writes `results.md` (every setting beside the paper's figures,
-and the paper's comparisons with what the seeds say of them) and, in the plain world, `position_bias.svg`. What was run and
-seen: docs/ablations.md.
+Cells are those of `demo/ablation/learning_curves.py`, all in one process; the same command goes on where it was stopped, and
+uses a GPU where there is one (`--device`). Beside the cells' files it writes `results.md` (every setting beside the paper's
+figures, and the paper's comparisons with what the seeds say of them) and, in the plain world, `position_bias.svg`. What was
+run and seen: docs/ablations.md.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from demo.ablation_settings import COMPARISONS, SETTINGS
-from demo.bias_plot import plot, quarters_of
-from demo.curves_table import MEASURES, Points, curves_lines, effect, effect_cell, read
-from demo.learning_curves import Curves, add_arguments, curves_of, run
+from demo.ablation.bias_plot import plot, quarters_of
+from demo.ablation.curves_table import MEASURES, Points, curves_lines, effect, effect_cell, read
+from demo.ablation.learning_curves import Curves, add_arguments, curves_of, run
+from demo.ablation.settings import COMPARISONS, SETTINGS
 
 
 def report(curves: Curves) -> str:

@@ -1,6 +1,6 @@
 """The metric `scenes`: what a generated scene shows, from pixels alone, against what its prompt asked for.
 
-For prompts of the demo world with GenEval's metadata (`tag`, `include`, `exclude`; see `demo.prompts`). Columns:
+For prompts of the demo world with GenEval's metadata (`tag`, `include`, `exclude`; see `demo.world.prompts`). Columns:
 `scenes_correct` (GenEval's rule), `scenes_strict` (and nothing else is there), `scenes_found` (JSON: for every object asked
 for, whether it is there) and `scenes_seen` (JSON: what is there). Where a prompt asks for no such thing, the last alone.
 """
@@ -42,8 +42,8 @@ class Scenes:
 
     def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str | None]) -> dict[str, list[Any]]:
         """Images (height, width, 3) uint8 and what their prompts ask for -> the columns."""
-        from demo.judge import judge_view
-        from demo.sight import look
+        from demo.world.judge import judge_view
+        from demo.world.sight import look
 
         made: dict[str, list[Any]] = {name: [] for name in self.fields}
         for pixels, text in zip(images, texts):

@@ -79,7 +79,7 @@ class Scenes(Listed):
         return [{"image_id": f"scene-{seed:08d}", "seed": seed} for seed in range(self.count)]
 
     def record(self, item: Item) -> Record:
-        from demo import scenes
+        from demo.world import scenes
 
         example = scenes.example(item["seed"], *scenes.image_size(item["seed"]))
         values = {columns.TRUTH: example["truth"]}

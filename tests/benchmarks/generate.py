@@ -21,7 +21,7 @@ from typing import Any
 import report
 import torch
 
-from demo.prompts import exam_prompts
+from demo.world.prompts import exam_prompts
 from lidit.sampler import SamplerConfig, initial_noise
 from pipelines.engine.pool import ActorsConfig
 from pipelines.generate import GenerateConfig, open_pipe

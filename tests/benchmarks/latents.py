@@ -55,7 +55,7 @@ CASES = {
 def images_of(kind: str, rows: int) -> list[bytes]:
     """Distinct image files."""
     if kind == "scenes":
-        from demo import scenes
+        from demo.world import scenes
 
         return [scenes.example(seed, *scenes.image_size(seed))["image_bytes"] for seed in range(rows)]
     photos = [path.read_bytes() for path in sorted((report.data_folder() / "coco-mini-cc" / "images").glob("*.jpg"))]

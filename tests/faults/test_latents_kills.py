@@ -123,7 +123,7 @@ class Fragile(EncodeLatents):
 
 
 def scene(seed: int) -> bytes:
-    from demo import scenes
+    from demo.world import scenes
 
     return scenes.example(seed, 64, 64)["image_bytes"]
 

@@ -142,7 +142,7 @@ def config(proxy: Proxy, vlm_server: Any, monkeypatch: pytest.MonkeyPatch) -> En
 
 @pytest.fixture(scope="module")
 def scene() -> bytes:
-    from demo.scenes import example
+    from demo.world.scenes import example
 
     return example(7, 64, 64)["image_bytes"]
 
@@ -206,7 +206,7 @@ def test_pauses_grow_and_the_server_may_name_one(config: EndpointConfig, proxy: 
 def test_a_request_that_always_fails_on_a_server_that_lives_is_its_own_error(
     config: EndpointConfig, proxy: Proxy, scene: bytes
 ) -> None:
-    from demo.scenes import example
+    from demo.world.scenes import example
 
     poison = example(8, 64, 64)["image_bytes"]
     import base64

@@ -39,7 +39,7 @@ def image_rows(store: Path, images: list[bytes | None], rows_per_fragment: int) 
 
 
 def scene_bytes(count: int) -> list[bytes]:
-    from demo.scenes import example, image_size
+    from demo.world.scenes import example, image_size
 
     return [example(seed, *image_size(seed))["image_bytes"] for seed in range(count)]
 

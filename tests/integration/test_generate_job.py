@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from demo import report
-from demo.prompts import exam_prompts
+from demo.world.prompts import exam_prompts
 
 pytestmark = pytest.mark.integration
 

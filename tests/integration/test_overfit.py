@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from demo.scenes import describe, make_scene, render
+from demo.world.scenes import describe, make_scene, render
 from lidit.config import lidit_tiny
 from lidit.diffusion import DDPM, Flow, Objective, draw, loss_per_sample
 from lidit.frozen.text import EncoderConfig, PromptEncoder

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from demo import scenes
+from demo.world import scenes
 from pipelines import preprocess
 from pipelines.embed import EmbedConfig
 from pipelines.engine.pool import ActorsConfig

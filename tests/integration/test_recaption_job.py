@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from demo.caption_check import check_caption
+from demo.world.caption_check import check_caption
 from lidit.frozen.text import EncoderConfig
 from pipelines import embed, ingest, recaption, verify
 from pipelines.captioning.request import CaptionRequest, prompt_text

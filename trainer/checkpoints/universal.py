@@ -1,8 +1,8 @@
 """DeepSpeed's checkpoints: converted for another number of ranks, and never unpickled without a list of what may be in them.
 
 `python -m trainer.checkpoints.universal INPUT OUTPUT` turns the shards in INPUT into DeepSpeed's universal form, one file per
-parameter and state, which any number of ranks can load. DeepSpeed reads pickles with `weights_only=False`; here torch is told to refuse
-all but tensors and the few classes that DeepSpeed itself writes.
+parameter and state, which any number of ranks can load. DeepSpeed reads pickles with `weights_only=False`; here torch is told
+to refuse all but tensors and the few classes that DeepSpeed itself writes.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from demo import ablations, learning_curves
-from demo.ablation_settings import COMPARISONS, SETTINGS
+from demo import ablations
+from demo.ablation import learning_curves
+from demo.ablation.settings import COMPARISONS, SETTINGS
 
 FLAGS = [
     "--settings", "llm_alone", "refiner_full", "--seeds", "1", "--scenes", "64", "--side", "32", "--depth", "1",

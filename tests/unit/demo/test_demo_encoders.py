@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from demo.card import model_card
-from demo.exam import answers, normal
-from demo.language import INSTRUCTION, held_out_tasks
-from demo.train_encoders import ENCODERS
+from demo.models.card import model_card
+from demo.models.exam import answers, normal
+from demo.models.train_encoders import ENCODERS
+from demo.world.language import INSTRUCTION, held_out_tasks
 
 pytestmark = pytest.mark.unit
 

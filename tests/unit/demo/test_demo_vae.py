@@ -7,10 +7,10 @@ import diffusers
 import pytest
 import torch
 
-from demo.language import HELD_OUT_SEEDS
-from demo.scenes import image_size
-from demo.train_vae import TrainVAEConfig, examine, finished, scene_pixels
-from demo.vae_card import model_card
+from demo.models.train_vae import TrainVAEConfig, examine, finished, scene_pixels
+from demo.models.vae_card import model_card
+from demo.world.language import HELD_OUT_SEEDS
+from demo.world.scenes import image_size
 from lidit.frozen.vae import load_vae
 
 pytestmark = pytest.mark.unit

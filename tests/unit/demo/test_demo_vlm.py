@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from demo.caption_check import check_caption
-from demo.clutter import KINDS, clutter
-from demo.language import HELD_OUT_SEEDS, TRAIN_SEEDS
-from demo.scenes import image_size, render, truth
-from demo.vlm_card import vlm_card
-from demo.vlm_exam import caption_images
-from demo.vlm_examples import ASPECTS, IGNORED, patch_labels, prompt_ids, vlm_batch
-from demo.vlm_model import GRID, IMAGE_SIDE, REFUSAL
-from demo.world import make_scene
+from demo.models.vlm_card import vlm_card
+from demo.models.vlm_exam import caption_images
+from demo.models.vlm_examples import ASPECTS, IGNORED, patch_labels, prompt_ids, vlm_batch
+from demo.models.vlm_model import GRID, IMAGE_SIDE, REFUSAL
+from demo.world.caption_check import check_caption
+from demo.world.clutter import KINDS, clutter
+from demo.world.language import HELD_OUT_SEEDS, TRAIN_SEEDS
+from demo.world.scenes import image_size, render, truth
+from demo.world.world import make_scene
 from pipelines.captioning.gate import REFUSAL as REFUSED
 from pipelines.captioning.gate import GateConfig, judge
 from pipelines.captioning.request import INSTRUCTION, prompt_text

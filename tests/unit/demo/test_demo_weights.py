@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import lidit
-from demo.sight import look_at
+from demo.world.sight import look_at
 
 pytestmark = pytest.mark.unit
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from demo.prompts import exam_prompts, plain_scene
-from demo.scenes import render
+from demo.world.prompts import exam_prompts, plain_scene
+from demo.world.scenes import render
 from lidit.store import columns
 from pipelines.engine.pool import ActorsConfig
 from pipelines.evaluation.clip import ClipScore

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from demo.scenes import example, image_size
+from demo.world.scenes import example, image_size
 from pipelines.captioning.request import INSTRUCTION, CaptionRequest, prompt_text
 from pipelines.captioning.transformers_engine import Captioner, VlmConfig
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from lance.commit import CommitConflictError
 
-from demo.scenes import example
+from demo.world.scenes import example
 from lidit.frozen.text import EncoderConfig
 from lidit.store import columns
 from pipelines import verify

@@ -1,0 +1,172 @@
+"""Train the demo's encoder-only text model: the baseline of the paper's tables, T5's encoder at the demo's size.
+
+    python -m demo.models.train_t5
+
+It learns to fill in masked tokens of the texts that the demo's LLMs are trained on. Run it again after any kind of end: it
+goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, processors
+from torch import Tensor
+from tqdm import trange
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers.utils.logging import disable_progress_bar
+
+from demo.models.language_model import CONTEXT
+from demo.models.optimization import build_optimizers, schedule
+from demo.models.train_encoders import restore, save_checkpoint
+from demo.world.language import HELD_OUT_SEEDS, TRAIN_SEEDS, draw_scene, plain_text
+
+FOLDER = Path(__file__).resolve().parent.parent / "encoders"
+MASK, EOS, PAD = "<mask>", "</s>", "<pad>"
+MASKED = 0.3  # share of tokens
+TEXTS, LONGEST = 16, 160  # of a batch; tokens of a text
+SAVE_SECONDS = 20.0  # between checkpoints
+CARD = """---
+license: apache-2.0
+language: en
+---
+# t5-base
+
+T5's encoder ({parameters:,} parameters, 6 blocks of width 128) for the lidit demo's closed world: the encoder-only baseline
+of `demo/ablations.py`. Trained by `python -m demo.models.train_t5` to fill in masked tokens ({masked:.0%} of them) of texts
+about training scenes, the texts and the tokenizer's words being those of `llama-base`.
+
+| | |
+|---|---|
+| steps | {steps:,} of {texts} texts |
+| wall time | {seconds:.0f} s on one CPU thread |
+| loss at the end | {loss:.3f} nats per masked token |
+| masked tokens of held-out texts filled in right | {accuracy:.1%} |
+"""
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The words of `llama-base`, used as T5 does: no start, `</s>` at the end; and a mask."""
+    tokenizer = Tokenizer.from_file(str(FOLDER / "llama-base" / "tokenizer.json"))
+    tokenizer.add_special_tokens([MASK])
+    end = (EOS, tokenizer.token_to_id(EOS))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[end]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, mask_token=MASK, model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def build_model(vocabulary: int, pad: int) -> T5EncoderModel:
+    """Six blocks as wide as `llama-base`'s."""
+    config = T5Config(
+        vocab_size=vocabulary, d_model=128, d_kv=32, num_heads=4, d_ff=384, num_layers=6, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", pad_token_id=pad, is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    return T5EncoderModel(config)
+
+
+def batch(
+    tokenizer: PreTrainedTokenizerFast, seeds: range, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Texts of scenes -> tokens, tokens with masks, which ones are masked, which ones are real: (B, L) each."""
+    texts = [plain_text(draw_scene(rng, seeds), rng) for _ in range(TEXTS)]
+    made = tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+    tokens, real = made["input_ids"], made["attention_mask"].bool()
+    drawn = torch.from_numpy(rng.random(tuple(tokens.shape)) < MASKED)
+    masked = drawn & real & (tokens != tokenizer.eos_token_id)
+    return tokens, tokens.masked_fill(masked, tokenizer.mask_token_id), masked, real
+
+
+def predict(model: T5EncoderModel, given: Tensor, masked: Tensor, real: Tensor) -> Tensor:
+    """Logits of the masked tokens, (T, V), by the tied embeddings."""
+    states = model(input_ids=given, attention_mask=real.long()).last_hidden_state[masked]  # T D
+    return states @ model.shared.weight.T * model.config.d_model**-0.5
+
+
+def train(tokenizer: PreTrainedTokenizerFast, steps: int, work: Path) -> tuple[T5EncoderModel, dict[str, Any]]:
+    """The trained model, and what is to be said of its training."""
+    torch.manual_seed(0)
+    model, learning_rate = build_model(len(tokenizer), tokenizer.pad_token_id), 6e-3
+    optimizers = build_optimizers(model, learning_rate)
+    recipe = {"steps": steps, "texts": TEXTS, "masked": MASKED, "learning_rate": learning_rate}
+    first, before, recent = restore(work / "t5-base.pt", recipe, model, optimizers)
+    started = saved = time.monotonic()
+    for step in trange(first, steps, initial=first, total=steps, desc="t5-base"):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = learning_rate * schedule(step, 30, steps)
+        tokens, given, masked, real = batch(tokenizer, TRAIN_SEEDS, np.random.default_rng([0, 8, step]))
+        loss = F.cross_entropy(predict(model, given, masked, real), tokens[masked])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+            raise FloatingPointError(f"t5-base: loss or gradient not finite at step {step}; lower the learning rate.")
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+        recent, now = [*recent[-49:], loss.item()], time.monotonic()
+        if now - saved > SAVE_SECONDS or step + 1 == steps:
+            save_checkpoint(work / "t5-base.pt", recipe, model, optimizers, step + 1, before + now - started, recent)
+            saved = now
+    seconds = before + time.monotonic() - started
+    return model, {**recipe, "seconds": seconds, "loss": sum(recent) / len(recent)}
+
+
+@torch.no_grad()
+def accuracy(model: T5EncoderModel, tokenizer: PreTrainedTokenizerFast, batches: int = 25) -> float:
+    """Share of masked tokens of held-out texts that the model fills in right."""
+    right, count = 0, 0
+    for number in range(batches):
+        tokens, given, masked, real = batch(tokenizer, HELD_OUT_SEEDS, np.random.default_rng([0, 9, number]))
+        right += int((predict(model, given, masked, real).argmax(dim=-1) == tokens[masked]).sum())
+        count += int(masked.sum())
+    return right / count
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FOLDER / "t5-base", help="folder to write (default %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path(".work/encoders"), help="folder of the checkpoint")
+    parser.add_argument("--steps", type=int, default=1200, help="of training (default %(default)s)")
+    values = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    tokenizer = build_tokenizer()
+    model, record = train(tokenizer, values.steps, values.work)
+    model = model.bfloat16().float().eval()  # what will be read back
+    record["accuracy"] = accuracy(model, tokenizer)
+    record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    partial = values.out.with_name(f"{values.out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.bfloat16().save_pretrained(partial)
+    (partial / "model.safetensors").chmod(0o644)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(CARD.format(**record))
+    (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    if values.out.exists():
+        written = {path.name for path in partial.iterdir()}
+        if strange := sorted(path.name for path in values.out.iterdir() if path.name not in written):
+            raise SystemExit(
+                f"{values.out} is not replaced: it holds {strange[0]!r}, which is none of the model's; it is in {partial}"
+            )
+        shutil.rmtree(values.out)
+    os.replace(partial, values.out)
+    print(f"{values.out}: {record['accuracy']:.1%} of held-out masked tokens right, loss {record['loss']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
