@@ -8,9 +8,9 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from tests.unit.pipelines.test_sources_tables import pairs, records, table, wanted
 
 from pipelines.sources.base import open_source
+from tests.unit.pipelines.sources.test_tables import pairs, records, table, wanted
 
 pytestmark = pytest.mark.unit
 

@@ -4,9 +4,9 @@ import os
 
 import numpy as np
 import pytest
-from tests.unit.pipelines.test_sources_tables import images, pairs, records, wanted
 
 from pipelines.sources.base import open_source
+from tests.unit.pipelines.sources.test_tables import images, pairs, records, wanted
 
 pytestmark = pytest.mark.unit
 
