@@ -101,7 +101,7 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
         return dataclasses.replace(summary, ok=True, dry_run=True, plan=_plan(config))
     _check_resume_mode(config, storage)
     with only_driver(storage) as lease:
-        pinned = pinned_versions(storage, config)
+        pinned = pinned_versions(storage)
         tables = Tables(config, pinned)
         write_versions(storage, tables, pinned)
         warnings = _told([*tables.pin(storage, pinned), *tables.stale()])

@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 from trainer.checkpoints.resume import Found, Layout, Resume, load_engine
-from trainer.checkpoints.rng import load_rng
 from trainer.checkpoints.save import Checkpoints, Observe, SaveFailed
 from trainer.config import TrainConfig
 from trainer.data.check import DamagedData, DataCheck
@@ -68,7 +67,7 @@ def train(
             writer.started(progress.step, ranks.world_size)
             report = Report(writer, config.total_steps)
             stop = stack.enter_context(StopFile(storage))
-            _say_begin(report, config, model_config, progress, changes)
+            _say_begin(report, config, progress, changes)
         check = None
         if config.data.verify:
             features = [tables.features(number) for number in range(len(config.phases))]
@@ -129,15 +128,12 @@ def _restore(config: TrainConfig, found: Found | None, engine: Any) -> Any:
     if found is not None:
         load_engine(found, engine)
     ema = EMA(engine) if config.ema.decay else None
-    if found is not None:
-        if ema is not None and found.ema:
-            ema.load(list(found.ema))
-        if found.rng is not None:
-            load_rng(found.rng)
+    if found is not None and ema is not None and found.ema:
+        ema.load(list(found.ema))
     return ema
 
 
-def _say_begin(report: Report, config: TrainConfig, model_config: Any, progress: Progress, changes: list[str]) -> None:
+def _say_begin(report: Report, config: TrainConfig, progress: Progress, changes: list[str]) -> None:
     where = f"from step {progress.step:,}" if progress.step else "from the start"
     report.say(f"{config.name} {where}, {config.num_workers} ranks, ZeRO stage {config.zero.stage}, {config.precision}")
     for change in changes:

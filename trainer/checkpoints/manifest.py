@@ -35,7 +35,7 @@ BEGUN = "begun-"  # and the generation: a save that is not finished, or is being
 REMOVAL = "removal"
 STEP = re.compile(r"step_(\d{8,})")
 GENERATION = re.compile(r"g\d{8}-[0-9a-f]{16}", re.ASCII)
-SAVED = re.compile(  # the files of a checkpoint
+SAVED = re.compile(  # the files of a checkpoint; earlier versions saved generators' states in `rng`
     r"engine/[a-z0-9][a-z0-9_.-]*\.pt|(ema|rng)/rank_\d{5,}\.safetensors|state\.json", re.ASCII | re.IGNORECASE
 )
 OLD_FOLDERS, OLD_FILE = ("engine", "ema", "rng"), "state.json"  # beside the manifest, by earlier versions

@@ -19,7 +19,7 @@ from typing import Any
 
 from trainer.checkpoints import universal
 from trainer.checkpoints.manifest import MANIFEST, Damaged, Manifest, check_content, folder_of, read_manifest, steps_in
-from trainer.checkpoints.save import EMA_FOLDER, ENGINE, RNG_FOLDER, STATE, rank_file
+from trainer.checkpoints.save import EMA_FOLDER, ENGINE, STATE, rank_file
 from trainer.engine.ranks import Ranks
 from trainer.storage import Storage, inside
 
@@ -52,8 +52,6 @@ class Found:
     """Whether it was converted for another number of ranks."""
     ema: tuple[Path, ...]
     """Files with this rank's pieces, maybe among others."""
-    rng: Path | None
-    """This rank's, if as many saved."""
 
 
 class Resume:
@@ -117,9 +115,7 @@ class Resume:
             local = self._local_folder(manifest, stack)
             self._bring(manifest, names, local)
             ema = tuple(local / name for name in names if name.startswith(f"{EMA_FOLDER}/"))
-            rng = f"{RNG_FOLDER}/{rank_file(self.ranks.rank)}"
-            here = local / rng if rng in names else None
-            return Found(manifest.step, state, local, ENGINE, False, ema, here)
+            return Found(manifest.step, state, local, ENGINE, False, ema)
         leader = self.ranks.local_rank == 0
         shared = self._shared_folder(stack)
         local = Path(self.storage.path(manifest.place)) if self.storage.local else shared
@@ -140,7 +136,7 @@ class Resume:
         if damages := [damage for damage, _ in told if damage]:
             raise Damaged(damages[0])
         ema = tuple(local / name for name in names if name.startswith(f"{EMA_FOLDER}/"))
-        return Found(manifest.step, state, shared, "universal", True, ema, None)
+        return Found(manifest.step, state, shared, "universal", True, ema)
 
     def _bring(self, manifest: Manifest, names: list[str], local: Path) -> None:
         for name in names:
@@ -206,4 +202,4 @@ def _belongs(name: str, rank: int) -> bool:
     """Whether a rank needs that file to go on where it stopped: its own, and the one that holds all ranks' module."""
     if name.startswith(f"{ENGINE}/"):
         return f"zero_pp_rank_{rank}_mp" in name or name.startswith(f"{ENGINE}/mp_rank_")
-    return name in (f"{EMA_FOLDER}/{rank_file(rank)}", f"{RNG_FOLDER}/{rank_file(rank)}")
+    return name == f"{EMA_FOLDER}/{rank_file(rank)}"

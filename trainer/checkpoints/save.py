@@ -4,7 +4,6 @@
       g00000007-.../        a folder for each start of the ranks that saved here: mostly one
         engine/             DeepSpeed's shards: weights, fp32 masters, moments
         ema/                rank_00000.safetensors ...: the pieces of the average that each rank owns
-        rng/                rank_00000.safetensors ...: states of the random number generators of each process
         state.json          step, images seen, plan, config, model, what the features were made with
       manifest.json         size and sha256 of all these, and their folder; written last
 
@@ -56,7 +55,6 @@ from trainer.checkpoints.manifest import (
     steps_in,
     to_delete,
 )
-from trainer.checkpoints.rng import save_rng
 from trainer.config import CheckpointConfig
 from trainer.engine.ema import EMA
 from trainer.engine.ranks import Ranks, told_to_ranks
@@ -64,7 +62,7 @@ from trainer.storage import Storage
 
 COMMITS = 3  # tries to create a manifest where others write, too
 DRIVER = "driver"  # the driver's lease, in the run's folder
-ENGINE, EMA_FOLDER, RNG_FOLDER, STATE = "engine", "ema", "rng", "state.json"
+ENGINE, EMA_FOLDER, STATE = "engine", "ema", "state.json"
 WRITING = f"{CHECKPOINTS}/.writing-"  # of a local storage: what ranks have begun; moved from there
 
 Observe = Callable[[str], None]
@@ -148,7 +146,6 @@ class Checkpoints:
             raise OSError(failures[0])
         if ema is not None and (self.ranks.first or engine.zero_optimization_stage() > 0):
             ema.save(work / EMA_FOLDER / rank_file(self.ranks.rank))
-        save_rng(work / RNG_FOLDER / rank_file(self.ranks.rank))
         if self.ranks.first:
             (work / STATE).write_text(json.dumps(state, indent=1))
         self.observe("save:publish")

@@ -107,15 +107,6 @@ class StepRows:
     windows: np.ndarray  # (B,) int64, the window of each: rows of one window are read together
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """A batch of rows that are not trained on."""
-
-    bucket: int  # number in `Rows.buckets`
-    rows: np.ndarray  # (B,) int64, of the table
-    real: np.ndarray  # (B,) bool, false for rows that only fill the batch up
-
-
 @dataclass
 class Counts:
     """What a number of steps makes of the rows."""
@@ -306,21 +297,3 @@ def left_out(codes: np.ndarray) -> int:
 def is_held_out(rows: np.ndarray, share: float) -> np.ndarray:
     """(...) bool: which rows of the table are kept for validation. A row stays on its side when rows are appended."""
     return mix(np.asarray(rows, np.uint64) ^ np.uint64(HOLDOUT_KEY)) < np.uint64(min(share, 1 - 2**-53) * 2**64)
-
-
-def held_out_batches(rows: Rows, limit: int, batch_size: int) -> list[HeldOut]:
-    """At most `limit` rows of those that are kept for validation, in batches of one size, each of one bucket.
-
-    A bucket's last batch is filled up with rows that do not count, so that all ranks of a sharded model can take equal parts
-    of it. Which rows: those of the smallest hash, so that more rows in the table change little.
-    """
-    hashes = mix(rows.held_out.astype(np.uint64) ^ np.uint64(HOLDOUT_KEY + 1))
-    chosen = np.sort(np.argsort(hashes, kind="stable")[:limit])
-    batches = []
-    for bucket in np.unique(rows.held_out_buckets[chosen]):
-        members = rows.held_out[chosen[rows.held_out_buckets[chosen] == bucket]]
-        for first in range(0, len(members), batch_size):
-            part = members[first : first + batch_size]
-            places = np.arange(batch_size)
-            batches.append(HeldOut(int(bucket), part[places % len(part)], places < len(part)))
-    return batches

@@ -172,7 +172,7 @@ def tag_of(storage: Storage, name: str) -> str:
     return f"{TAG}{name}-{hashlib.sha256(f'{token} {storage.uri}'.encode()).hexdigest()[:10]}"
 
 
-def pinned_versions(storage: Storage, config: TrainConfig) -> dict[str, int]:
+def pinned_versions(storage: Storage) -> dict[str, int]:
     """What the run's first start has written down; nothing before that."""
     content = storage.read_if_there(VERSIONS)
     if content is None:

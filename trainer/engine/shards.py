@@ -56,11 +56,6 @@ class FragmentReader:
             file.__exit__(None, None, None)
         self._files, self._pieces = [], {}
 
-    @property
-    def names(self) -> list[str]:
-        """Parameters that there are pieces of."""
-        return sorted(self._pieces)
-
     def read(self, name: str, start: int, numel: int) -> Tensor:
         """Elements start .. start + numel of a flattened parameter, (numel,).
 

@@ -75,7 +75,7 @@ class HeldOutLoss:
         self.timesteps = ((fixed + 0.5) / config.validation.timesteps).float()
         rows = table.survey.rows
         self.assembler = Assembler(table.features, rows, config.data, SEED, drop=False)
-        self.chunks = _chunks(rows.held_out, rows.held_out_buckets, config.validation.rows, microbatch_size)
+        self.chunks = held_out_chunks(rows.held_out, rows.held_out_buckets, config.validation.rows, microbatch_size)
         self.buckets = rows.buckets
         self.instruction = {name: v.to(ranks.device) for name, v in self.assembler.instruction_embeds.items()}
 
@@ -169,8 +169,16 @@ class SampleGrid:
         return torch.cat([self._vae.decode(row[None]).cpu() for row in latents])
 
 
-def _chunks(rows: np.ndarray, buckets: np.ndarray, most: int, size: int) -> list[tuple[int, np.ndarray]]:
-    """At most `most` rows from all over the held-out ones, in (bucket, rows) of at most `size`, the same on every rank."""
+def held_out_chunks(rows: np.ndarray, buckets: np.ndarray, most: int, size: int) -> list[tuple[int, np.ndarray]]:
+    """Splits at most `most` rows from all over the held-out ones into (bucket, rows) of at most `size`, alike on every rank.
+
+    Args:
+        rows: (n,) held-out rows of the table, ascending.
+        buckets: (n,) the bucket of each.
+
+    Raises:
+        ValueError: no row is held out.
+    """
     if not len(rows):
         raise ValueError(
             "validation: no row is held out; raise data.holdout (a share of the rows), or set validation.every_steps to 0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ def test_files_lie_in_a_folder_of_the_start_that_saved_them(storage: Storage, ra
     checkpoints = start(storage, ranks, 0)
     save(checkpoints, 4)
     names = {f"step_00000004/{checkpoints.generation}/{name}" for name in read_manifest(storage, 4).files}
-    assert set(contents(storage)) == {*names, f"step_00000004/{MANIFEST}"} and len(names) == 3
+    assert set(contents(storage)) == {*names, f"step_00000004/{MANIFEST}"} and len(names) == 2
     assert words_at(storage, 4) == "weights"
 
 
@@ -266,6 +267,23 @@ def test_a_save_outlasts_an_outage(storage: Storage, ranks: Ranks, monkeypatch: 
         assert found is not None and found.step == 3
     monkeypatch.undo()
     assert steps_in(storage) == [2, 3] and {"cat_file", "ls"} <= refused.keys()
+
+
+def test_a_checkpoint_with_states_of_random_generators_is_read_without_them(storage: Storage, ranks: Ranks) -> None:
+    save(start(storage, ranks), 4)
+    saved, state_of_rng = read_manifest(storage, 4), b"what earlier versions kept"
+    name = "rng/rank_00000.safetensors"
+    files = {**saved.files, name: File(len(state_of_rng), hashlib.sha256(state_of_rng).hexdigest())}
+    storage.write(f"{saved.place}/{name}", state_of_rng)
+    storage.write(f"{folder_of(4)}/{MANIFEST}", dataclasses.replace(saved, files=files).to_json())
+    resume = Resume(storage, ranks, Layout(1, 0))
+    with resume.newest() as found:
+        assert found is not None and found.step == 4 and not resume.warnings
+        assert (found.engine / found.tag / "mp_rank_00_model_states.pt").read_text() == "weights"
+    checkpoints = start(storage, ranks)
+    for step in (5, 6):
+        save(checkpoints, step)
+    assert steps_in(storage) == [5, 6] and not any(name in path for path in contents(storage)), "all of it is removed"
 
 
 # -- what ranks tell each other --------------------------------------------------------------------------------------

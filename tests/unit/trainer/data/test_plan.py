@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from trainer.data.plan import CHUNK, Plan, Rows, held_out_batches, is_held_out, left_out
+from trainer.data.plan import CHUNK, Plan, Rows, is_held_out
 
 pytestmark = pytest.mark.unit
 
@@ -219,21 +219,3 @@ def test_held_out_rows_stay_held_out_when_the_table_grows() -> None:
     assert not is_held_out(np.arange(5000), 0.0).any()
     more = is_held_out(np.arange(5000), 0.2)
     assert (more | ~small).all()  # a larger share has the smaller one's rows
-
-
-def test_validation_batches_have_one_bucket_and_count_every_row_once() -> None:
-    held = np.arange(0, 700, 10)
-    buckets = (np.arange(70) % 3 == 0).astype(np.uint8)
-    codes = np.zeros(700, np.uint8)
-    codes[held] = left_out(codes)
-    rows = Rows(codes, ["16x16", "32x16"], held_out=held, held_out_buckets=buckets)
-    batches = held_out_batches(rows, 64, 8)
-    counted = np.concatenate([batch.rows[batch.real] for batch in batches])
-    assert len(counted) == len(set(counted.tolist())) == 64
-    for batch in batches:
-        assert len(batch.rows) == 8 and batch.real.any()
-        assert (buckets[np.searchsorted(held, batch.rows)] == batch.bucket).all()
-    assert sum((~batch.real).sum() for batch in batches) == 8 * len(batches) - 64
-    everything = held_out_batches(rows, 1000, 8)
-    assert sum(batch.real.sum() for batch in everything) == 70
-    assert held_out_batches(Rows(codes, ["16x16"]), 8, 8) == []

@@ -34,7 +34,7 @@ def begin(training: Any, store: str, runs: Path) -> tuple[TrainConfig, Storage, 
     """What a driver does before it starts the ranks."""
     config = training.make_config(store, runs, name="first")
     storage = Storage(f"{config.storage}/{config.name}")
-    known = pinned_versions(storage, config)
+    known = pinned_versions(storage)
     tables = Tables(config, known)
     write_versions(storage, tables, known)
     return config, storage, tables, tables.pin(storage, known)
@@ -126,7 +126,7 @@ def test_a_run_keeps_its_version_however_an_earlier_start_wrote_the_store_down(
     config, storage, tables, _ = begin(training, written.format(store=store), tmp_path / "runs")
     before = set(tables.versions.values())
     append(store)
-    known = pinned_versions(storage, settled(config))
+    known = pinned_versions(storage)
     again = Tables(settled(config), known)
     assert set(again.versions) == {store} and set(again.versions.values()) == before
 
