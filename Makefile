@@ -44,7 +44,7 @@ test-heif: $(STAMP)  ## HEIC, in an environment of its own: with the extra `heif
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
 		"$$($(HEIF) -c 'import site; print(site.getsitepackages()[0])')/lidit.pth"
 	$(HEIF) -m pip install --quiet --constraint constraints.txt --no-deps pillow-heif
-	$(HEIF) -m pytest tests/unit/lidit/test_heif.py
+	$(HEIF) -m pytest tests/unit/lidit/images/test_heif.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

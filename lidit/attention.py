@@ -7,7 +7,7 @@ Backends, equal up to rounding:
   For cross-attention to ragged prompts on CUDA in bf16: keeps the fast kernel, and padding costs nothing. On a CPU, which has
   no such kernel, the packed rows are attended to one by one: slow, and there so that the packing can be tested.
 
-Letters: B samples, S queries, L keys (padding included), T real keys of all samples, N heads, K channels per head.
+Shape notation: B samples, S queries, L keys (padding included), T real keys of all samples, N heads, K channels per head.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Backend = Literal["sdpa", "varlen"]
 
 
 class Keys:
-    """Which tokens of a padded batch may be attended to; prepared once, read by every layer that attends to them.
+    """Marks the tokens of a padded batch that may be attended to; prepared once, read by every layer that attends to them.
 
     A sample without any real token is allowed: attention to it gives 0 (never NaN), forward and backward.
 
@@ -126,7 +126,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, keys: Keys) -> Tensor:
 
 
 def _varlen_by_rows(query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor) -> Tensor:
-    """What the kernel computes, one row after the other: (., N, K) packed -> (., N, K) packed."""
+    """Computes what the kernel does, one row after the other: (., N, K) packed -> (., N, K) packed."""
     rows = []
     for q_first, q_end, k_first, k_end in zip(query_starts, query_starts[1:], key_starts, key_starts[1:]):
         own = slice(int(k_first), int(k_end))

@@ -1,4 +1,4 @@
-"""What a model was trained with and cannot be used without: its encoders and its VAE, opened and checked.
+"""Loads and verifies the text encoders and the VAE that a model was trained with.
 
 Weights name them in config.json: where they lay in training, and their fingerprints. They may lie elsewhere now; what must be
 the same is what they compute.
@@ -21,14 +21,17 @@ from lidit.weights import read_config
 if TYPE_CHECKING:
     from lidit.frozen.vae import VAE
 
-ROUNDING = {"dtype", "codec"}  # of a fingerprint: change values by rounding alone, so they may differ from training's
+ROUNDING = {
+    "dtype",
+    "codec",
+}  # keys of a fingerprint that change values by rounding alone: they may differ from training's
 
 
-class Companions:
-    """Opens the encoders and the VAE that a weights folder names.
+class Components:
+    """Loads the text encoders and the VAE that a weights folder names.
 
     Args:
-        folder: of `save_weights`.
+        folder: weights, as `save_weights` writes them.
         check: refuse what is not the same as in training. Digesting the files of a large LLM takes a while.
         download: whether hub ids that the weights name, not the caller, may be fetched where they are not in the local cache.
     """
@@ -42,7 +45,7 @@ class Companions:
     def encoder(
         self, name: str, instead: str | EncoderConfig | PromptEncoder | None, device: str | torch.device
     ) -> PromptEncoder:
-        """The encoder of that name.
+        """Loads the encoder of that name.
 
         Args:
             name: as in the model's config.
@@ -62,12 +65,12 @@ class Companions:
         return encoder
 
     def encoder_folder(self, name: str, instead: str | EncoderConfig | None) -> Path:
-        """Where the encoder of that name lies; arguments and errors as of `encoder`, but nothing is compared."""
+        """Finds the folder of that encoder; arguments and errors as of `encoder`, but nothing is compared."""
         config = self._encoder_config(name, instead, self._encoders.get(name, {}).get("config"))
         return resolve_model(config.model, config.revision, download=self.download or instead is not None)
 
     def vae(self, instead: str | VAE | None, device: str | torch.device) -> VAE:
-        """The VAE; arguments and errors as of `encoder`."""
+        """Loads the VAE; arguments and errors as of `encoder`."""
         from lidit.frozen.vae import load_vae
 
         if instead is None and not self._vae:

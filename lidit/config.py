@@ -41,14 +41,14 @@ class LIDiTConfig:
     refiner_blocks: int = 2
     """Blocks of each linguistic refiner; 0 leaves its input projection alone."""
     refiner_attention: RefinerAttention = "full"
-    """What a token sees in the linguistic refiner: every token, or, `causal`, those before it."""
+    """Attention in the linguistic refiner: a token sees every token, or, `causal`, those before it."""
     refiner_gate: bool = True
     """Gates from timestep and pooled prompt in the linguistic refiner; without, plain residuals."""
     fusion: Fusion = "collaborative"
     """`collaborative`: branches attend to each other before their tokens are concatenated. `concat`: they do not.
     With one encoder there is nobody to attend to, and both mean the same."""
     position: Position = "conv"
-    """How image tokens know their places. `conv`: the ResBlock's zero padding alone, the paper's way. `rope`: besides, the
+    """Positions of image tokens. `conv`: the ResBlock's zero padding alone, the paper's way. `rope`: besides, the
     DiT's self-attention rotates queries and keys by row and column."""
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class LIDiTConfig:
 
     @property
     def collaborative(self) -> bool:
-        """Whether there is a collaborative refiner."""
+        """True if there is a collaborative refiner."""
         return self.fusion == "collaborative" and len(self.encoders) > 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class LIDiTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LIDiTConfig:
-        """What `to_dict` gave, or a JSON reader. Raises ValueError naming fields that are unknown or missing."""
+        """Builds a config from what `to_dict` or a JSON reader gave. Raises ValueError naming unknown or missing fields."""
         fields = dataclasses.fields(cls)
         unknown = set(values) - {field.name for field in fields}
         missing = {field.name for field in fields if field.default is dataclasses.MISSING} - set(values)

@@ -16,7 +16,7 @@ with a_k = prod_(i <= k) (1 - beta_i). Everything here is a pure function of its
     prediction = model(noisy_latents, timestep, ...)
     loss = loss_per_sample(objective, prediction, latents, noise, timestep)  # (B,)
 
-Letters: B samples, C latent channels, H W latent height and width.
+Shape notation: B samples, C latent channels, H W latent height and width.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Flow:
     """Moves timesteps towards noise, t' = s t / (1 + (s - 1) t), SD3 eq. 23: larger images need more noise to lose the same
     detail. 1 at 256 px, 3 above. The sampler uses the same shift unless told otherwise."""
     density: Literal["logit_normal", "uniform"] = "logit_normal"
-    """How timesteps are drawn before the shift. `logit_normal`: sigmoid of a normal variable, most of them in the middle."""
+    """Distribution of timesteps before the shift. `logit_normal`: sigmoid of a normal variable, most of them in the middle."""
     logit_mean: float = 0.0
     """Mean of that normal variable; above 0 leans towards noise."""
     logit_std: float = 1.0
@@ -82,7 +82,7 @@ class Flow:
         return (1 - t) * latents + t * noise
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """What the model should predict, (B, C, H, W): the velocity from data to noise, the same at every timestep."""
+        """Returns what the model should predict, (B, C, H, W): the velocity from data to noise, the same at every timestep."""
         return noise - latents
 
     def loss_weight(self, timestep: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class DDPM:
     beta_end: float = 0.02
     """Variance of the last step's noise; linear in between."""
     prediction_type: Literal["epsilon", "v"] = "epsilon"
-    """What the model predicts: `epsilon`, the noise (the paper), or `v`, which stays well defined where noise is all."""
+    """The model's prediction: `epsilon`, the noise (the paper), or `v`, which stays well defined where noise is all."""
     min_snr_gamma: float | None = None
     """Loss weight min(SNR, gamma) on the error in the latents (arXiv 2303.09556 uses 5); none by default, as the paper."""
 
@@ -147,7 +147,7 @@ class DDPM:
         return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """What the model should predict, (B, C, H, W): the noise, or v."""
+        """Returns what the model should predict, (B, C, H, W): the noise, or v."""
         if self.prediction_type == "epsilon":
             return noise
         alpha_bar = _per_sample(self.alpha_bar(timestep))
@@ -169,7 +169,7 @@ OBJECTIVES: dict[str, type[Flow] | type[DDPM]] = {Flow.name: Flow, DDPM.name: DD
 
 
 def objective_to_dict(objective: Objective) -> dict[str, Any]:
-    """As JSON: `name` and the fields."""
+    """Returns `name` and the fields, ready for JSON."""
     return {"name": objective.name, **dataclasses.asdict(objective)}
 
 

@@ -1,10 +1,10 @@
-"""How many floating point operations a training sample costs, from the shapes alone: the model by parts, and the text encoders.
+"""FLOPs of a training sample by part of the model, computed from the shapes alone.
 
 Counted are matrix multiplications and convolutions, 2 per multiply-add, as torch.utils.flop_counter counts them: the
 operations that the mathematics needs. What a kernel or activation checkpointing computes twice is counted once, so that
 `flops / seconds / peak` is the MFU (PaLM, arXiv 2204.02311, appendix B). Padding tokens are counted if they are given.
 
-Letters: see layers.py.
+Shape notation: see layers.py.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lidit.layers import TIMESTEP_CHANNELS
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of the forward and of the backward pass."""
+    """Floating point operations of a forward and a backward pass."""
 
     forward: float = 0
     backward: float = 0
 
     @property
     def total(self) -> float:
-        """Of a training step."""
+        """Forward and backward together: a training step."""
         return self.forward + self.backward
 
     def __add__(self, other: Flops) -> Flops:
@@ -36,53 +36,6 @@ class Flops:
         return Flops(self.forward * times, self.backward * times)
 
 
-@dataclass(frozen=True)
-class TextModelShape:
-    """A decoder-only LLM with gated feed-forward layers (Llama, Qwen), as far as it runs."""
-
-    width: int
-    """E."""
-    blocks: int
-    """Blocks that run: up to the one whose states are taken."""
-    heads: int
-    """Of queries."""
-    key_value_heads: int
-    """Of keys and values."""
-    head_channels: int
-    """Channels per head."""
-    ffn_width: int
-    """F."""
-
-    @classmethod
-    def of(cls, text_config: Any, blocks: int) -> TextModelShape:
-        """From the (text) config of a transformers model, and how many of its blocks run."""
-        heads = text_config.num_attention_heads
-        return cls(
-            width=text_config.hidden_size,
-            blocks=blocks,
-            heads=heads,
-            key_value_heads=getattr(text_config, "num_key_value_heads", None) or heads,
-            head_channels=getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
-            ffn_width=text_config.intermediate_size,
-        )
-
-
-# The paper's, up to their third-to-last block.
-LLAMA3_8B = TextModelShape(width=4096, blocks=30, heads=32, key_value_heads=8, head_channels=128, ffn_width=14336)
-QWEN15_7B = TextModelShape(width=4096, blocks=30, heads=32, key_value_heads=32, head_channels=128, ffn_width=11008)
-
-
-def text_flops(shape: TextModelShape, prompt_tokens: float, prefix_tokens: float = 0) -> Flops:
-    """A frozen LLM over one prompt of L tokens behind a prefix whose keys and values are there already: forward only.
-
-    Attention is counted in full, L x (P + L), as flop counters do, though it is causal.
-    """
-    queries, keys = shape.heads * shape.head_channels, shape.key_value_heads * shape.head_channels
-    weights = shape.width * (2 * queries + 2 * keys + 3 * shape.ffn_width)
-    pairs = prompt_tokens * (prefix_tokens + prompt_tokens)
-    return Flops(shape.blocks * (2 * weights * prompt_tokens + 4 * queries * pairs))
-
-
 def model_flops(
     config: LIDiTConfig,
     latent_size: tuple[int, int],
@@ -90,7 +43,7 @@ def model_flops(
     instruction_tokens: Mapping[str, float],
     batch: int = 1,
 ) -> dict[str, Flops]:
-    """What one sample of a batch costs in `LIDiT`, by the names of its parts.
+    """Counts the FLOPs of one sample of a batch for every part of `LIDiT`, by the part's name.
 
     Args:
         config: the model.

@@ -1,4 +1,4 @@
-"""Says how large a model is and what a training sample costs it: parameters and FLOPs, part by part.
+"""Prints parameters and FLOPs of a training sample for every part of a model.
 
     lidit info --size 10b
     lidit info --size 1b --encoders '{"llama3": 4096}' --height 512 --width 512
@@ -35,7 +35,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """Which model, and the shapes of a sample."""
+    """The model, and the shapes of a sample."""
 
     size: Literal["tiny", "small", "1b", "10b"] = "1b"
     """The size, unless `weights` names a model."""
@@ -46,9 +46,9 @@ class InfoConfig:
     in_channels: int = 16
     """Channels of the latents."""
     height: int = 256
-    """Of an image, in pixels."""
+    """Image height in pixels."""
     width: int = 256
-    """Of an image, in pixels."""
+    """Image width in pixels."""
     downscale: int = 8
     """Pixels along a side of one latent pixel."""
     prompt_tokens: int = 100
@@ -76,7 +76,7 @@ class InfoConfig:
 
 @dataclass
 class Info:
-    """What the job found out."""
+    """Parameters and FLOPs of a model, by part."""
 
     title: str
     model: dict[str, Any]

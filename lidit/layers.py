@@ -1,6 +1,6 @@
-"""What the refiners and the DiT are made of.
+"""Layers of the refiners and the DiT.
 
-Letters, here and wherever shapes stand beside a line:
+Shape notation, here and wherever shapes stand beside a line:
 B samples, L prompt tokens of one LLM (padding included), P instruction tokens of one LLM, S image tokens, D model width,
 E an LLM's hidden width, N heads, K channels per head, M encoders, F feed-forward width, C latent channels, H W latent
 height and width, h w the same in patches, p patch size, T real tokens of a packed batch. Pixels: `height`, `width`.
@@ -95,7 +95,7 @@ class Modulation(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """E_t: timestep (B,) in [0, 1] -> (B, D). Give it in fp32: in bf16 neighbouring timesteps become one."""
+    """E_t: timestep (B,) in [0, 1] -> (B, D). Give it in fp32: in bf16 neighboring timesteps become one."""
 
     def __init__(self, width: int):
         super().__init__()

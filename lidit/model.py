@@ -10,7 +10,7 @@
                                                                         |
                                                                     FinalLayer --> prediction
 
-The model and nothing else: no loss, no data, no distribution. Letters: see layers.py.
+The model and nothing else: no loss, no data, no distribution. Shape notation: see layers.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lidit.attention import Backend, Keys, fast_backend
 from lidit.config import LIDiTConfig
-from lidit.inputs import check_inputs
 from lidit.layers import (
     CrossAttention,
     FeedForward,
@@ -64,7 +63,7 @@ class LIDiT(nn.Module):
         self.final = FinalLayer(config)
         self.attention_backend: Backend | Literal["auto"] = "auto"
         self.checkpointing = False
-        self.initialise()
+        self.initialize()
 
     def forward(
         self,
@@ -89,7 +88,7 @@ class LIDiT(nn.Module):
         Raises:
             ValueError: shapes do not fit each other or the config.
         """
-        check_inputs(self.config, noisy_latents, timestep, prompt_embeds, prompt_mask, instruction_embeds)
+        _check_inputs(self.config, noisy_latents, timestep, prompt_embeds, prompt_mask, instruction_embeds)
         backend = self._context_backend(self.patchify.project.weight.dtype, noisy_latents.device)
         keys = Keys(torch.cat([prompt_mask[name] for name in self.config.encoders], dim=1), backend=backend)
         context, cond = self.refine(timestep, prompt_embeds, prompt_mask, instruction_embeds)  # B sum(L) D, B D
@@ -111,7 +110,7 @@ class LIDiT(nn.Module):
         prompt_mask: Mapping[str, Tensor],
         instruction_embeds: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """What the DiT is told, arguments as of `forward`: context (B, sum of L, D), and cond (B, D), timestep + pooled text.
+        """Refines the prompts: `forward`'s arguments -> context (B, sum of L, D), and cond (B, D), timestep + pooled text.
 
         The context's tokens stand encoder by encoder; real ones are those of the masks, concatenated alike.
         """
@@ -134,7 +133,7 @@ class LIDiT(nn.Module):
     # -- how it is run ------------------------------------------------------------------------------------------------
 
     def set_attention(self, backend: Backend | Literal["auto"]) -> LIDiT:
-        """How cross-attention to the ragged context is computed: see attention.py. `auto`: varlen where there is its kernel."""
+        """Chooses how cross-attention to the ragged context is computed (attention.py). `auto`: varlen if there is a kernel."""
         choices = ("auto", *get_args(Backend))
         if backend not in choices:
             raise ValueError(f"attention backend: expected one of {', '.join(choices)}, received {backend!r}")
@@ -142,7 +141,7 @@ class LIDiT(nn.Module):
         return self
 
     def set_checkpointing(self, on: bool = True) -> LIDiT:
-        """Activation checkpointing: keep each block's input alone, and compute the block again in the backward pass."""
+        """Turns on activation checkpointing: only each block's input is kept, and the backward pass recomputes the block."""
         self.checkpointing = on
         return self
 
@@ -171,12 +170,12 @@ class LIDiT(nn.Module):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """Sets every parameter. Linear maps and convolutions: Xavier uniform, as in DiT; norms 1; biases 0.
 
         What is a `ZeroLinear` starts at zero: gates (so blocks and refiners start as the identity) and the last projection.
         """
-        self.apply(_initialise)  # `apply`, which ZeRO-3 knows: it gathers each module's weights meanwhile
+        self.apply(_initialize)  # `apply`, which ZeRO-3 knows: it gathers each module's weights meanwhile
 
     def _run(self, module: nn.Module, *inputs: Any) -> Any:
         if self.checkpointing and torch.is_grad_enabled():
@@ -241,7 +240,7 @@ class FinalLayer(Modulated):
         return F.pixel_shuffle(patches.transpose(1, 2).unflatten(-1, size), self.patch_size)
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, ZeroLinear):
         nn.init.zeros_(module.weight)
     elif isinstance(module, nn.Linear):
@@ -261,3 +260,52 @@ def _xavier(weight: Tensor) -> None:
     Not into a tensor of its own: inside ZeRO-3's context `torch.empty` has its own mind about types.
     """
     weight.copy_(nn.init.xavier_uniform_(weight.float()))
+
+
+def _check_inputs(
+    config: LIDiTConfig,
+    noisy_latents: Tensor,
+    timestep: Tensor,
+    prompt_embeds: Mapping[str, Tensor],
+    prompt_mask: Mapping[str, Tensor],
+    instruction_embeds: Mapping[str, Tensor],
+) -> None:
+    """Raises ValueError where an argument of `LIDiT.forward` does not fit; looks at shapes and dtypes, never at values."""
+    _check_latents(config, noisy_latents)
+    batch = len(noisy_latents)
+    if timestep.shape != (batch,) or timestep.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"timestep: expected ({batch},) float32 in [0, 1], received {tuple(timestep.shape)} {timestep.dtype}"
+        )
+    given = {"prompt_embeds": prompt_embeds, "prompt_mask": prompt_mask, "instruction_embeds": instruction_embeds}
+    for what, by_encoder in given.items():
+        if set(by_encoder) != set(config.encoders):
+            raise ValueError(f"{what}: expected encoders {list(config.encoders)}, received {list(by_encoder)}")
+    for name, width in config.encoders.items():
+        _check_text(name, batch, width, prompt_embeds[name], prompt_mask[name], instruction_embeds[name])
+
+
+def _check_latents(config: LIDiTConfig, noisy_latents: Tensor) -> None:
+    shape = tuple(noisy_latents.shape)
+    if len(shape) != 4 or shape[1] != config.in_channels:
+        raise ValueError(f"noisy_latents: expected (B, {config.in_channels}, H, W), received {shape}")
+    if any(side % config.patch_size or not side for side in shape[2:]):
+        raise ValueError(
+            f"noisy_latents: expected H and W to be multiples of the patch size {config.patch_size}, received "
+            f"{shape[2:]}; crop or resize the image to multiples of patch size x VAE downscale"
+        )
+
+
+def _check_text(name: str, batch: int, width: int, embeds: Tensor, mask: Tensor, instruction: Tensor) -> None:
+    if embeds.ndim != 3 or len(embeds) != batch or embeds.shape[2] != width:
+        raise ValueError(f"prompt_embeds[{name}]: expected ({batch}, L, {width}), received {tuple(embeds.shape)}")
+    if mask.shape != embeds.shape[:2] or mask.dtype != torch.bool:
+        raise ValueError(
+            f"prompt_mask[{name}]: expected {tuple(embeds.shape[:2])} bool, true for real tokens, "
+            f"received {tuple(mask.shape)} {mask.dtype}"
+        )
+    if instruction.ndim != 2 or instruction.shape[1] != width:
+        raise ValueError(
+            f"instruction_embeds[{name}]: expected (P, {width}), one for the whole batch, "
+            f"received {tuple(instruction.shape)}"
+        )

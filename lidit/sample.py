@@ -24,27 +24,27 @@ class SampleConfig(SamplerConfig):
     weights: str
     """Trained weights: folder, or `owner/name@commit` on the hub."""
     prompt: str
-    """What the image shall show."""
+    """Description of the image."""
     out: str = "sample.png"
     """Image file; the format is told by its ending. Several images are numbered: sample-0.png, sample-1.png ..."""
     images: int = 1
-    """How many; image k begins with the noise of `seed + k`."""
+    """Number of images; image k begins with the noise of `seed + k`."""
     seed: int = 0
-    """Which noise: the same seed gives the same image."""
+    """Seed of the noise: the same seed gives the same image."""
     height: int | None = None
     """Pixels; by default what the weights were trained at."""
     width: int | None = None
     """Pixels; by default what the weights were trained at."""
     negative_prompt: str = ""
-    """What guidance leads away from; by default the empty prompt."""
+    """Prompt that guidance leads away from; by default the empty prompt."""
     batch_size: int = 8
     """Images made at once; lower it if a GPU runs out of memory."""
     device: str | None = None
     """`cpu`, `cuda`, `cuda:1` ...; by default the GPU if there is one."""
     encoders: dict[str, str] = field(default_factory=dict)
-    """Where encoders are now, by name: folder or `owner/name@commit`. Default: where they were in training."""
+    """Places of the encoders now, by name: folder or `owner/name@commit`. Default: where they were in training."""
     vae: str | None = None
-    """Where the VAE is now: folder or `owner/name@commit`. Default: where it was in training."""
+    """Place of the VAE now: folder or `owner/name@commit`. Default: where it was in training."""
     download_models: bool = False
     """Fetch encoders and a VAE that the weights name by a hub id and that are not in the local hub cache: the weights' author
     chose them."""
@@ -58,7 +58,7 @@ class SampleConfig(SamplerConfig):
 
     @property
     def files(self) -> list[Path]:
-        """Where the images go."""
+        """Files that the images are written to."""
         out = Path(self.out)
         if self.images == 1:
             return [out]
@@ -67,7 +67,7 @@ class SampleConfig(SamplerConfig):
 
 @dataclass
 class Sampled:
-    """What the job made."""
+    """Images that the job made."""
 
     weights: str
     files: list[str]
@@ -80,7 +80,7 @@ class Sampled:
         return json.dumps({"job": "sample", **asdict(self)})
 
     def to_text(self) -> str:
-        """For a person: the time and the files."""
+        """Says to a person how long it took and where the files are."""
         head = f"sample: {len(self.files)} in {self.seconds:,.1f} s, after {self.load_seconds:,.1f} s of loading"
         return "\n".join([head, *(f"  {file}" for file in self.files)])
 

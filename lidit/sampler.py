@@ -8,7 +8,7 @@ step the whole model runs, refiners included, since they depend on the timestep;
 and with the negative or empty one. The second is a prompt like any other: the encoder's real states of it, through the
 refiners, with its own pooled vector (maybe of no tokens at all), and the instruction kept, as in prompt drop.
 
-Letters: B images, L tokens of the longest prompt, E an LLM's width, P instruction tokens, C H W of the latents, N steps.
+Shape notation: B images, L tokens of the longest prompt, E an LLM's width, P instruction tokens, C H W of the latents, N steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Predict = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How latents are made from noise."""
+    """Settings of sampling: how latents are made from noise."""
 
     num_inference_steps: int = 28
     """Steps from noise to data; each runs the model once (on twice the rows where guidance is on)."""

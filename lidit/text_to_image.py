@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lidit.components import Companions
+from lidit.components import Components
 from lidit.diffusion import Objective, objective_from_dict
 from lidit.frozen.text import EncoderConfig, PromptEncoder
 from lidit.model import LIDiT
@@ -106,7 +106,7 @@ class TextToImage:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         folder = resolve_weights(path, revision)
-        saved, companions = read_config(folder), Companions(folder, check, download_models)
+        saved, components = read_config(folder), Components(folder, check, download_models)
         if "objective" not in saved:
             raise ValueError(
                 f"{folder}: its config.json does not name the objective; save the weights with extra={{'objective': ...}}"
@@ -114,13 +114,13 @@ class TextToImage:
         names, given = saved["model"]["encoders"], dict(encoders or {})
         if unknown := sorted(set(given) - set(names)):
             raise ValueError(f"encoders: expected names among {', '.join(names)}, received {', '.join(unknown)}")
-        opened = {name: companions.encoder(name, given.get(name), encoder_device or device) for name in names}
+        opened = {name: components.encoder(name, given.get(name), encoder_device or device) for name in names}
         return cls(
             load_weights(
                 path, device=device, dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
             ),
             opened,
-            companions.vae(vae, device),
+            components.vae(vae, device),
             objective_from_dict(saved["objective"]),
             tuple(saved.get("image_size", IMAGE_SIZE)),
         )

@@ -204,7 +204,7 @@ def _config(model: LIDiTConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether `save_weights` writes such a file, by its name and by its first bytes."""
+    """Tells whether `save_weights` writes such a file, by its name and by its first bytes."""
     if path.is_symlink() or not path.is_file():
         return False
     if path.name == CONFIG_FILE:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 import torch
 
-from lidit.components import Companions
+from lidit.components import Components
 from lidit.runtime.model_files import config_digest, split_revision, weights_digest
 from lidit.runtime.places import settled
 from lidit.sampler import SamplerConfig
@@ -216,8 +216,8 @@ def _encoder_print(config: GenerateConfig, name: str, saved: Mapping[str, Any]) 
     recorded = saved.get("fingerprint") or {}
     if "model_config" in recorded:
         return recorded
-    companions = Companions(config.folder(), download=config.download_models)
-    return {**recorded, "model_config": config_digest(companions.encoder_folder(name, config.encoders.get(name)))}
+    components = Components(config.folder(), download=config.download_models)
+    return {**recorded, "model_config": config_digest(components.encoder_folder(name, config.encoders.get(name)))}
 
 
 def check_input(config: GenerateConfig, prompts: Sequence[Prompt]) -> int:
@@ -227,11 +227,11 @@ def check_input(config: GenerateConfig, prompts: Sequence[Prompt]) -> int:
         ValueError: encoders or VAE are not those of training, the size cannot be made, or prompts are too long.
     """
     folder = config.folder()
-    saved, companions = read_config(folder), Companions(folder, download=config.download_models)
+    saved, components = read_config(folder), Components(folder, download=config.download_models)
     unknown = sorted(set(config.encoders) - set(saved["model"]["encoders"]))
     if unknown:
         raise ValueError(f"encoders: expected names among {', '.join(saved['model']['encoders'])}, received {unknown}")
-    unit = companions.vae(config.vae, "cpu").downscale * saved["model"]["patch_size"]
+    unit = components.vae(config.vae, "cpu").downscale * saved["model"]["patch_size"]
     height, width = config.size()
     if height < unit or width < unit or height % unit or width % unit:
         raise ValueError(
@@ -239,7 +239,7 @@ def check_input(config: GenerateConfig, prompts: Sequence[Prompt]) -> int:
         )
     too_long: set[int] = set()
     for name in saved["model"]["encoders"]:
-        encoder = companions.encoder(name, config.encoders.get(name), "cpu")
+        encoder = components.encoder(name, config.encoders.get(name), "cpu")
         _, excess = encoder.tokenize([prompt.text for prompt in prompts])
         rows = [row for row, tokens in enumerate(excess.tolist()) if tokens > 0]
         if rows and config.long_prompts == "refuse":

@@ -1,4 +1,4 @@
-"""Prompts of mixed length -> batches with little padding, and a batch's states on their way to the host."""
+"""Batches prompts of mixed length with little padding, and copies a batch's states to the host while the next one runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Some prompts' states, packed by the codec, on the CPU; tokens of one prompt lie together."""
+    """States of some prompts, packed by the codec, on the CPU; the tokens of a prompt are contiguous."""
 
     rows: np.ndarray  # (B,) which of the prompts
     lengths: np.ndarray  # (B,) tokens of each

@@ -1,4 +1,4 @@
-"""A decoder-only model cut after a block, and the keys and values of a prefix that all batches share."""
+"""Early exit after block k of a decoder-only model, and a KV cache of a prefix that all batches share."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 
-class BlockReached(Exception):
-    """Carries the chosen block's output out of the model, so that nothing after it runs, whatever its class calls it."""
+class EarlyExit(Exception):
+    """Carries the chosen block's output out of the model's forward pass, so that nothing after that block runs."""
 
     def __init__(self, states: Tensor):
         self.states = states
@@ -32,12 +32,13 @@ class SharedPrefixLayer(DynamicLayer):
         )
 
 
-def stop_here(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-    raise BlockReached(output[0] if isinstance(output, tuple) else output)
+def early_exit_hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    """Forward hook of the last block to run: raises `EarlyExit` with the block's output."""
+    raise EarlyExit(output[0] if isinstance(output, tuple) else output)
 
 
 def blocks_of(model: torch.nn.Module, depth: int) -> torch.nn.ModuleList:
-    """The model's `depth` transformer blocks: the largest ModuleList of that many modules.
+    """Finds the model's `depth` transformer blocks: the largest ModuleList of that many modules.
 
     Raises:
         ValueError: it has none of that many.
@@ -51,7 +52,7 @@ def blocks_of(model: torch.nn.Module, depth: int) -> torch.nn.ModuleList:
 
 
 def context_length(text_config: transformers.PretrainedConfig) -> int:
-    """Tokens that the model's positions reach; unbounded for relative positions (T5)."""
+    """Returns the longest input in tokens that the model's positions allow; unbounded for relative positions (T5)."""
     for key in ("max_position_embeddings", "n_positions"):
         if isinstance(getattr(text_config, key, None), int):
             return getattr(text_config, key) if text_config.model_type not in ("t5", "mt5", "umt5") else 1 << 30
@@ -60,7 +61,7 @@ def context_length(text_config: transformers.PretrainedConfig) -> int:
 
 @contextlib.contextmanager
 def no_load_report() -> Iterator[None]:
-    """Without transformers' table of tensors that a model of fewer blocks does not take."""
+    """Silences transformers' table of checkpoint tensors that a model of fewer blocks does not take."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -3,7 +3,7 @@
 diffusers' `AutoencoderTiny` has no place for the `pool` branch of its middle blocks, and would load it without them and
 without a word. Layers and key names: `madebyollin/taesd`, as the notes beside the weights describe them.
 
-Letters: B images, C latent channels, H W latent height and width.
+Shape notation: B images, C latent channels, H W latent height and width.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ block are taken. What makes it fast, all without changing a value beyond roundin
 Encoder-only text models (T5 encoder, CLIP text), the paper's baselines, run as their authors use them: special tokens,
 no instruction, last layer.
 
-Letters: B prompts of a batch, L tokens of its longest prompt, T real tokens of a batch, P prefix tokens, E hidden width.
+Shape notation: B prompts of a batch, L tokens of its longest prompt, T real tokens of a batch, P prefix tokens, E hidden width.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from lidit.frozen.batching import EncodedBatch, finish_batch, plan_batches, to_host
 from lidit.frozen.early_exit import (
-    BlockReached,
+    EarlyExit,
     SharedPrefixLayer,
     blocks_of,
     context_length,
+    early_exit_hook,
     no_load_report,
-    stop_here,
 )
 from lidit.frozen.loading import load_config, load_model, load_tokenizer
 from lidit.frozen.truncation import beginnings
@@ -67,7 +67,7 @@ class EncoderConfig:
     revision: str | None = None
     """Full commit hash of a hub id; of a folder, `sha256:` and the digest that its files must have, if you like."""
     layer_index: int | None = None
-    """Which hidden state to take, counted as `hidden_states[i]` of transformers. Default: -3 for a decoder-only LLM (the
+    """Hidden state to take, counted as `hidden_states[i]` of transformers. Default: -3 for a decoder-only LLM (the
     output of the third-to-last block, no final norm), -1 for an encoder-only model (after its final norm)."""
     instruction: str = PAPER_INSTRUCTION
     """Words before every prompt; empty for none. Encoder-only models take none."""
@@ -79,7 +79,7 @@ class EncoderConfig:
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the model's weights and arithmetic. fp16 is not offered: Qwen-class models overflow it."""
     codec: Literal["bf16", "fp32", "fp8_e4m3"] = "bf16"
-    """How the embeddings are stored: bytes per value 2, 4, 1 (and 4 per token)."""
+    """Storage format of the embeddings: bytes per value 2, 4, 1 (and 4 per token)."""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -162,7 +162,7 @@ class PromptEncoder:
         return [tokens if not cut else tokens[:last] + tokens[-1:] for tokens, cut in zip(ids, excess)], excess
 
     def _render_prefix(self) -> list[int]:
-        """Token ids of all that stands before the prompt; tokenised apart from it, so that the boundary never merges."""
+        """Token ids of all that stands before the prompt; tokenized apart from it, so that the boundary never merges."""
         instruction, tokenizer = self.config.instruction, self.tokenizer
         if self.config.template == "plain":
             bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -240,7 +240,7 @@ class PromptEncoder:
             if config is not self.text_config:
                 model = model.get_decoder()  # a multimodal LLM: its language model alone
             if self.layer < self.num_blocks:
-                blocks_of(model, self.layer)[-1].register_forward_hook(stop_here)
+                blocks_of(model, self.layer)[-1].register_forward_hook(early_exit_hook)
         model = model.requires_grad_(False).eval().to(self.device)
         if self.is_decoder:
             self._check_causal(model)
@@ -295,7 +295,7 @@ class PromptEncoder:
                 return model(**inputs, output_hidden_states=True).hidden_states[self.layer]
             try:
                 return model(**inputs).last_hidden_state
-            except BlockReached as reached:
+            except EarlyExit as reached:
                 return reached.states
 
     def forward(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Texts cut before they are tokenised: who reads 256 tokens of a text need not tokenise a megabyte.
+"""Truncates texts before they are tokenized: who reads 256 tokens of a text need not tokenize a megabyte.
 
 A tokenizer looks at a text piece by piece, and a piece is seldom longer than a word. So the first tokens of a text are those
 of its beginning, as long as that has some tokens more. They could differ only where one unbroken word, or one run of

@@ -3,7 +3,7 @@
 Whatever a class of autoencoder returns and scales by, here it is one thing: `encode` gives
 `(latents - shift_factor) * scaling_factor` of the mean (the mode) of what the model says, `decode` takes just that.
 
-Letters: B images, C latent channels, H W latent height and width.
+Shape notation: B images, C latent channels, H W latent height and width.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _defaults(kind: str) -> dict[str, Any]:
-    """What the class assumes where a config says nothing, as old ones do not of their scaling factor."""
+    """Returns the class's defaults, for keys that a config lacks: old ones lack their scaling factor."""
     import diffusers
 
     return {

@@ -6,9 +6,9 @@ What is done to an image, in this order; all of it but the limits is part of wha
   `MAX_PIXELS` is refused before anything is decoded.
 - A JPEG that is much larger than needed is decoded at a half, a quarter or an eighth of its size, as long as twice the
   bucket's size is left; of an animation the first frame is taken.
-- 16-bit grey is brought to 8 bits, transparent parts become white, and every other mode is converted to RGB. Colour
+- 16-bit gray is brought to 8 bits, transparent parts become white, and every other mode is converted to RGB. Color
   profiles are not applied.
-- The centred part of the bucket's aspect ratio is resized to the bucket's size, antialiased (Lanczos), and turned upright
+- The centered part of the bucket's aspect ratio is resized to the bucket's size, antialiased (Lanczos), and turned upright
   as its EXIF orientation says.
 """
 
@@ -26,10 +26,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
-from lidit.images.jpeg2000 import cost_problem
-from lidit.images.png_chunks import only_pixels
+from lidit.images.headers import cost_problem, only_pixels
 from lidit.runtime.watchdog import watched
-from lidit.store.buckets import Bucket, bucket_name, centre_box, nearest_bucket, upscale_needed
+from lidit.store.buckets import Bucket, bucket_name, center_box, nearest_bucket, upscale_needed
 
 if TYPE_CHECKING:  # an ingest's actors look at images too, and need no torch: 200 MB and seconds each
     import torch
@@ -140,7 +139,7 @@ def _tile_pixels(image: Image.Image) -> int:
 
 
 def _named(start: bytes) -> str:
-    """What a file is that is no such image, by its first bytes; they are not quoted, for it may be anybody's file."""
+    """Names the kind of a file that is no such image by its first bytes, which are not quoted: it may be anybody's file."""
     found = next((name for sign, name in OTHER_FILES.items() if start.startswith(sign)), None)
     if _is_heic(start):
         found = "HEIC, which the extra heif reads (pip install 'lidit[heif]')"
@@ -256,10 +255,10 @@ def bucket_pixels(
 
 
 def _resized(image: Image.Image, size: Bucket) -> Image.Image:
-    """The centred part of the aspect ratio of `size` (height, width), as RGB of that size."""
+    """The centered part of the aspect ratio of `size` (height, width), as RGB of that size."""
     decode_image(image)
     flat = eight_bits(image)
-    box = centre_box(flat.height, flat.width, size)
+    box = center_box(flat.height, flat.width, size)
     return flat.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0).convert("RGB")
 
 
@@ -273,9 +272,9 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ImageError("floating-point values: expected 8 or 16 bits a channel")
     if image.has_transparency_data:
-        coloured = image.convert("RGBA")
-        behind = Image.new("RGBA", coloured.size, "white")
-        return Image.alpha_composite(behind, coloured).convert("RGB")
+        colored = image.convert("RGBA")
+        behind = Image.new("RGBA", colored.size, "white")
+        return Image.alpha_composite(behind, colored).convert("RGB")
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 

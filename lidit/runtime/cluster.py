@@ -33,7 +33,7 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
     # Ray starts its processes by fork and exec, which is safe; Lance warns of any fork.
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # the command line would show colours as escapes
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # the command line would show colors as escapes
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own processes warn at every start
     if ray.is_initialized():
         return
@@ -65,7 +65,7 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
 
 
 def _without_place(error: Exception) -> str | None:
-    """What to say where Ray found no place for its sockets and logs; None of any other error."""
+    """Returns what to say where Ray found no place for its sockets and logs; None of any other error."""
     base = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if SOCKET_TOO_LONG in str(error):
         return (

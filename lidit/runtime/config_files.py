@@ -170,7 +170,7 @@ def _is_sequence(of: Any) -> bool:
 
 
 def _config_text(value: str, config_class: Any) -> str:
-    """What `--config VALUE` stands for, a file or the YAML itself, checked."""
+    """Reads and checks what `--config VALUE` stands for, a file or the YAML itself."""
     inline = value.lstrip().startswith("{")
     what = "--config" if inline else value
     text = value if inline else read_text(value)

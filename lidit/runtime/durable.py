@@ -15,7 +15,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-# What Lance writes itself while it commits; data files that it writes too are asked for by name.
+# Lance writes these itself while it commits; data files that it writes too are asked for by name.
 COMMITTED = ("_versions", "_transactions", "_deletions", "_refs/tags")
 NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # by mounted buckets, some network file systems
 

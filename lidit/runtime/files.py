@@ -24,7 +24,7 @@ CREATE_TRIES = 3  # of a file that is refused and yet not there
 
 
 def is_there(fs: Any, path: str) -> bool:
-    """Whether a file or folder is there now, as storage itself says.
+    """Tells whether a file or folder is there now, as storage itself says.
 
     fsspec's own `exists` is False after any error; here only "not found" is no.
 
@@ -65,7 +65,7 @@ class NoRegularFile(ValueError):
 
 
 def check_regular(path: str | Path) -> None:
-    """Whether a file of this machine, links followed, is one of bytes on a disk. Opens nothing.
+    """Checks that a file of this machine, links followed, is one of bytes on a disk. Opens nothing.
 
     Raises:
         NoRegularFile: it is a pipe, a socket or a device; says which.
@@ -127,7 +127,7 @@ def remove_file(fs: Any, path: str) -> None:
 
 
 def seconds_since_written(fs: Any, path: str) -> float:
-    """How long ago a file was written by the clock of its storage, whatever the clocks of its writer and reader say.
+    """Returns the age of a file by the clock of its storage, whatever the clocks of its writer and reader say.
 
     A file is written beside it and the two times are compared: to the second on S3.
 

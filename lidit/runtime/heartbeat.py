@@ -1,6 +1,6 @@
 """Heartbeats: how a process shows others that it is alive, and how they judge one that has fallen silent.
 
-A judgement may be wrong: a process that is suspended, or cut off from its store, looks dead and is not. So it never decides
+A judgment may be wrong: a process that is suspended, or cut off from its store, looks dead and is not. So it never decides
 by itself what is safe. Who takes over writes into the store that the other one is over, and the other one looks there before
 it changes anything (`pipelines/engine/runs.py`, `lidit/runtime/lease.py`, docs/consistency.md).
 """
@@ -24,13 +24,13 @@ TELL_AFTER_MISSED = 4  # heartbeats in a row
 
 
 def make_heartbeat() -> dict[str, Any]:
-    """What a process leaves in the store to show that it is alive: host, process, time (for people to read)."""
+    """Makes what a process leaves in the store to show that it is alive: host, process, time (for people to read)."""
     pid = os.getpid()
     return {"host": host_id(), "pid": pid, "started": _process_start(pid), "beat": time.time()}
 
 
 def read_heartbeat(content: bytes) -> dict[str, Any]:
-    """What `make_heartbeat` gave, from its file; where a power cut has emptied that, a process that nobody can see."""
+    """Reads what `make_heartbeat` gave; where a power cut has emptied the file, it is of a process that nobody can see."""
     try:
         heartbeat = json.loads(content)
     except ValueError:
@@ -41,7 +41,7 @@ def read_heartbeat(content: bytes) -> dict[str, Any]:
 
 
 def is_alive(heartbeat: dict[str, Any], fs: Any, path: str) -> bool:
-    """Whether the process that left a heartbeat lives, as far as can be told.
+    """Tells whether the process that left a heartbeat lives, as far as can be told.
 
     Where it would see this process and this one it (same boot, process namespace and user), the kernel is asked. Elsewhere
     it is taken for dead after `DEAD_AFTER_SECONDS` of silence, by the clock of the storage.
@@ -86,10 +86,6 @@ class Heartbeat:
         """Ends it, after the beat in hand."""
         self._over.set()
         self._thread.join()
-
-    def is_running(self) -> bool:
-        """Whether the thread is there."""
-        return self._thread.is_alive()
 
     def _keep_beating(self) -> None:
         missed = 0

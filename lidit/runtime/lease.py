@@ -120,7 +120,7 @@ class Lease:
 
 
 def check_number(store: str, name: str, number: int) -> None:
-    """Whether the holder of that number still holds the lease, for whoever works on its behalf.
+    """Checks that the holder of that number still holds the lease, for whoever works on its behalf.
 
     Args:
         store, name: as of `Lease`.

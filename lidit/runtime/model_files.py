@@ -1,4 +1,4 @@
-"""Where a model's files lie, whether they are whole, and what they hold: paths, checks and digests without loading it."""
+"""Finds, checks and digests the files of a model without loading it."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ ADAPTER = "adapter_config.json"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Which files a model of some kind is made of."""
+    """The files that a model of some kind is made of."""
 
     weights: tuple[str, ...] = (WEIGHT_FILES,)
     """Glob patterns of the weight files."""
     index: str = "model.safetensors.index.json"
     """The file that lists the shards, where there are several."""
     tokenizer: bool = True
-    """Whether there must be a tokenizer."""
+    """True if there must be a tokenizer."""
     hub_id: str = r"[\w.-]+/[\w.-]+"
-    """What a hub id looks like; with a third part, the model lies in that folder of its repository."""
+    """Pattern of a hub id; with a third part, the model lies in that folder of its repository."""
 
 
 LANGUAGE_MODEL = ModelFiles()

@@ -1,4 +1,4 @@
-"""What it looks like when storage is away for a while, and how to outlast it: one table for the whole project.
+"""Recognizes errors of storage that is away for a while, and outlasts them: one table for the whole project.
 
 A bucket that cannot be reached is no answer: nothing may be deleted, doubled or given up because of it. Who asks storage
 for something waits until it answers (`outlast`); who beats in a thread goes on beating.
@@ -59,7 +59,7 @@ def make_lance_patient() -> None:
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether an error says that storage does not answer now, and not that something is missing, refused or damaged."""
+    """Tells whether an error says that storage does not answer now, and not that something is missing, refused or damaged."""
     return any(_is_away(one) for one in _chain(error))
 
 

@@ -1,4 +1,4 @@
-"""Text of others, fit for a terminal: nothing in it moves the cursor, sets titles or colours, or turns the reading order."""
+"""Cleans others' text for a terminal: nothing in it moves the cursor, sets titles or colors, or turns the reading order."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[Bucket]) -> Bucket
     return min(buckets, key=distance)
 
 
-def centre_box(height: int, width: int, bucket: Bucket) -> Box:
-    """The largest centred part of an image that has the bucket's aspect ratio: what is scaled to the bucket's size."""
+def center_box(height: int, width: int, bucket: Bucket) -> Box:
+    """The largest centered part of an image that has the bucket's aspect ratio: what is scaled to the bucket's size."""
     scale = min(height / bucket[0], width / bucket[1])
     box_height, box_width = min(height, bucket[0] * scale), min(width, bucket[1] * scale)
     left, top = (width - box_width) / 2, (height - box_height) / 2
@@ -62,7 +62,7 @@ def centre_box(height: int, width: int, bucket: Bucket) -> Box:
 
 
 def upscale_needed(height: int, width: int, bucket: Bucket) -> float:
-    """How many times larger an image must become to fill the bucket; below 1 it shrinks."""
+    """Returns how many times larger an image must become to fill the bucket; below 1 it shrinks."""
     return max(bucket[0] / height, bucket[1] / width)
 
 

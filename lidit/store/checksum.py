@@ -1,4 +1,4 @@
-"""What a data file of a table notes of itself: a digest of each column's content, and the place that the file was made for.
+"""Notes in a data file of a table: a digest of each column's content, and the place that the file was made for.
 
 A digest finds a flipped bit. It does not find whole files that changed places (restored or copied under each other's names),
 since each of them is what was written. So the file also notes its name, its fragment, the number of rows, and a digest of
@@ -74,18 +74,18 @@ class HeldFile:
 
     @property
     def uri(self) -> str:
-        """Where it is."""
+        """Path of the file."""
         return data_file_uri(self.table_uri, self.path)
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """Names the file in messages."""
         return f"fragment {self.fragment_id}, file {self.path}"
 
 
 @dataclass(frozen=True)
 class Notes:
-    """What the writer of a data file has noted in it."""
+    """Notes that the writer of a data file left in it."""
 
     digests: dict[str, str]  # column -> digest of its content; empty where another tool wrote the file
     made_for: dict[str, Any] | None  # None where the file is older than this note, or another tool wrote it
@@ -96,12 +96,12 @@ Reader = Callable[..., Any]
 
 
 def data_file_uri(table_uri: str, path: str) -> str:
-    """Where a table keeps the data file of that name."""
+    """Returns the place where a table keeps the data file of that name."""
     return f"{table_uri.rstrip('/')}/data/{path}"
 
 
 def is_ours(path: str) -> bool:
-    """Whether a `ColumnFileWriter` wrote the data file of that name; Lance's own names have no dash."""
+    """Tells whether a `ColumnFileWriter` wrote the data file of that name; Lance's own names have no dash."""
     return "-" in path
 
 
@@ -224,7 +224,7 @@ def content_problems(
 
 
 def place_problems(file: HeldFile, notes: Notes, image_ids: Callable[[HeldFile], str | None]) -> Iterator[str]:
-    """Whether a file lies where it was made for; nothing where it does not say for where.
+    """Yields why a file does not lie where it was made for; nothing where it does not say for where.
 
     `image_ids`: digest of the ids that the file's fragment has now, as of `held_image_ids`.
     """

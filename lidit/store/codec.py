@@ -42,7 +42,7 @@ ARITHMETIC = {"fp32": 1e-4, "bf16": 5e-2}
 
 
 def excess(value: np.ndarray, again: np.ndarray, codec: str, dtype: str) -> float:
-    """How far two (L, E) arrays differ beyond what codec and arithmetic explain, as a share of a token's largest value.
+    """Returns how far two (L, E) arrays differ beyond what codec and arithmetic explain, as a share of a token's largest value.
 
     Args:
         value: as stored and decoded.
@@ -127,7 +127,7 @@ def decode(column: pa.Array | pa.ChunkedArray, field: pa.Field) -> list[np.ndarr
 
 
 def finite_values(data: bytes | memoryview | pa.Buffer, codec: str, width: int) -> bool:
-    """Whether the bytes of one row hold neither NaN nor Inf, told from the exponent bits."""
+    """Tells whether the bytes of one row hold neither NaN nor Inf, by the exponent bits."""
     raw = np.frombuffer(data, np.uint8)
     if codec == "bf16":
         return not bool(((raw.view("<u2") & 0x7F80) == 0x7F80).any())

@@ -1,4 +1,4 @@
-"""Which columns are stale: made from values of another column that has changed since.
+"""Finds stale columns: made from values of another column that has changed since.
 
 A stage's file notes which data file each column that it read lay in, and that column's digest. A file is never changed and a
 fragment lists its files in the order in which they were attached, and a stage's file is attached only while what it read is
@@ -93,7 +93,7 @@ def read_by(stored: pa.Field) -> list[str]:
 
 
 def _suspects(dataset: Any, fields: Sequence[pa.Field]) -> Iterator[_Suspect]:
-    """What the version alone cannot clear."""
+    """Yields columns that the version alone cannot clear."""
     ids = {field.name(): field.id() for field in dataset.lance_schema.fields()}
     made = {f.name: [name for name in read_by(f) if name in ids] for f in fields if f.name in ids}
     for fragment in dataset.get_fragments() if made else ():
@@ -192,7 +192,7 @@ def _changed_texts(dataset: Any, fragment_id: int, transaction: Any, names: list
 
 
 def _note(reader: Reader, table_uri: str, path: str) -> dict[str, dict[str, Any]]:
-    """What the file was made from; empty where it does not say, or its notes are damaged (which `lidit verify` tells)."""
+    """Reads what the file was made from; empty where it does not say, or its notes are damaged (which `lidit verify` tells)."""
 
     def read() -> dict[str, dict[str, Any]]:
         with no_panic():

@@ -21,7 +21,7 @@ REPETITION = "repetition"
 TOO_SHORT = "too_short"
 IMAGE_IGNORED = "image_ignored"
 REJECTIONS = (EMPTY, CUT_OFF, REFUSAL, WRONG_SCRIPT, REPETITION, TOO_SHORT, IMAGE_IGNORED)
-"""Why a caption is not kept, in the order in which it is looked for; the last one by comparison with a blank image."""
+"""Reasons to reject a caption, in the order in which they are looked for; the last one by comparison with a blank image."""
 
 REFUSALS = re.compile(
     r"""
@@ -38,7 +38,7 @@ REFUSALS = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-"""How a VLM says that it will not describe an image. Looked for at the start of the caption only: in the middle, the same
+"""Phrases of a VLM that will not describe an image. Looked for at the start of the caption only: in the middle, the same
 words may be what a sign in the image says."""
 
 LONGEST_LOOP = 24  # words of a phrase that is looked for, repeated at once
@@ -51,7 +51,7 @@ MANY_WORDS = 40
 
 @dataclass(frozen=True)
 class GateConfig:
-    """What a caption must be like."""
+    """Conditions that a caption must meet."""
 
     min_words: int = 4
     """Least number of words (characters, where the script has no spaces)."""
@@ -88,12 +88,12 @@ def judge(text: str, cut_off: bool, gate: GateConfig) -> str:
 
 
 def same_text(one: str, other: str) -> bool:
-    """Whether two captions say the same, letter case, punctuation and blanks apart."""
+    """Tells whether two captions say the same, letter case, punctuation and blanks apart."""
     return split_words(one) == split_words(other)
 
 
 def is_refusal(text: str) -> bool:
-    """Whether the text begins by declining to describe."""
+    """Tells whether the text begins by declining to describe."""
     return REFUSALS.match(text.lstrip(" \t\r\n\"'“‘*_#-:.")) is not None
 
 
@@ -117,7 +117,7 @@ def script_of(letter: str) -> str:
 
 
 def is_repetitive(text: str, words: list[str]) -> bool:
-    """Whether the text goes round in circles: a phrase many times in a row, a sentence again and again, nothing new."""
+    """Tells whether the text goes round in circles: a phrase many times in a row, a sentence again and again, nothing new."""
     for period in range(1, min(LONGEST_LOOP, len(words) // LOOPS) + 1):
         run = 0  # words that equal the one a period before
         for word, earlier in zip(words[period:], words):

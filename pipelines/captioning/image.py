@@ -17,7 +17,7 @@ from lidit.images.pixels import (
     orientation,
     upright_size,
 )
-from pipelines.captioning.request import GREY
+from pipelines.captioning.request import GRAY
 
 DRAFT_MARGIN = 2  # a JPEG is decoded at no less than so many times the size needed
 SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # what every endpoint reads
@@ -63,9 +63,9 @@ def shown_image(data: bytes, side: int) -> Image.Image:
 
 
 def blank_image(data: bytes, side: int) -> Image.Image:
-    """A grey image of the size that `shown_image` would have."""
+    """A gray image of the size that `shown_image` would have."""
     height, width = shown_size(data, side)
-    return Image.new("RGB", (width, height), GREY)
+    return Image.new("RGB", (width, height), GRAY)
 
 
 def sendable(data: bytes, side: int, blank: bool = False) -> tuple[bytes, str]:

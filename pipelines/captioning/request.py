@@ -1,4 +1,4 @@
-"""What a VLM is asked of an image, and what it answers: the small interface that every captioning engine has.
+"""Requests and answers: the small interface that every captioning engine has.
 
 An engine is called with requests and returns their answers, in order:
 
@@ -16,7 +16,7 @@ INSTRUCTION = "Describe the image in detail."
 HINT = "It came with this text, which may be wrong: {hint}"
 MOST_HINT_CHARACTERS = 400  # of a hint; what is longer is mostly a tag list, and costs as many tokens as the image
 MARKUP = re.compile(r"<[^<>]{0,80}>|\[/?[A-Z_]{2,20}\]")  # HTML, and what chat templates mean by `<image>` or `[INST]`
-GREY = (127, 127, 127)  # of the blank image
+GRAY = (127, 127, 127)  # of the blank image
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class CaptionRequest:
     temperature: float = 0.0
     """0: the likeliest word each time."""
     blank: bool = False
-    """Show a grey image of the same size instead: what the engine says without looking."""
+    """Show a gray image of the same size instead: what the engine says without looking."""
 
 
 @dataclass(frozen=True)
 class CaptionAnswer:
-    """What came of a request."""
+    """The answer to a request, or the reason why there is none."""
 
     text: str = ""
     tokens: int = 0
@@ -45,7 +45,7 @@ class CaptionAnswer:
     cut_off: bool = False
     """It ran into the length limit."""
     error: str | None = None
-    """Why there is no text: the image cannot be decoded, or the engine refuses this request. None if there is one."""
+    """Reason why there is no text: the image cannot be decoded, or the engine refuses this request. None if there is one."""
 
 
 class CaptionEngine(Protocol):

@@ -55,7 +55,7 @@ def gumbel_noise(seeds: Tensor, step: int, size: int) -> Tensor:
 
 
 def mix(state: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64, which wraps as unsigned arithmetic does."""
+    """Applies the finalizer of splitmix64 on int64, which wraps as unsigned arithmetic does."""
     state = (state ^ _shifted(state, 30)) * MIX[0]
     state = (state ^ _shifted(state, 27)) * MIX[1]
     return state ^ _shifted(state, 31)

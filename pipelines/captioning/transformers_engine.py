@@ -6,7 +6,7 @@
 - Padding stands on the left, and what is drawn for a row depends on the row's own seed (`row_sampling.py`): a caption does
   not depend on its batch, beyond the rounding of arithmetic.
 
-Letters: B rows of a batch, L tokens of its longest prompt (image tokens included).
+Shape notation: B rows of a batch, L tokens of its longest prompt (image tokens included).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lidit.frozen.loading import load_config, load_model, load_processor
 from lidit.images.pixels import ImageError
 from lidit.runtime.model_files import config_digest, processor_digest, resolve_model, tokenizer_digest, weights_digest
 from pipelines.captioning.image import blank_image, shown_image, shown_size
-from pipelines.captioning.request import GREY, CaptionAnswer, CaptionRequest, conversation
+from pipelines.captioning.request import GRAY, CaptionAnswer, CaptionRequest, conversation
 from pipelines.captioning.row_sampling import RowSampler
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -83,7 +83,7 @@ class Captioner:
         self._prompt_tokens = functools.lru_cache(4)(self._count_prompt_tokens)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What captions depend on, as JSON-able values. Reads the weight files once to digest them; loads no weights."""
+        """Returns what captions depend on, as JSON-able values. Digests the weight files once; loads no weights."""
         return {
             "model_type": load_config(self.folder).model_type,
             "model_config": config_digest(self.folder),
@@ -236,7 +236,7 @@ class Captioner:
 
     def _count_image_tokens(self, height: int, width: int) -> int:
         """Tokens that an image of that size adds to a prompt: the processor is asked with a blank one."""
-        inputs = self.inputs([Image.new("RGB", (width, height), GREY)], [""])
+        inputs = self.inputs([Image.new("RGB", (width, height), GRAY)], [""])
         return int(inputs["input_ids"].shape[1]) - self._prompt_tokens("")
 
     def _count_prompt_tokens(self, prompt: str) -> int:
@@ -244,7 +244,7 @@ class Captioner:
         return len(self.processor.tokenizer(self._text(prompt), add_special_tokens=False)["input_ids"])
 
     def _decoded(self, request: CaptionRequest) -> Image.Image | ImageError:
-        """The request's image, upright RGB; a grey one of its size if it asks for that."""
+        """The request's image, upright RGB; a gray one of its size if it asks for that."""
         try:
             return (blank_image if request.blank else shown_image)(request.image, self.image_side)
         except ImageError as error:

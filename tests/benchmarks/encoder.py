@@ -29,7 +29,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lidit.frozen.early_exit import blocks_of, stop_here
+from lidit.frozen.early_exit import blocks_of, early_exit_hook
 from lidit.frozen.text import DTYPES, EncoderConfig, PromptEncoder
 
 ROWS = 64  # of a batch of the loops
@@ -78,7 +78,7 @@ def load(encoder: PromptEncoder, shape: str | None, lm_head: bool) -> torch.nn.M
     cut.load_state_dict(base.state_dict(), strict=False, assign=True)
     cut.rotary_emb = base.rotary_emb
     if encoder.layer < encoder.num_blocks:
-        blocks_of(cut, encoder.layer)[-1].register_forward_hook(stop_here)
+        blocks_of(cut, encoder.layer)[-1].register_forward_hook(early_exit_hook)
     encoder.model = cut.requires_grad_(False).eval()
     return model
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from lidit.components import Companions
+from lidit.components import Components
 from lidit.frozen.text import EncoderConfig, PromptEncoder
 from lidit.runtime.model_files import split_revision
 
@@ -53,19 +53,19 @@ def weights(tmp_path, encoder):
 
 
 def test_the_encoder_of_training_is_found(weights, encoder):
-    found = Companions(weights).encoder("one", None, "cpu")
+    found = Components(weights).encoder("one", None, "cpu")
     assert found.config == encoder.config and found.folder == encoder.folder
 
 
 def test_an_encoder_that_was_moved(weights, encoder, tmp_path, edit_json):
     moved = shutil.copytree(encoder.folder, tmp_path / "moved" / "llama")
     for instead in (str(moved), dataclasses.replace(encoder.config, model=str(moved))):
-        assert Companions(weights).encoder("one", instead, "cpu").folder == moved
-    assert Companions(weights).encoder("one", encoder, "cpu") is encoder
+        assert Components(weights).encoder("one", instead, "cpu").folder == moved
+    assert Components(weights).encoder("one", encoder, "cpu") is encoder
     saved = json.loads((weights / "config.json").read_text())["encoders"]
     saved["one"]["config"]["model"] = "../moved/llama"  # counts from the weights folder
     edit_json(weights / "config.json", encoders=saved)
-    assert Companions(weights).encoder("one", None, "cpu").folder == moved
+    assert Components(weights).encoder("one", None, "cpu").folder == moved
 
 
 @pytest.mark.parametrize(
@@ -80,49 +80,49 @@ def test_an_encoder_that_was_moved(weights, encoder, tmp_path, edit_json):
 def test_an_encoder_that_is_put_differently_is_refused(weights, encoder, key, change):
     config = dataclasses.replace(encoder.config, **change)
     with pytest.raises(ValueError) as caught:
-        Companions(weights).encoder("one", config, "cpu")
+        Components(weights).encoder("one", config, "cpu")
     said = str(caught.value)
     assert f"encoder one is not the one that the weights in {weights} were trained with" in said
     assert f"  {key}: expected {encoder.fingerprint()[key]!r}, received " in said
     assert "layer:" not in said or key == "layer", "names a key that does not differ"
     assert "encoders={'one': ...}, or check=False" in said
-    assert Companions(weights, check=False).encoder("one", config, "cpu").config == config
+    assert Components(weights, check=False).encoder("one", config, "cpu").config == config
 
 
 def test_an_encoder_with_other_weights_is_refused(weights, own_llama):
     with pytest.raises(ValueError, match=r"weights: expected '[0-9a-f]{64}', received '[0-9a-f]{64}'") as caught:
-        Companions(weights).encoder("one", str(own_llama(seed=5)), "cpu")
+        Components(weights).encoder("one", str(own_llama(seed=5)), "cpu")
     assert "layer" not in str(caught.value) and "tokenizer" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [{"dtype": "bf16"}, {"codec": "fp8_e4m3"}])
 def test_rounding_may_differ(weights, encoder, change):
     config = dataclasses.replace(encoder.config, **change)
-    assert Companions(weights).encoder("one", config, "cpu").config == config
+    assert Components(weights).encoder("one", config, "cpu").config == config
 
 
 def test_weights_that_do_not_say_what_they_need(weights, edit_json, encoder):
     edit_json(weights / "config.json", encoders={}, vae={})
     with pytest.raises(ValueError, match=r"does not say what encoder one is; pass encoders=\{'one': EncoderConfig"):
-        Companions(weights).encoder("one", None, "cpu")
+        Components(weights).encoder("one", None, "cpu")
     with pytest.raises(ValueError, match="does not say what encoder one is"):
-        Companions(weights).encoder("one", str(encoder.folder), "cpu")
+        Components(weights).encoder("one", str(encoder.folder), "cpu")
     with pytest.raises(ValueError, match=r"names no VAE; pass vae="):
-        Companions(weights).vae(None, "cpu")
-    assert Companions(weights).encoder("one", encoder.config, "cpu").config == encoder.config
+        Components(weights).vae(None, "cpu")
+    assert Components(weights).encoder("one", encoder.config, "cpu").config == encoder.config
 
 
 def test_vae(weights):
     same = TinyVAE(dtype="bf16")
-    assert Companions(weights).vae(same, "cpu") is same
+    assert Components(weights).vae(same, "cpu") is same
     other = TinyVAE(scaling_factor=0.3)
     with pytest.raises(
         ValueError, match=r"VAE is not the one .*\n  scaling_factor: expected 0.5, received 0.3\n.* vae="
     ):
-        Companions(weights).vae(other, "cpu")
-    assert Companions(weights, check=False).vae(other, "cpu") is other
+        Components(weights).vae(other, "cpu")
+    assert Components(weights, check=False).vae(other, "cpu") is other
     with pytest.raises(ValueError, match=r"new: expected None, received 1"):
-        Companions(weights).vae(TinyVAE(new=1), "cpu")
+        Components(weights).vae(TinyVAE(new=1), "cpu")
 
 
 def test_revision_of_a_hub_id(tmp_path):
@@ -140,24 +140,24 @@ def test_weights_trained_before_a_key_was_recorded_are_used_with_a_warning(weigh
     del saved["one"]["fingerprint"]["model_config"]
     edit_json(weights / "config.json", encoders=saved)
     with pytest.warns(UserWarning, match=r"encoder one of the weights in .*: model_config could not be compared"):
-        Companions(weights).encoder("one", None, "cpu")
+        Components(weights).encoder("one", None, "cpu")
     with pytest.raises(ValueError, match="weights: expected"):
-        Companions(weights).encoder("one", str(own_llama(seed=5)), "cpu")
+        Components(weights).encoder("one", str(own_llama(seed=5)), "cpu")
 
 
 def test_an_encoder_whose_config_was_edited_is_refused(weights, encoder, tmp_path, edit_json):
     folder = shutil.copytree(encoder.folder, tmp_path / "edited")
     edit_json(folder / "config.json", rms_norm_eps=1e-2)
     with pytest.raises(ValueError, match=r"\n  model_config: expected '[0-9a-f]{64}', received '[0-9a-f]{64}'\n"):
-        Companions(weights).encoder("one", str(folder), "cpu")
+        Components(weights).encoder("one", str(folder), "cpu")
 
 
 @pytest.mark.parametrize("download", [False, True])
 def test_a_hub_id_that_the_weights_name_is_fetched_only_where_that_is_asked_for(weights, tmp_path, download):
     """Offline, with an empty cache: what is tried shows in what is said."""
     code = (
-        "import sys; from lidit.components import Companions\n"
-        f"Companions(sys.argv[1], download={download}).encoder('one', sys.argv[2] or None, 'cpu')"
+        "import sys; from lidit.components import Components\n"
+        f"Components(sys.argv[1], download={download}).encoder('one', sys.argv[2] or None, 'cpu')"
     )
     commit = "a" * 40
     saved = json.loads((weights / "config.json").read_text())

@@ -110,10 +110,10 @@ def test_add_gated_rounds_once():
 
 
 def test_modulation_starts_at_zero_and_gives_vectors():
-    from lidit.model import _initialise
+    from lidit.model import _initialize
 
     modulation = Modulation(8, 3)
-    modulation.apply(_initialise)
+    modulation.apply(_initialize)
     vectors = modulation(randn(2, 8))
     assert [tuple(vector.shape) for vector in vectors] == [(2, 1, 8)] * 3
     assert all((vector == 0).all() for vector in vectors)
@@ -176,7 +176,7 @@ def test_cross_attention_by_hand():
     torch.testing.assert_close(layer(x, others, Keys(torch.ones(2, 3, dtype=torch.bool))), wanted)
 
 
-def test_queries_and_keys_are_normalised():
+def test_queries_and_keys_are_normalized():
     """So attention cannot saturate, however large the projections grow: the QK-norm of the paper."""
     torch.manual_seed(0)
     layer, x = CrossAttention(16, 2), randn(2, 5, 16)

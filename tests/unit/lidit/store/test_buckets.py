@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lidit.store.buckets import bucket_name, centre_box, make_buckets, nearest_bucket, parse_bucket, upscale_needed
+from lidit.store.buckets import bucket_name, center_box, make_buckets, nearest_bucket, parse_bucket, upscale_needed
 
 pytestmark = pytest.mark.unit
 
@@ -88,9 +88,9 @@ def test_every_bucket_is_its_own_nearest():
 
 @pytest.mark.parametrize("size", [(480, 640), (427, 640), (1, 1), (1, 5000), (333, 17), (256, 256), (3000, 4001)])
 @pytest.mark.parametrize("bucket", [(256, 256), (192, 336), (336, 192)])
-def test_centre_box(size, bucket):
+def test_center_box(size, bucket):
     height, width = size
-    left, top, right, bottom = centre_box(height, width, bucket)
+    left, top, right, bottom = center_box(height, width, bucket)
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     assert (bottom - top) / (right - left) == pytest.approx(bucket[0] / bucket[1])
     assert left == pytest.approx(width - right) and top == pytest.approx(height - bottom), "it is in the middle"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lidit.images.pixels import ImageError
 from pipelines.captioning.image import blank_image, reduced_size, sendable, shown_image, shown_size
-from pipelines.captioning.request import GREY
+from pipelines.captioning.request import GRAY
 
 pytestmark = pytest.mark.unit
 
@@ -79,7 +79,7 @@ def test_other_modes_become_rgb_and_transparency_white() -> None:
 
 def test_blank_image_has_the_size_shown() -> None:
     blank = blank_image(encoded(picture(400, 600)), 300)
-    assert blank.size == (300, 200) and blank.getcolors() == [(300 * 200, GREY)]
+    assert blank.size == (300, 200) and blank.getcolors() == [(300 * 200, GRAY)]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -98,7 +98,7 @@ def test_others_are_sent_as_jpeg_and_blank_ones_as_png() -> None:
         with Image.open(io.BytesIO(sent)) as image:
             assert image.size == shown_image(data, 300).size
     sent, mime = sendable(large, 300, blank=True)
-    assert mime == "image/png" and Image.open(io.BytesIO(sent)).getcolors() == [(60000, GREY)]
+    assert mime == "image/png" and Image.open(io.BytesIO(sent)).getcolors() == [(60000, GRAY)]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lidit.frozen.text import plan_batches
+from lidit.frozen.batching import plan_batches
 
 pytestmark = pytest.mark.unit
 

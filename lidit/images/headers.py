@@ -1,15 +1,25 @@
-"""What a JPEG 2000's header makes a decoder set aside, in pieces: a few bytes of it may ask for a thousand times the picture.
+"""Limits what the header of an image file may cost its decoder, before anything is decoded.
 
-A decoder keeps tables for every tile, precinct and code-block, however little is in them, before it reads the first bit of
-the picture. The markers that decide how many there are stand before the picture or before any tile, and behind whatever a
-file has in front of them; so all that look like such a marker count, wherever they stand. Other bytes hardly ever do: a dozen
-lengths and ranges must be right.
+PNG: Pillow refuses a picture for a text of more than 1 MB (image tools keep their whole workflow there), and for a wrong
+checksum of a chunk that no decoder needs. `only_pixels` leaves out such chunks: texts of any length, profiles, damaged notes.
+
+JPEG 2000: a decoder keeps tables for every tile, precinct and code-block, however little is in them, before it reads the first
+bit of the picture: a few bytes may ask for a thousand times the picture. The markers that decide how many there are stand
+before the picture or before any tile, and behind whatever a file has in front of them; so `cost_problem` counts all that look
+like such a marker, wherever they stand. Other bytes hardly ever do: a dozen lengths and ranges must be right.
 """
 
 from __future__ import annotations
 
 import re
 import struct
+import zlib
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+UNNEEDED = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # color profiles are not applied
+HARMLESS = 1000  # bytes of them in all that cannot unpack to more than Pillow takes: it is not worth a copy then
+SIZES = {b"pHYs": 9, b"gAMA": 4, b"cHRM": 32, b"sRGB": 1}  # of notes that no pixel depends on, as the format has them
+LARGEST_CHECKED = 1 << 20  # of an ancillary chunk, whose checksum is looked at
 
 MOST_COMPONENTS = 4  # that a picture is made of here
 LEAST_TILE = 2048  # pixels of a tile, on the average
@@ -21,8 +31,39 @@ CODING = re.compile(b"\xff[\x52\x53]\0")  # COD, COC: code-blocks, precincts, la
 WHOLE = 15  # log2 of a precinct's sides, where there are none
 
 
+def only_pixels(data: bytes | memoryview) -> bytes | memoryview:
+    """Leaves out the chunks of a PNG that stand in the way of its pixels; returns other data, and most PNGs, as they are."""
+    view = memoryview(data)
+    if bytes(view[:8]) != SIGNATURE:
+        return data
+    kept, begin, position, unneeded, damaged = [], 0, 8, 0, False
+    while position + 12 <= len(view):
+        length, kind = int.from_bytes(view[position : position + 4], "big"), bytes(view[position + 4 : position + 8])
+        stop = position + 12 + length
+        if stop > len(view) or kind == b"IEND":
+            break
+        is_text = kind in UNNEEDED
+        is_damaged = _is_damaged(view[position + 4 : stop], kind)
+        if is_text or is_damaged:
+            kept.append(view[begin:position])
+            begin = stop
+            unneeded += length * is_text
+            damaged = damaged or is_damaged
+        position = stop
+    return b"".join([*kept, view[begin:]]) if damaged or unneeded > HARMLESS else data
+
+
+def _is_damaged(chunk: memoryview, kind: bytes) -> bool:
+    """Tells whether a chunk that a decoder may leave out (its kind begins in lower case) has a wrong checksum or size."""
+    if kind in SIZES and len(chunk) != 8 + SIZES[kind]:
+        return True
+    if not kind[:1].islower() or len(chunk) > LARGEST_CHECKED:
+        return False
+    return zlib.crc32(chunk[:-4]) != int.from_bytes(chunk[-4:], "big")
+
+
 def cost_problem(data: bytes | memoryview, width: int, height: int) -> str | None:
-    """Why a file asks for much more memory than a picture of that size needs; None where it does not."""
+    """Says why a JPEG 2000 asks for much more memory than a picture of that size needs; None where it does not."""
     pixels = width * height
     for match in SIZE.finditer(data):
         found = _tiles(data, match.start())

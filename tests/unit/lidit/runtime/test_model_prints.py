@@ -24,7 +24,7 @@ from pipelines.captioning.transformers_engine import Captioner, VlmConfig
 
 pytestmark = pytest.mark.unit
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 DATA = Path(os.environ.get("LIDIT_TEST_DATA", ROOT.parent / "shared" / "data"))
 ENCODERS = [*(ROOT / "demo" / "encoders" / name for name in ("llama-tuned", "qwen-tuned", "t5-base"))]
 ENCODERS += [DATA / "models" / name for name in ("stories260K", "babyllama-tok105")]
