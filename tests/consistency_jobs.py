@@ -132,7 +132,7 @@ class Jobs:
             self.world.check(lease, lease.check)
 
     def train(self) -> None:
-        """As `trainer.driver.only_driver` and its saves, each of which asks for a later lease first."""
+        """As `trainer.train.only_driver` and its saves, each of which asks for a later lease first."""
         folder = f"{self.world.store}/training"
         with Lease(folder, "driver") as lease:
             for _ in range(3):

@@ -36,7 +36,7 @@ from trainer.config import (
     TrainConfig,
     ZeroConfig,
 )
-from trainer.data.loader import Batches
+from trainer.data.loader import Batches, BatchSlice
 from trainer.data.tables import Tables
 from trainer.engine.optimizer import build_optimizer
 from trainer.monitor.metrics import read_lines
@@ -156,16 +156,7 @@ def reference(
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     made = Reference([], [], {}, average)
     phase = config.phases[0]
-    batches = Batches(
-        table.features,
-        table.survey,
-        table.plan,
-        config.data,
-        seed=config.seed,
-        microbatch_size=phase.global_batch_size,
-        last_step=phase.steps,
-        objective=table.objective,
-    )
+    batches = Batches(table, config.data, config.seed, BatchSlice(phase.global_batch_size), range(phase.steps))
     with batches:
         for step, batch in enumerate(batches):
             noisy = table.objective.add_noise(batch.latents, batch.noise, batch.timestep)

@@ -23,8 +23,10 @@ from trainer.config_parts import (
     OptimizerConfig,
     ValidationConfig,
     ZeroConfig,
+    at_least,
+    from_plain,
+    to_plain,
 )
-from trainer.fields import at_least, from_plain, to_plain
 
 __all__ = [
     "CheckpointConfig",

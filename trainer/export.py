@@ -32,9 +32,9 @@ from trainer.checkpoints.resume import read_state
 from trainer.checkpoints.save import EMA_FOLDER, ENGINE
 from trainer.checkpoints.universal import restricted_unpickling
 from trainer.config import OptimizerConfig
+from trainer.config_parts import from_plain
 from trainer.engine.optimizer import parameter_groups
 from trainer.engine.shards import FragmentReader
-from trainer.fields import from_plain
 from trainer.storage import Storage, inside
 
 VAE_KEYS = (

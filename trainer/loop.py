@@ -10,22 +10,20 @@ Letters: B samples of a microbatch, C H W of the latents.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lidit.config import LIDiTConfig
 from lidit.diffusion import loss_per_sample, objective_to_dict
 from trainer.checkpoints.save import Checkpoints, Observe
-from trainer.config import PhaseConfig, TrainConfig
-from trainer.data.check import DataCheck
-from trainer.data.loader import Batches
+from trainer.config import TrainConfig
+from trainer.data.loader import Batches, BatchSlice
 from trainer.data.tables import PhaseTable, Tables, describe
 from trainer.engine.ema import EMA
 from trainer.engine.engine import set_learning_rate
 from trainer.engine.partitions import discard_gradients, squared_norm
 from trainer.engine.ranks import Ranks
-from trainer.engine.signals import StopFile, Terminated, draining, terminated
+from trainer.engine.signals import Terminated, draining, terminated
 from trainer.monitor.report import Meter, Report
 from trainer.monitor.step_metrics import Tally, Totals
 from trainer.monitor.validation import Validation
@@ -48,11 +46,24 @@ class Progress:
 
 
 @dataclass
+class TrainState:
+    """All that training steps change, and a checkpoint keeps."""
+
+    engine: Any
+    """DeepSpeed's: weights, masters, moments."""
+    ema: EMA | None
+    """Average of the weights, where the run keeps one."""
+    progress: Progress
+    """How far the run is."""
+
+
+@dataclass
 class Phase:
     """The phase that the loop is in."""
 
     number: int
-    config: PhaseConfig
+    end: int
+    """The run's steps that are done when it ends."""
     grad_accum_steps: int
     """Microbatches of a step, on a rank."""
     table: PhaseTable
@@ -66,37 +77,29 @@ class Loop:
 
     Args:
         config: the run.
-        model_config: the model's shape.
         ranks: who takes part.
         tables: of all phases.
-        engine, ema: the model as it is now.
+        state: what the steps change.
         checkpoints: where it is saved.
         report: what is written down; rank 0 has it.
-        stop: whether somebody has asked the run to stop; rank 0 has it.
-        progress: how far it is.
+        asked_to_stop: whether this rank knows of a reason to end the run, saved, after this step; asked at every step.
         observe: told what begins.
-        check: reads the data files once more; what it finds stops the run like a request.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        model_config: LIDiTConfig,
         ranks: Ranks,
         tables: Tables,
-        engine: Any,
-        ema: EMA | None,
+        state: TrainState,
         checkpoints: Checkpoints,
         report: Report | None,
-        stop: StopFile | None,
-        progress: Progress,
+        asked_to_stop: Callable[[], bool],
         observe: Observe,
-        check: DataCheck | None = None,
     ):
-        self.config, self.model_config, self.ranks, self.tables = config, model_config, ranks, tables
-        self.engine, self.ema, self.checkpoints = engine, ema, checkpoints
-        self.report, self.stop, self.progress, self.observe = report, stop, progress, observe
-        self.check = check
+        self.config, self.ranks, self.tables, self.model_config = config, ranks, tables, tables.model_config()
+        self.engine, self.ema, self.progress = state.engine, state.ema, state.progress
+        self.checkpoints, self.report, self.asked_to_stop, self.observe = checkpoints, report, asked_to_stop, observe
         self.last_step = min(config.total_steps, config.stop_after_steps or config.total_steps)
         self._saved_while_draining = False
 
@@ -110,7 +113,7 @@ class Loop:
         """
         while self.progress.step < self.last_step:
             with self._phase() as phase:
-                end = min(self.last_step, self.progress.step + phase.config.steps - self._step_in_phase())
+                end = min(self.last_step, phase.end)
                 while self.progress.step < end:
                     totals = self._train_step(phase)
                     if self._after_step(phase, totals):
@@ -147,7 +150,7 @@ class Loop:
             self.ranks,
             squared_norm(engine),
             wait_seconds=phase.batches.wait_seconds - waited,
-            stop=self._asked_to_stop(),
+            stop=self.asked_to_stop(),
             terminated=terminated(),
             draining=draining(),
         )
@@ -192,38 +195,28 @@ class Loop:
     @contextlib.contextmanager
     def _phase(self) -> Iterator[Phase]:
         """Opens the phase that the next step is in, its batches from that step on."""
-        number, step_in_phase, images_seen = self.config.phase_at(self.progress.step)
-        config, table = self.config.phases[number], self.tables.phase(number)
-        microbatch_size, grad_accum_steps = config.split(self.ranks.world_size, self.config.microbatch_size)
+        config, ranks, step = self.config, self.ranks, self.progress.step
+        number, step_in_phase, images_seen = config.phase_at(step)
+        phase, table = config.phases[number], self.tables.phase(number)
+        microbatch_size, grad_accum_steps = phase.split(ranks.world_size, config.microbatch_size)
+        last_step = min(phase.steps, step_in_phase + self.last_step - step)
         instruction_tokens = {name: len(v.instruction_embeds) for name, v in table.features.encoders.items()}
-        tflops = self.config.hardware.gpu_tflops if self.ranks.device.type == "cuda" else None
-        meter = Meter(self.model_config, instruction_tokens, microbatch_size, self.ranks.world_size, tflops)
+        tflops = config.hardware.gpu_tflops if ranks.device.type == "cuda" else None
+        meter = Meter(self.model_config, instruction_tokens, microbatch_size, ranks.world_size, tflops)
         validation = None
-        if self.config.validation.every_steps:
-            validation = Validation(table, self.config, microbatch_size, self.ranks)
+        if config.validation.every_steps:
+            validation = Validation(table, config.validation, config.data, config.vae, microbatch_size, ranks)
         with Batches(
-            table.features,
-            table.survey,
-            table.plan,
-            self.config.data,
-            seed=self.config.seed,
-            microbatch_size=microbatch_size,
-            first_step=step_in_phase,
-            last_step=min(config.steps, step_in_phase + self.last_step - self.progress.step),
-            first_image=images_seen - step_in_phase * config.global_batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            device=self.ranks.device,
-            objective=table.objective,
+            table,
+            config.data,
+            config.seed,
+            BatchSlice(microbatch_size, ranks.rank, ranks.world_size),
+            range(step_in_phase, last_step),
+            first_image=images_seen - step_in_phase * phase.global_batch_size,
+            device=ranks.device,
         ) as batches:
-            yield Phase(number, config, grad_accum_steps, table, batches, meter, validation)
-
-    def _asked_to_stop(self) -> bool:
-        damaged = self.check is not None and bool(self.check.found)
-        return damaged or (self.stop is not None and self.stop.requested)
-
-    def _step_in_phase(self) -> int:
-        return self.config.phase_at(self.progress.step)[1]
+            end = step + phase.steps - step_in_phase
+            yield Phase(number, end, grad_accum_steps, table, batches, meter, validation)
 
     def _say_skipped(self, totals: Totals) -> None:
         why = f"the loss of {totals.bad_losses} samples" if totals.bad_losses else "the gradient"

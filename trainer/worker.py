@@ -11,10 +11,11 @@ from trainer.checkpoints.save import Checkpoints, Observe, SaveFailed
 from trainer.config import TrainConfig
 from trainer.data.check import DamagedData, DataCheck
 from trainer.data.tables import Tables, check_resumable
+from trainer.engine.ema import EMA
 from trainer.engine.engine import build_engine, prepare_process
 from trainer.engine.ranks import Ranks, told_to_ranks
 from trainer.engine.signals import StopFile
-from trainer.loop import Loop, NotFinite, Progress
+from trainer.loop import Loop, NotFinite, Progress, TrainState
 from trainer.monitor.metrics import MetricsWriter
 from trainer.monitor.report import Report
 from trainer.monitor.validation import Validation
@@ -37,7 +38,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             driver's lease; missing: it has none).
     """
     config = TrainConfig.from_dict(settings["config"])
-    prepare_process(config)
+    prepare_process(config.use_gpu, config.cpus_per_worker)
     try:
         return train(config, settings["versions"], settings.get("observe") or _nothing, settings.get("lease", 0))
     except (SaveFailed, NotFinite, WrongInput, DamagedData) as error:
@@ -50,15 +51,14 @@ def train(
     """A rank's whole run, in a process group that is there already. Returns the same on all ranks but for figures."""
     ranks, storage = Ranks.here(), Storage(f"{config.storage}/{config.name}")
     tables = Tables(config, versions)
-    model_config = tables.model_config()
     checkpoints = Checkpoints(storage, ranks, config.checkpoint, observe, lease)
     ranks.from_first(checkpoints.clean_up)
     resume = Resume(storage, ranks, Layout(ranks.world_size, config.zero.stage))
     with resume.newest() as found:
-        progress = _progress(found)
         changes = ranks.from_first(lambda: _check(config, found, tables, ranks))
-        engine = build_engine(config, model_config, ranks, universal=found is not None and found.universal)
-        ema = _restore(config, found, engine)
+        engine = build_engine(config, tables.model_config(), ranks, universal=found is not None and found.universal)
+        state = _restore(found, engine, with_average=config.ema.decay > 0)
+    progress = state.progress
     with contextlib.ExitStack() as stack:
         report = stop = None
         if ranks.first:
@@ -72,11 +72,12 @@ def train(
         if config.data.verify:
             features = [tables.features(number) for number in range(len(config.phases))]
             check = stack.enter_context(DataCheck(features, ranks.rank, ranks.world_size))
-        loop = Loop(
-            config, model_config, ranks, tables, engine, ema, checkpoints, report, stop, progress, observe, check
-        )  # fmt: skip
+
+        def asked_to_stop() -> bool:
+            return (check is not None and bool(check.found)) or (stop is not None and stop.requested)
+
         started = progress.step
-        done = loop.run()
+        done = Loop(config, ranks, tables, state, checkpoints, report, asked_to_stop, observe).run()
         if check is not None:
             _check_data(check, ranks, report, progress.step)
     engine.destroy()
@@ -98,7 +99,7 @@ def _check(config: TrainConfig, found: Found | None, tables: Tables, ranks: Rank
     try:
         table = tables.phase(number)
         if config.validation.every_steps:
-            Validation(table, config, config.microbatch_size, ranks)
+            Validation(table, config.validation, config.data, config.vae, config.microbatch_size, ranks)
         return check_resumable(config, found.state, tables, table) if found is not None else []
     except ValueError as error:
         raise WrongInput(str(error)) from error
@@ -115,22 +116,16 @@ def _check_data(check: DataCheck, ranks: Ranks, report: Report | None, step: int
         )
 
 
-def _progress(found: Found | None) -> Progress:
+def _restore(found: Found | None, engine: Any, with_average: bool) -> TrainState:
+    """Puts a checkpoint into the engine; with the average, restored or new, and how far the run is."""
     if found is None:
-        return Progress()
-    return Progress(**{field.name: found.state[field.name] for field in dataclasses.fields(Progress)})
-
-
-def _restore(config: TrainConfig, found: Found | None, engine: Any) -> Any:
-    """Puts a checkpoint into the engine; returns the average, restored or new, if the run keeps one."""
-    from trainer.engine.ema import EMA
-
-    if found is not None:
-        load_engine(found, engine)
-    ema = EMA(engine) if config.ema.decay else None
-    if found is not None and ema is not None and found.ema:
+        return TrainState(engine, EMA(engine) if with_average else None, Progress())
+    load_engine(found, engine)
+    ema = EMA(engine) if with_average else None
+    if ema is not None and found.ema:
         ema.load(list(found.ema))
-    return ema
+    progress = Progress(**{field.name: found.state[field.name] for field in dataclasses.fields(Progress)})
+    return TrainState(engine, ema, progress)
 
 
 def _say_begin(report: Report, config: TrainConfig, progress: Progress, changes: list[str]) -> None:

@@ -157,18 +157,21 @@ def collate(samples: list[tuple[bytes, bytes]]) -> tuple[Any, Any, Any]:
 
 
 def load_lidit(folder: str, threads: int) -> Iterator[tuple[Any, Any, Any]]:
+    from lidit.diffusion import Flow
     from lidit.store.features import Features
     from trainer.config import DataConfig
-    from trainer.data.loader import Batches
+    from trainer.data.loader import Batches, BatchSlice
     from trainer.data.plan import Plan
     from trainer.data.survey import survey
+    from trainer.data.tables import PhaseTable
 
     data = DataConfig(encoders=("llm",), prompt_drop_prob=0.0, read_threads=threads, pad_multiple=PAD)
     features = Features(folder, data.encoders, data.text_mix)
     found = survey(features)
     plan = Plan(found.rows, BATCH, 1, data.block_rows, data.block_steps)
     last = found.total // BATCH
-    with Batches(features, found, plan, data, seed=1, microbatch_size=BATCH, last_step=last) as batches:
+    table = PhaseTable(features, found, plan, Flow())
+    with Batches(table, data, 1, BatchSlice(BATCH), range(last), with_noise=False) as batches:
         for batch in batches:
             yield batch.latents, batch.prompt_embeds["llm"], batch.prompt_mask["llm"]
 

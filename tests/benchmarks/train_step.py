@@ -34,7 +34,7 @@ from lidit.diffusion import loss_per_sample
 from lidit.model import LIDiT
 from trainer.config import CheckpointConfig, TrainConfig, ValidationConfig, ZeroConfig
 from trainer.data.assemble import Batch
-from trainer.data.loader import Batches
+from trainer.data.loader import Batches, BatchSlice
 from trainer.data.tables import Tables
 from trainer.engine.engine import build_engine, prepare_process, set_learning_rate
 from trainer.engine.optimizer import build_optimizer
@@ -89,7 +89,7 @@ def compare(args: Namespace, stage: int) -> tuple[list[str], list[str]]:
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as folder:
             config = recipe(args, stage, folder)
-            prepare_process(config)
+            prepare_process(config.use_gpu, config.cpus_per_worker)
             lines, seconds = run_trainer(config)
             times["trainer"] += seconds
             waits += [line["data_wait"] for line in lines[WARM:]]
@@ -203,14 +203,11 @@ def in_memory(config: TrainConfig, tables: Tables) -> list[Batch]:
     """All microbatches of the run, made beforehand."""
     table, phase = tables.phase(0), config.phases[0]
     loader = Batches(
-        table.features,
-        table.survey,
-        table.plan,
+        table,
         config.data,
-        seed=config.seed,
-        microbatch_size=phase.split(1, config.microbatch_size)[0],
-        last_step=phase.steps,
-        objective=table.objective,
+        config.seed,
+        BatchSlice(phase.split(1, config.microbatch_size)[0]),
+        range(phase.steps),
     )
     with loader as batches:
         return list(batches)

@@ -17,16 +17,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from lidit.diffusion import Objective
-from lidit.store.features import Features
-from trainer.config import DataConfig, TrainConfig
+from trainer.config import DataConfig
 from trainer.data.assemble import DROPPED, Assembler, Batch, Values
-from trainer.data.plan import Plan
 from trainer.data.survey import Survey
+from trainer.data.tables import PhaseTable
 
-__all__ = ["DROPPED", "Batch", "Batches"]
+__all__ = ["DROPPED", "Batch", "BatchSlice", "Batches"]
 
 ASSEMBLERS = 2  # threads that copy rows into batches: two batches at once
+
+
+@dataclass(frozen=True)
+class BatchSlice:
+    """The part of every batch that one rank trains on, and in what microbatches."""
+
+    microbatch_size: int
+    """Samples of a microbatch; divides the rank's part of a batch."""
+    rank: int = 0
+    """Which of the equal parts."""
+    world_size: int = 1
+    """Parts of a batch: the number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +53,14 @@ class Batches:
     """An iterator over this rank's microbatches, from one step to another; close it, or use it in a `with`.
 
     Args:
-        features, survey: the pinned table and what is in it.
-        plan: the order.
-        data: the config: mix, drops, threads, memory.
+        table: the pinned table, what is in it, and its order.
+        data: mix, drops, threads, memory.
         seed: of the run.
-        rank, world_size: which places of every batch are ours.
-        microbatch_size: samples of a batch given; divides the rank's share.
-        first_step, last_step: of the plan; the last is not given any more.
+        part: which samples of every batch are this rank's.
+        steps: of the plan.
         first_image: images seen before the plan's step 0, that is in earlier phases.
         device: where the batches are given; with CUDA they are copied while the one before is in use.
-        objective: where given, batches come with their timestep and noise.
+        with_noise: whether batches come with timestep and noise.
 
     Raises:
         RuntimeError: while iterating, where the table cannot be read.
@@ -60,35 +68,31 @@ class Batches:
 
     def __init__(
         self,
-        features: Features,
-        survey: Survey,
-        plan: Plan,
+        table: PhaseTable,
         data: DataConfig,
-        *,
         seed: int,
-        microbatch_size: int,
-        last_step: int,
-        first_step: int = 0,
+        part: BatchSlice,
+        steps: range,
+        *,
         first_image: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
         device: torch.device | str = "cpu",
-        objective: Objective | None = None,
+        with_noise: bool = True,
     ):
-        self.plan, self.device = plan, torch.device(device)
-        self._assembler = Assembler(features, survey.rows, data, seed, objective, pin=self.device.type == "cuda")
-        self._places = np.arange(*plan.share(rank, world_size))  # ours, in every batch
-        self._microbatch_size = microbatch_size
-        self._steps = range(first_step, last_step)
+        self.plan, self.device = table.plan, torch.device(device)
+        objective, pin = table.objective if with_noise else None, self.device.type == "cuda"
+        self._assembler = Assembler(table.features, table.survey.rows, data, seed, objective, pin)
+        self._places = np.arange(*self.plan.share(part.rank, part.world_size))  # ours, in every batch
+        self._microbatch_size = part.microbatch_size
+        self._steps = steps
         self._first_image = first_image
-        self._sample_bytes = survey.sample_bytes
+        self._sample_bytes = table.survey.sample_bytes
         share = len(self._places)
-        assert share % microbatch_size == 0, "the microbatch must divide the rank's share"
-        self.read_steps = read_steps(data, survey, share)
+        assert share % part.microbatch_size == 0, "the microbatch must divide the rank's share"
+        self.read_steps = read_steps(data, table.survey, share)
         self._ahead_steps = self.read_steps + data.ahead_steps
         self.wait_seconds = 0.0  # that `next` has waited for data so far
         self._held: dict[tuple[int, int], _Wanted] = {}  # (bucket, visit) -> sample; the feeder's alone
-        self._ready: queue.Queue[Future[Batch] | None] = queue.Queue(data.ahead_steps * (share // microbatch_size))
+        self._ready: queue.Queue[Future[Batch] | None] = queue.Queue(data.ahead_steps * (share // part.microbatch_size))
         self._closed = threading.Event()
         # Two pools: a batch whose rows are there must not queue behind the reads of a later window.
         self._readers = ThreadPoolExecutor(data.read_threads, "batches-read", initializer=self._start_thread)
@@ -250,13 +254,6 @@ class Batches:
                 return
             if future is not None:
                 future.cancel()
-
-
-def plan_phase(config: TrainConfig, number: int, survey: Survey) -> Plan:
-    """The order of the run's phase of that number."""
-    phase, data = config.phases[number], config.data
-    seed = config.order_seed(number)
-    return Plan(survey.rows, phase.global_batch_size, seed, data.block_rows, data.block_steps)
 
 
 def read_steps(data: DataConfig, survey: Survey, share: int) -> int:

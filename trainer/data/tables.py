@@ -21,7 +21,6 @@ from lidit.store.features import Features
 from lidit.store.fingerprints import comparable, warn_unrecorded
 from lidit.store.stale import stale_columns
 from trainer.config import PhaseConfig, TrainConfig
-from trainer.data.loader import plan_phase
 from trainer.data.plan import Plan
 from trainer.data.survey import Survey, survey
 from trainer.storage import Storage
@@ -77,11 +76,12 @@ class Tables:
         """Surveys it, which reads the small columns of every row, and plans the phase; the last one asked for is kept."""
         if self._surveyed is not None and self._surveyed[0] == number:
             return self._surveyed[1]
-        phase, features = self.config.phases[number], self._features[number]
-        found = survey(features, self.config.data.holdout)
+        phase, data, features = self.config.phases[number], self.config.data, self._features[number]
+        found = survey(features, data.holdout)
         features.check_resolution(found.rows.buckets, phase.resolution)
-        plan, objective = plan_phase(self.config, number, found), self.config.phase_objective(phase)
-        self._surveyed = number, PhaseTable(features, found, plan, objective)
+        seed = self.config.order_seed(number)
+        plan = Plan(found.rows, phase.global_batch_size, seed, data.block_rows, data.block_steps)
+        self._surveyed = number, PhaseTable(features, found, plan, self.config.phase_objective(phase))
         return self._surveyed[1]
 
     def model_config(self) -> LIDiTConfig:

@@ -20,13 +20,13 @@ from trainer.engine.zero import deepspeed_config
 NO_DYNAMO = "TORCHDYNAMO_DISABLE"  # read by torch.compile when it is called
 
 
-def prepare_process(config: TrainConfig) -> None:
+def prepare_process(use_gpu: bool | None, cpus: float) -> None:
     """Settings of a worker process that must be made before DeepSpeed is imported. Call it first, and again is harmless."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-    if config.use_gpu:
+    if use_gpu:
         return
     os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+    torch.set_num_threads(max(1, int(cpus)))
 
 
 def build_engine(config: TrainConfig, model_config: LIDiTConfig, ranks: Ranks, universal: bool = False) -> Any:
@@ -50,7 +50,7 @@ def build_engine(config: TrainConfig, model_config: LIDiTConfig, ranks: Ranks, u
         model.compile_blocks()
     optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    # Ours alone: a failed write must not raise on one rank while the others wait for it (see checkpoint.py).
+    # Ours alone: a failed write must not raise on one rank while the others wait for it (see checkpoints/save.py).
     engine._copy_recovery_script = lambda save_path: None
     return engine
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from lidit.config import LIDiTConfig
-from trainer.config import PhaseConfig, TrainConfig
+from trainer.config import PhaseConfig, TrainConfig, ZeroConfig
 
 BLOCK = 25  # D^2 weights of a DiT block with ffn_ratio 4
 LARGEST = 9  # D^2 weights of its largest matrix
@@ -39,7 +39,7 @@ def deepspeed_config(config: TrainConfig, model: LIDiTConfig, phase: PhaseConfig
         "gradient_clipping": config.optimizer.grad_clip,
         # Only the loop decides whether a step is taken: DeepSpeed looks for overflow at some stages, not at others.
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
-        "zero_optimization": zero_optimization(config, model, world_size),
+        "zero_optimization": zero_optimization(config.zero, model, world_size, on_gpu=config.use_gpu is not False),
         "zero_allow_untested_optimizer": True,  # torch's; DeepSpeed's own must be compiled
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,  # our own metrics
@@ -51,18 +51,18 @@ def deepspeed_config(config: TrainConfig, model: LIDiTConfig, phase: PhaseConfig
     return made
 
 
-def zero_optimization(config: TrainConfig, model: LIDiTConfig, world_size: int) -> dict[str, Any]:
+def zero_optimization(zero: ZeroConfig, model: LIDiTConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:
     """The part about sharding."""
-    zero, square = config.zero, model.width**2
+    square = model.width**2
     made: dict[str, Any] = {
         "stage": zero.stage,
         "contiguous_gradients": True,
-        "overlap_comm": config.use_gpu is not False,  # there is nothing to overlap with on CPUs
+        "overlap_comm": on_gpu,  # there is nothing to overlap with on CPUs
         "reduce_bucket_size": max(SMALLEST_BUCKET, LARGEST * square),
         "allgather_bucket_size": max(SMALLEST_BUCKET, BLOCK * square),
     }
     if zero.offload_optimizer:
-        made["offload_optimizer"] = {"device": "cpu", "pin_memory": config.use_gpu is not False}
+        made["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if zero.stage < 3:
         return made
     if world_size % zero.hpz_partition_size:
@@ -71,10 +71,10 @@ def zero_optimization(config: TrainConfig, model: LIDiTConfig, world_size: int) 
             f"of a node, or to 1"
         )
     if zero.offload_parameters:
-        made["offload_param"] = {"device": "cpu", "pin_memory": config.use_gpu is not False}
+        made["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     return made | {
         "stage3_prefetch_bucket_size": max(SMALLEST_BUCKET, BLOCK * square),
-        "stage3_param_persistence_threshold": persistent_elements(config, model),
+        "stage3_param_persistence_threshold": persistent_elements(zero, model),
         "stage3_max_live_parameters": max(GATHERED, LIVE_BLOCKS * BLOCK * square),
         "stage3_max_reuse_distance": max(GATHERED, LIVE_BLOCKS * BLOCK * square),
         "stage3_gather_16bit_weights_on_model_save": False,  # a rank never holds the whole model; export reads shards
@@ -82,10 +82,10 @@ def zero_optimization(config: TrainConfig, model: LIDiTConfig, world_size: int) 
     }
 
 
-def persistent_elements(config: TrainConfig, model: LIDiTConfig) -> int:
+def persistent_elements(zero: ZeroConfig, model: LIDiTConfig) -> int:
     """Size of the largest vector of the model, unless the config says otherwise."""
-    if config.zero.persistent_elements is not None:
-        return config.zero.persistent_elements
+    if zero.persistent_elements is not None:
+        return zero.persistent_elements
     widest = max(MODULATION_VECTORS, model.ffn_ratio) * model.width
     return max(widest, *model.encoders.values())
 

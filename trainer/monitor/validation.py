@@ -23,7 +23,7 @@ from lidit.store import columns
 from lidit.store.codec import decode
 from lidit.store.features import Features
 from lidit.store.fingerprints import comparable, warn_unrecorded
-from trainer.config import TrainConfig
+from trainer.config import DataConfig, ValidationConfig
 from trainer.data.assemble import Assembler
 from trainer.data.tables import PhaseTable
 from trainer.engine.ema import EMA
@@ -34,11 +34,31 @@ COLUMNS = 4  # of a grid of pictures
 
 
 class Validation:
-    """All that a phase is validated with: held-out loss where rows are held out, pictures where there are prompts."""
+    """All that a phase is validated with: held-out loss where rows are held out, pictures where there are prompts.
 
-    def __init__(self, table: PhaseTable, config: TrainConfig, microbatch_size: int, ranks: Ranks):
-        self.loss = HeldOutLoss(table, config, microbatch_size, ranks) if config.data.holdout else None
-        self.grid = SampleGrid(table, config, ranks) if config.validation.prompts else None
+    Args:
+        table: of the phase.
+        config: how many rows and timesteps, whose prompts, and how they are drawn.
+        data: how prompts are chosen and padded.
+        vae: autoencoder that decodes the pictures; None: they show three channels of the latents.
+        microbatch_size: samples of a forward pass.
+        ranks: who takes part.
+
+    Raises:
+        ValueError: no row is held out, or the prompts do not fit the table.
+    """
+
+    def __init__(
+        self,
+        table: PhaseTable,
+        config: ValidationConfig,
+        data: DataConfig,
+        vae: str | None,
+        microbatch_size: int,
+        ranks: Ranks,
+    ):
+        self.loss = HeldOutLoss(table, config, data, microbatch_size, ranks) if data.holdout else None
+        self.grid = SampleGrid(table, config, vae, ranks) if config.prompts else None
 
     def __call__(self, engine: Any, ema: EMA | None) -> tuple[dict[str, Any], np.ndarray | None]:
         """(figures, picture or None). All ranks call it together; figures are the same on all, the picture is rank 0's."""
@@ -60,7 +80,8 @@ class HeldOutLoss:
 
     Args:
         table: of the phase.
-        config: of the run.
+        config: how many rows and timesteps.
+        data: how prompts are chosen and padded.
         microbatch_size: samples of a forward pass.
         ranks: who takes part.
 
@@ -68,14 +89,16 @@ class HeldOutLoss:
         ValueError: no row is held out.
     """
 
-    def __init__(self, table: PhaseTable, config: TrainConfig, microbatch_size: int, ranks: Ranks):
+    def __init__(
+        self, table: PhaseTable, config: ValidationConfig, data: DataConfig, microbatch_size: int, ranks: Ranks
+    ):
         self.objective, self.ranks = table.objective, ranks
         # Evenly, whatever the recipe's density and shift: those say where training looks, this is a yardstick.
-        fixed = torch.arange(config.validation.timesteps, dtype=torch.float64)
-        self.timesteps = ((fixed + 0.5) / config.validation.timesteps).float()
+        fixed = torch.arange(config.timesteps, dtype=torch.float64)
+        self.timesteps = ((fixed + 0.5) / config.timesteps).float()
         rows = table.survey.rows
-        self.assembler = Assembler(table.features, rows, config.data, SEED, drop=False)
-        self.chunks = held_out_chunks(rows.held_out, rows.held_out_buckets, config.validation.rows, microbatch_size)
+        self.assembler = Assembler(table.features, rows, data, SEED, drop=False)
+        self.chunks = held_out_chunks(rows.held_out, rows.held_out_buckets, config.rows, microbatch_size)
         self.buckets = rows.buckets
         self.instruction = {name: v.to(ranks.device) for name, v in self.assembler.instruction_embeds.items()}
 
@@ -115,20 +138,23 @@ class SampleGrid:
 
     Args:
         table: of the phase, for the null prompts, the objective, and the size of the pictures: its most frequent bucket.
-        config: of the run; `validation` says whose prompts, how many, and how they are drawn; `vae` decodes them.
+        config: whose prompts, how many, and how they are drawn.
+        vae: autoencoder that decodes them; None: the pictures show three channels of the latents.
         ranks: who takes part.
 
     Raises:
         ValueError: no such store, or prompts that were encoded by other encoders than the table's.
     """
 
-    def __init__(self, table: PhaseTable, config: TrainConfig, ranks: Ranks):
-        assert config.validation.prompts is not None
-        features, asked = table.features, config.validation
-        self.ranks, self.objective, self.vae_path = ranks, table.objective, config.vae
+    def __init__(self, table: PhaseTable, config: ValidationConfig, vae: str | None, ranks: Ranks):
+        assert config.prompts is not None
+        features = table.features
+        self.ranks, self.objective, self.vae_path = ranks, table.objective, vae
         self.shape = (features.latents.channels, *features.latents.shape(table.bucket)[1:])
-        self.sampler = SamplerConfig(num_inference_steps=asked.num_inference_steps, guidance_scale=asked.guidance_scale)
-        embeds = _read_prompts(config.validation.prompts, features, asked.images)
+        self.sampler = SamplerConfig(
+            num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
+        )
+        embeds = _read_prompts(config.prompts, features, config.images)
         self.count = len(next(iter(embeds.values())))
         share = -(-self.count // ranks.world_size)  # the same for every rank; the last ones draw some twice
         self.mine = [min(ranks.rank * share + place, self.count - 1) for place in range(share)]

@@ -17,8 +17,8 @@ from lidit.config import DEMO_ENCODERS, PAPER_ENCODERS, LIDiTConfig
 from lidit.flops import Flops, model_flops
 from lidit.store.features import Features
 from trainer.config import PhaseConfig, TrainConfig
-from trainer.data.loader import plan_phase, read_steps
-from trainer.data.plan import Counts
+from trainer.data.loader import read_steps
+from trainer.data.plan import Counts, Plan
 from trainer.data.survey import Survey, mean_length
 from trainer.planner.memory import Memory, count_parameters, memory_of, saved_activations
 
@@ -247,8 +247,10 @@ def _phase_estimate(
         shapes = Shapes.assumed(model, phase)
     else:
         shapes = Shapes.of(*table, microbatch_size, data.pad_multiple)
-        counts = plan_phase(config, number, table[1]).count(phase.steps)
-        steps, buckets = read_steps(data, table[1], share), int((table[1].rows.counts > 0).sum())
+        rows = table[1].rows
+        plan = Plan(rows, phase.global_batch_size, config.order_seed(number), data.block_rows, data.block_steps)
+        counts = plan.count(phase.steps)
+        steps, buckets = read_steps(data, table[1], share), int((rows.counts > 0).sum())
     activations = saved_activations(
         model,
         microbatch_size,

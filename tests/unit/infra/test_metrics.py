@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from pipelines.engine.job_metrics import COUNTED
-from trainer.monitor.ray_metrics import EXPORTED, STEP
+from trainer.monitor.metrics import EXPORTED, STEP_GAUGE
 
 ROOT = Path(__file__).resolve().parents[3]
 DASHBOARD = json.loads((ROOT / "infra/grafana/lidit.json").read_text())
 ALERTS = yaml.safe_load((ROOT / "infra/prometheus/alerts.yml").read_text())
-OURS = {f"ray_lidit_{name}_total" for name in COUNTED} | {f"ray_{STEP}"}
+OURS = {f"ray_lidit_{name}_total" for name in COUNTED} | {f"ray_{STEP_GAUGE}"}
 OURS |= {f"ray_lidit_{kind}_{name}" for kind, names in EXPORTED.items() for name in names}
 OTHERS = {  # of Ray itself, and of kube-state-metrics
     "ray_node_gpus_utilization",

@@ -18,14 +18,17 @@ from lidit.store import columns
 from lidit.store.features import Features
 from trainer.config import DataConfig, PhaseConfig, TrainConfig
 from trainer.data.assemble import DROPPED
-from trainer.data.loader import Batches, plan_phase, read_steps
+from trainer.data.loader import Batches, BatchSlice, read_steps
 from trainer.data.plan import Plan
 from trainer.data.survey import Survey, survey
+from trainer.data.tables import PhaseTable, Tables
 
 pytestmark = pytest.mark.unit
 
 BOTH = {columns.CAPTION: 0.5, columns.CAPTION_ORIGINAL: 0.5}
 DATA = DataConfig(encoders=("one", "two"), text_mix=BOTH, pad_multiple=4, block_rows=4, block_steps=4, read_threads=2)
+
+WHOLE = BatchSlice(microbatch_size=8)
 
 
 class Loader:
@@ -36,18 +39,16 @@ class Loader:
         self.survey, self.data = survey(self.features), data
         self.plan = Plan(self.survey.rows, global_batch_size, 3, data.block_rows, data.block_steps)
 
-    def __call__(self, first_step: int = 0, last_step: int = 20, microbatch_size: int = 8, **options: Any) -> Batches:
-        steps: dict[str, Any] = {"first_step": first_step, "last_step": last_step}
-        return Batches(
-            self.features,
-            self.survey,
-            self.plan,
-            self.data,
-            seed=11,
-            microbatch_size=microbatch_size,
-            **steps,
-            **options,
-        )
+    def __call__(
+        self,
+        first_step: int = 0,
+        last_step: int = 20,
+        part: BatchSlice = WHOLE,
+        with_noise: bool = False,
+        **options: Any,
+    ) -> Batches:
+        table, steps = PhaseTable(self.features, self.survey, self.plan, Flow()), range(first_step, last_step)
+        return Batches(table, self.data, 11, part, steps, with_noise=with_noise, **options)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_ranks_and_microbatches_change_nothing(loader: Loader, world_size: int, 
         expected = samples(list(whole))
     parts = []
     for rank in range(world_size):
-        with loader(microbatch_size=microbatch_size, rank=rank, world_size=world_size) as batches:
+        with loader(part=BatchSlice(microbatch_size, rank, world_size)) as batches:
             made = list(batches)
         assert len(made) == 20 * 8 // world_size // microbatch_size
         assert [batch.microbatch for batch in made[: 8 // world_size // microbatch_size]] == list(
@@ -138,7 +139,7 @@ def test_the_end_is_the_end(loader: Loader) -> None:
 
 
 def test_timesteps_and_noise_if_asked(loader: Loader) -> None:
-    with loader(last_step=1, objective=Flow()) as batches, loader(last_step=1) as without:
+    with loader(last_step=1, with_noise=True) as batches, loader(last_step=1) as without:
         batch = next(batches)
         assert batch.timestep is not None and batch.timestep.shape == (8,)
         assert batch.noise is not None and batch.noise.shape == batch.latents.shape
@@ -233,11 +234,11 @@ def test_little_memory_gives_the_same_batches(store: Any) -> None:
         assert samples(list(batches)) == expected
 
 
-def test_phases_have_orders_of_their_own() -> None:
-    found = Survey(survey_rows([640]), 640, {}, 0.0)
-    phases = (PhaseConfig(steps=5, global_batch_size=64), PhaseConfig(steps=5, global_batch_size=64))
-    config = TrainConfig(phases=phases, seed=3)
-    first, second = (plan_phase(config, number, found) for number in range(2))
+def test_phases_have_orders_of_their_own(store: Any) -> None:
+    phase = PhaseConfig(steps=5, global_batch_size=64, resolution=64)
+    config = TrainConfig(store=store.uri, data=DATA, phases=(phase, phase), seed=3)
+    tables = Tables(config, {})
+    first, second = (tables.phase(number).plan for number in range(2))
     assert first.seed == 3 and not np.array_equal(first.batch(0).rows, second.batch(0).rows)
     assert first.block_steps == config.data.block_steps
 

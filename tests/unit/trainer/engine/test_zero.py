@@ -60,7 +60,7 @@ def test_gradients_are_summed_in_fp32_only_where_they_are_summed() -> None:
 def test_vectors_stay_whole_and_matrices_are_sharded(size: str) -> None:
     """Norms, biases and modulation vectors are below the threshold, the weights of blocks above: few bytes, few gathers."""
     model: LIDiTConfig = replace(SIZES[size](None, in_channels=16), depth=2)
-    threshold = persistent_elements(TrainConfig(), model)
+    threshold = persistent_elements(ZeroConfig(), model)
     with torch.device("meta"):
         parameters = dict(LIDiT(model).named_parameters())
     kept = {name: value for name, value in parameters.items() if value.numel() <= threshold}
@@ -111,5 +111,5 @@ def test_deepspeed_knows_every_key(name: str, monkeypatch: pytest.MonkeyPatch) -
         result = deepspeed_config(config, model, phase, config.num_workers)
         taken = DeepSpeedZeroConfig(**result["zero_optimization"])
         assert taken.stage == config.zero.stage
-        assert taken.param_persistence_threshold == persistent_elements(config, model)
+        assert taken.param_persistence_threshold == persistent_elements(config.zero, model)
         DeepSpeedBF16Config(**result["bf16"])

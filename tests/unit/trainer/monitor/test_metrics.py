@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from trainer.config import MetricsConfig
-from trainer.monitor.metrics import LINES, MetricsWriter, read_lines
+from trainer.monitor.metrics import LINES, MetricsWriter, RayGauges, read_lines
 from trainer.storage import Storage
 
 pytestmark = pytest.mark.unit
@@ -99,3 +101,31 @@ def test_wandb_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"pip install lidit\[wandb\]"):
         MetricsWriter(Storage(str(tmp_path)), MetricsConfig(tensorboard=False, wandb="project"), "run", 0, {})
+
+
+# -- gauges -----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_step_are_gauges_under_the_runs_name(recorded: Any) -> None:
+    values = {"loss": 0.5, "data_wait": 0.02, "grad_norm": math.nan, "loss_bins": [1.0, 2.0], "unknown": 3.0}
+    RayGauges("first").write("train", 7, values)
+    labels = {"run": "first"}
+    assert recorded == [
+        ("lidit_train_step", 7, labels),
+        ("lidit_train_loss", 0.5, labels),
+        ("lidit_train_data_wait", 0.02, labels),
+    ]
+
+
+def test_held_out_loss_is_another_gauge(recorded: Any) -> None:
+    RayGauges("first").write("validation", 8, {"loss": 0.25, "ema_loss": 0.125})
+    assert [(name, value) for name, value, _ in recorded] == [
+        ("lidit_train_step", 8), ("lidit_validation_loss", 0.25), ("lidit_validation_ema_loss", 0.125),
+    ]  # fmt: skip
+
+
+def test_no_gauges_outside_a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    assert RayGauges.here("first") is None
+    monkeypatch.delitem(sys.modules, "ray")
+    assert RayGauges.here("first") is None
