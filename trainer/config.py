@@ -51,21 +51,21 @@ class PhaseConfig:
     """Images of one resolution, for a number of steps. Phases follow each other; optimizer and EMA go on."""
 
     steps: int
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     global_batch_size: int
-    """Samples of a step, over all GPUs and accumulation steps."""
+    """Samples per optimizer step, over all GPUs and accumulation steps."""
     resolution: int = 256
-    """Side of a square of the images' area, pixels. Refused where the table's buckets are of another."""
+    """Side in pixels of a square with the images' area. Refused where the table's buckets have another."""
     flow_shift: float = 1.0
-    """Moves the flow's timesteps towards noise: 1 at 256 px, 3 above. `ddpm` has none."""
+    """Shift of the flow's timesteps towards noise: 1 at 256 px, 3 above. `ddpm` has none."""
     microbatch_size: int | None = None
-    """Samples of a GPU's forward pass at most; null: the run's `microbatch_size`."""
+    """Largest number of samples in a GPU's forward pass; null: the run's `microbatch_size`."""
     store: str | None = None
     """Feature store of this phase; null: the run's."""
     latents: str = columns.LATENTS
     """Column of the latents: `latents`, or `latent_moments`, from which every visit of a row draws anew."""
     bucket: str = columns.BUCKET
-    """Column that says the image size the latents belong to, `HEIGHTxWIDTH`."""
+    """Column with the image size that the latents belong to, `HEIGHTxWIDTH`."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "steps", "global_batch_size", "resolution")
@@ -96,7 +96,7 @@ class TrainConfig:
     """The training job."""
 
     name: str = "scenes"
-    """Of the run: its folder in `storage`. The same name goes on where the run stopped."""
+    """Name of the run and of its folder in `storage`. Starting the same name again resumes it."""
     store: str = "./store"
     """Folder or URI of the feature store."""
     storage: str = "./runs"
@@ -105,47 +105,47 @@ class TrainConfig:
     """Autoencoder that made the latents, as `lidit latents --model` had it (folder, or `owner/name@commit`): decodes sample
     grids, and exported weights name it; null: grids show three channels of the latents."""
     model: ModelConfig = ModelConfig()
-    """Which LI-DiT."""
+    """Size and options of the LI-DiT model."""
     phases: Sequence[PhaseConfig] = (PhaseConfig(steps=2000, global_batch_size=64, resolution=64),)
-    """One after the other. `--phases.0.steps 10` changes a field of the first one."""
+    """Training phases, run one after the other. `--phases.0.steps 10` changes a field of the first one."""
     objective: Literal["flow", "ddpm"] = "flow"
-    """Rectified flow, or the paper's noise prediction."""
+    """Training objective: rectified flow, or the paper's noise prediction."""
     flow: Flow = Flow()
-    """Options of `flow`; its shift is each phase's `flow_shift`."""
+    """Options of the `flow` objective; its shift is each phase's `flow_shift`."""
     ddpm: DDPM = DDPM()
-    """Options of `ddpm`."""
+    """Options of the `ddpm` objective."""
     data: DataConfig = DataConfig()
-    """What is read of the table, and how."""
+    """Encoders, text mix, prompt dropout, held-out rows and the loader."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """Optimizer and its learning rate."""
+    """Optimizer and learning rate schedule."""
     ema: EMAConfig = EMAConfig()
-    """Moving average of the weights."""
+    """Exponential moving average of the weights."""
     zero: ZeroConfig = ZeroConfig()
-    """How DeepSpeed shards the run."""
+    """ZeRO sharding and offloading by DeepSpeed."""
     precision: Precision = "bf16"
-    """Of weights, gradients and activations; optimizer state, EMA and loss are fp32 always."""
+    """Precision of weights, gradients and activations; optimizer state, EMA and loss are always fp32."""
     microbatch_size: int = 32
-    """Samples of a GPU's forward pass at most; the rest of its share is accumulated."""
+    """Largest number of samples in a GPU's forward pass; gradients are accumulated over the rest of its batch."""
     num_workers: int = 1
-    """Ranks: one per GPU, or processes on CPUs."""
+    """Number of ranks: one per GPU, or processes on CPUs."""
     use_gpu: bool | None = None
-    """One GPU for each rank (nccl), or CPUs (gloo); null: whatever the cluster has."""
+    """Train on one GPU per rank (nccl), or on CPUs (gloo); null: on GPUs if the cluster has some."""
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for a rank."""
     accelerator_type: str | None = None
     """Kind of GPU that every rank must have, as Ray names it (`H100`): keeps a run off a cluster's other GPUs; null: any."""
     max_failures: int = 3
-    """Restarts of the ranks after a failure, each from the newest valid checkpoint; -1: no end."""
+    """Restarts of the ranks after a failure, each from the newest valid checkpoint; -1: no limit."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When the run is saved."""
+    """How often the run is saved, and which checkpoints are kept."""
     validation: ValidationConfig = ValidationConfig()
     """Held-out loss and sample grids."""
     metrics: MetricsConfig = MetricsConfig()
-    """What is written down."""
+    """Logging: interval, TensorBoard, Weights & Biases."""
     hardware: HardwareConfig = HardwareConfig()
-    """What `--dry-run` reckons with."""
+    """GPU figures that `--dry-run` and the MFU are computed with."""
     seed: int = 0
-    """Of weights, order, captions, drops, timesteps and noise."""
+    """Seed for initialization, data order, caption choice, prompt dropout, timesteps and noise."""
     resume: ResumeMode = "auto"
     """`auto`: from the newest valid checkpoint if there is one. `must`: refuse without. `never`: refuse with."""
     stop_after_steps: int | None = None
@@ -189,7 +189,7 @@ class TrainConfig:
 
     @property
     def total_steps(self) -> int:
-        """Of all phases."""
+        """Optimizer steps of all phases together."""
         return sum(phase.steps for phase in self.phases)
 
     def phase_at(self, step: int) -> tuple[int, int, int]:
@@ -220,5 +220,5 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """What `to_dict` gave, or a reader of JSON or YAML. Raises ValueError naming a field that is unknown."""
+        """Builds a config from what `to_dict` gave, or a reader of JSON or YAML. Raises ValueError naming an unknown field."""
         return from_plain(cls, values, "config")

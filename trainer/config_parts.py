@@ -22,10 +22,10 @@ ZeroStage = Literal[0, 1, 2, 3]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which LI-DiT, and how it is run. Encoder widths and latent channels are the table's."""
+    """Size and options of the LI-DiT model. Encoder widths and latent channels come from the table."""
 
     size: Size = "tiny"
-    """Depth, width and heads, see `lidit.config`."""
+    """Model size: depth, width and heads, see `lidit.config`."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Fields of `LIDiTConfig` that differ from the size's, such as `{refiner_blocks: 0, fusion: concat}`."""
     checkpointing: bool = False
@@ -51,30 +51,30 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read of the table, and how."""
+    """Data that the model is trained on, and how they are loaded."""
 
     encoders: Sequence[str] = ("llama", "qwen")
-    """Whose embeddings the model gets; the order is that of its refiner branches."""
+    """Text encoders whose embeddings the model gets, in the order of its refiner branches."""
     text_mix: dict[str, float] = field(default_factory=lambda: {columns.CAPTION: 1.0})
-    """Text column -> share of the draws. A row where the drawn one is null falls back to one that it has."""
+    """Text column -> probability that a sample is shown with it. Rows where the drawn one is null fall back to another."""
     prompt_drop_prob: float = 0.1
-    """Share of samples whose prompt is replaced by the empty one (its instruction stays): what guidance needs."""
+    """Fraction of samples whose prompt is replaced by the empty one (its instruction stays), for classifier-free guidance."""
     version: int | None = None
     """Version of the table; null: the newest one at the first start, kept over every resume."""
     holdout: float = 0.0
-    """Share of rows that are never trained on but validated with."""
+    """Fraction of rows that are held out: validated with, never trained on."""
     block_rows: int = 8
-    """Neighbouring rows of a bucket that are read together."""
+    """Neighboring rows of a bucket that are read together."""
     block_steps: int = 8
-    """Steps that a block's rows are spread over, at most `block_rows`: more mixes better and holds more in memory."""
+    """Steps that a block's rows are spread over, at most `block_rows`: more steps mix better and hold more in memory."""
     pad_multiple: int = 16
     """Prompts are padded to the batch's longest, rounded up to a multiple of this: fewer shapes, on a GPU."""
     read_threads: int = 4
-    """Threads of a rank that read and decode."""
+    """Threads per rank that read and decode."""
     ahead_steps: int = 2
-    """Steps whose batches wait ready-made."""
+    """Steps whose batches are prefetched."""
     buffer_mb: int = 2048
-    """Memory of a rank for rows that were read and not used yet. Less than `block_steps` asks for: smaller reads."""
+    """Memory per rank, in MB, for rows that were read and not used yet. Less than `block_steps` asks for: smaller reads."""
     verify: bool = True
     """Read each data file once while the run trains, slowly and in the background, against the digests in it, and stop where
     one is damaged. Stores on local or mounted disks alone: object stores check their own content."""
@@ -106,29 +106,29 @@ class OptimizerConfig:
     name: OptimizerName = "adamw"
     """`adamw`; or `muon` for the matrices of blocks and refiners, AdamW for the rest: needs whole matrices (`zero.stage` 0)."""
     learning_rate: float = 1e-4
-    """After the warm-up; of both parts."""
+    """Learning rate after the warm-up, of Muon and AdamW alike."""
     muon_momentum: float = 0.95
-    """Of Muon."""
+    """Muon momentum."""
     beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    """AdamW beta1: decay of the mean of gradients."""
     beta2: float = 0.999
-    """Decay of the mean of their squares."""
+    """AdamW beta2: decay of the mean of squared gradients."""
     eps: float = 1e-8
-    """Added to the root of the second mean."""
+    """AdamW epsilon, added to the root of the mean of squares."""
     weight_decay: float = 0.0
-    """Decoupled, on matrices alone: norms, biases and embeddings have none."""
+    """Decoupled weight decay, on matrices alone: norms, biases and embeddings have none."""
     grad_clip: float = 1.0
-    """Largest norm of all gradients together; 0: no clipping."""
+    """Norm that the gradient of all parameters together is clipped to; 0: no clipping."""
     schedule: Schedule = "constant"
-    """After the warm-up: constant, or down to `final_share` at the run's last step."""
+    """Learning rate schedule after the warm-up: constant, or a decay to `final_share` at the run's last step."""
     fall_share: float = 1.0
-    """Share of the run's steps, its last ones, over which the rate falls; before them it is constant."""
+    """Fraction of the run's steps, its last ones, over which the rate decays; before them it is constant."""
     warmup_steps: int = 1000
-    """Steps of a linear rise from 0."""
+    """Steps of linear warm-up from 0."""
     final_share: float = 0.0
-    """Share of `learning_rate` at the end of a linear or cosine schedule."""
+    """Fraction of `learning_rate` that is left at the end of a linear or cosine schedule."""
     max_skipped_steps: int = 10
-    """Steps in a row with a loss or gradient that is not finite, after which the run stops."""
+    """Consecutive steps with a loss or gradient that is not finite, after which the run stops."""
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.eps <= 0 or self.weight_decay < 0 or self.grad_clip < 0:
@@ -147,7 +147,7 @@ class OptimizerConfig:
         at_least(1, self, "max_skipped_steps")
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """Of the step with that number, the first is 0; a pure function, so that a resumed run needs no state."""
+        """Learning rate of the step with that number, counted from 0; a pure function, so that a resumed run needs no state."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
@@ -163,32 +163,32 @@ class EMAConfig:
     """Exponential moving average of the weights, fp32, sharded like the optimizer's state."""
 
     decay: float = 0.9999
-    """Share of the old average that a step keeps; 0: no average is kept."""
+    """Fraction of the old average that a step keeps; 0: no average is kept."""
     warmup: bool = True
-    """Decay (1 + step) / (10 + step) while that is smaller: the start is forgotten sooner."""
+    """Use the decay (1 + step) / (10 + step) while that is smaller: the start is forgotten sooner."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema: expected decay from 0 to below 1, received {self.decay}")
 
     def decay_at(self, step: int) -> float:
-        """Of the update after the step with that number, the first is 0."""
+        """Decay of the update after the step with that number, counted from 0."""
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """How DeepSpeed shards the run; see zero.py for what is derived from it."""
+    """ZeRO sharding and offloading by DeepSpeed; see engine/zero.py for what is derived from it."""
 
     stage: ZeroStage = 3
-    """Sharded over the ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    """ZeRO stage: 0 shards nothing over the ranks, 1 optimizer state, 2 gradients too, 3 weights too."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory."""
     offload_parameters: bool = False
     """Keep weights in host memory too (stage 3)."""
     hpz_partition_size: int = 1
-    """Ranks, a node's, that keep a second copy of the weights among them, so that the backward pass gathers inside the node
-    (stage 3); 1: none."""
+    """Number of ranks, those of a node, that keep a second copy of the weights among them, so that the backward pass gathers
+    inside the node (stage 3); 1: no copy."""
     persistent_elements: int | None = None
     """Parameters up to this size stay whole on every rank (stage 3); null: norms, biases and modulation vectors do."""
 
@@ -206,14 +206,14 @@ class ZeroConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved, and what is kept."""
+    """How often the run is saved, and which checkpoints are kept."""
 
     every_steps: int = 1000
     """Steps between two checkpoints; the last step and a preemption save as well."""
     keep_last: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every_steps: int = 0
-    """Checkpoints of every so many steps are kept for good; 0: none."""
+    """Keep the checkpoints of every so many steps for good; 0: none."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "every_steps", "keep_last")
@@ -230,19 +230,19 @@ class ValidationConfig:
     """Held-out loss at fixed timesteps and noise, and sample grids."""
 
     every_steps: int = 0
-    """Steps between two; 0: never."""
+    """Steps between two validations; 0: never."""
     rows: int = 256
-    """Held-out rows at most; needs `data.holdout`."""
+    """Largest number of held-out rows to validate with; needs `data.holdout`."""
     timesteps: int = 4
-    """Fixed timesteps of every row, evenly over (0, 1)."""
+    """Number of fixed timesteps, evenly over (0, 1), that the loss of each row is taken at."""
     prompts: str | None = None
     """Store whose `samples` table holds encoded prompts to draw; null: no grids."""
     images: int = 16
-    """Images of a grid at most."""
+    """Largest number of images in a sample grid."""
     guidance_scale: float = 4.5
-    """Of the grids."""
+    """Guidance scale of sample grids."""
     num_inference_steps: int = 28
-    """Of the grids."""
+    """Number of sampling steps of sample grids."""
 
     def __post_init__(self) -> None:
         at_least(0, self, "every_steps")
@@ -251,14 +251,14 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """What is written down while training."""
+    """Logging of a training run."""
 
     every_steps: int = 10
-    """Steps between two lines; the means are over all steps in between."""
+    """Steps between two lines of metrics; means are over all steps in between."""
     tensorboard: bool = True
-    """Beside the JSON lines."""
+    """Write TensorBoard files beside the JSON lines."""
     wandb: str | None = None
-    """Project of Weights & Biases (extra `wandb`); null: none."""
+    """Weights & Biases project (extra `wandb`); null: none."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "every_steps")
@@ -266,14 +266,14 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """What `--dry-run` reckons with; training itself measures."""
+    """GPU figures that `--dry-run` and the MFU are computed with."""
 
     gpu_tflops: float = 989.0
-    """Peak of dense bf16 matmuls of a GPU, TFLOP/s (989: H100 SXM); MFU is a share of it."""
+    """Peak TFLOP/s of dense bf16 matmuls on a GPU (989: H100 SXM); the MFU is a fraction of it."""
     gpu_memory_gb: float = 80.0
-    """Memory of a GPU, GB."""
+    """GPU memory in GB."""
     expected_mfu: float = 0.4
-    """Share of the peak that the dry run expects."""
+    """Fraction of the peak that the dry run expects."""
 
     def __post_init__(self) -> None:
         if self.gpu_tflops <= 0 or self.gpu_memory_gb <= 0 or not 0 < self.expected_mfu <= 1:

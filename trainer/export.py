@@ -34,7 +34,7 @@ from trainer.checkpoints.universal import restricted_unpickling
 from trainer.config import OptimizerConfig
 from trainer.config_parts import from_plain
 from trainer.engine.optimizer import parameter_groups
-from trainer.engine.shards import FragmentReader
+from trainer.engine.shards import ShardReader
 from trainer.storage import Storage, inside
 
 VAE_KEYS = (
@@ -55,17 +55,17 @@ class ExportConfig:
     run: str = "./runs/scenes"
     """Folder or URI of the run: `<storage>/<name>`."""
     out: str = "./weights"
-    """Folder to write; it must not be there."""
+    """Folder to write the weights to; must not exist unless `overwrite` is set."""
     step: int | None = None
-    """Checkpoint to take; null: the newest valid one."""
+    """Step of the checkpoint to export; null: the newest valid one."""
     weights: Literal["auto", "ema", "raw"] = "auto"
-    """The moving average, or the weights as trained; auto: the average where the run keeps one."""
+    """Weights to export: the moving average, or the weights as trained; auto: the average where the run keeps one."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the file."""
+    """Precision of the exported file."""
     vae: str | None = None
     """Autoencoder to name in the weights, where the run's config does not (folder, or `owner/name@commit`)."""
     overwrite: bool = False
-    """Replace `out` if it is there."""
+    """Replace `out` if it exists."""
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -77,7 +77,7 @@ class ExportConfig:
 
 @dataclass
 class ExportSummary:
-    """What was written."""
+    """Result of an export."""
 
     out: str
     step: int
@@ -176,7 +176,7 @@ def _files(storage: Storage, manifest: Manifest, prefix: str) -> Iterator[list[P
 
 @contextlib.contextmanager
 def _average(files: list[Path], shapes: Mapping[str, Any]) -> Iterator[Iterator[tuple[str, Tensor]]]:
-    with FragmentReader(files) as reader:
+    with ShardReader(files) as reader:
         yield iter(reader.state(shapes))
 
 

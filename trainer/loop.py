@@ -4,7 +4,7 @@ A step is a function of its number: which rows (plan.py), which caption, whether
 (`lidit.diffusion.draw`), which learning rate and EMA decay. So a run that resumes at step n takes the same steps as one that
 was never stopped: to the bit on as many ranks, to rounding on another number.
 
-Letters: B samples of a microbatch, C H W of the latents.
+Shape notation: B samples of a microbatch, C H W of the latents.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.engine.partitions import discard_gradients, squared_norm
 from trainer.engine.ranks import Ranks
 from trainer.engine.signals import Terminated, draining, terminated
 from trainer.monitor.report import Meter, Report
-from trainer.monitor.step_metrics import Tally, Totals
+from trainer.monitor.step_metrics import StepMetrics, Totals
 from trainer.monitor.validation import Validation
 
 
@@ -42,7 +42,7 @@ class Progress:
     skipped_steps: int = 0
     """Steps whose loss or gradient was not finite, so far."""
     skipped_in_row: int = 0
-    """Of those, the ones just before this step without another in between."""
+    """Consecutive skipped steps just before this one."""
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Loop:
     def _train_step(self, phase: Phase) -> Totals:
         """One step of the run: `global_batch_size` samples over all ranks, one move of the optimizer."""
         engine, objective, step = self.engine, phase.table.objective, self.progress.step
-        tally = Tally(list(self.model_config.encoders), self.ranks.device)
+        metrics = StepMetrics(list(self.model_config.encoders), self.ranks.device)
         waited = phase.batches.wait_seconds
 
         # Forward and backward, microbatch by microbatch; gradients add up, and are averaged over ranks with the last one.
@@ -142,11 +142,11 @@ class Loop:
             loss = loss_per_sample(objective, prediction, batch.latents, batch.noise, batch.timestep)  # B
             self.observe("backward")
             engine.backward(loss.mean() / phase.grad_accum_steps, scale_wrt_gas=False)
-            tally.add(batch, loss)
+            metrics.add(batch, loss)
 
-        # Look before the step, on all ranks together: ZeRO-3 with bf16 would take NaN for a gradient.
+        # All-reduce loss and gradient norm first: ZeRO-3 does not detect NaN in bf16, so the loop skips such a step itself.
         self.observe("check")
-        totals = tally.total(
+        totals = metrics.all_reduce(
             self.ranks,
             squared_norm(engine),
             wait_seconds=phase.batches.wait_seconds - waited,

@@ -136,4 +136,4 @@ def _say_begin(report: Report, config: TrainConfig, progress: Progress, changes:
 
 
 def _nothing(part: str) -> None:
-    """Of `observe`, where nobody asks."""
+    """Default of `observe`."""

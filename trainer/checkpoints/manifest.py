@@ -51,9 +51,9 @@ class File:
     """One file of a checkpoint."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     sha256: str
-    """Of its content, hexadecimal."""
+    """Hexadecimal sha256 of its content."""
 
     @classmethod
     def of(cls, path: Path) -> File:

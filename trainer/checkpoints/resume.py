@@ -2,7 +2,7 @@
 
 A checkpoint whose manifest or files do not hold is skipped with a warning that names the file, and the next older one is
 looked at. A rank reads and checks the files that it needs. At another number of ranks the engine's shards are converted once
-per node (universal.py); the pieces of the average are read in any cut (fragments.py).
+per node (universal.py); the pieces of the average are read in any cut (engine/shards.py).
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class Assembler:
     def reads(self, rows: np.ndarray, texts: np.ndarray, sample_bytes: float) -> list[Read]:
         """Rows (n,) and the texts they are shown with (n,) -> the requests for them, in the order of the first that needs each.
 
-        Neighbours go together, as long as a request stays below `TAKE_BYTES`.
+        Neighbors go together, as long as a request stays below `TAKE_BYTES`.
         """
         most = max(1, int(TAKE_BYTES // max(1.0, sample_bytes)))
         fragments, places = self.features.locate(rows)
@@ -317,7 +317,7 @@ def _aligned(size: int) -> np.ndarray:
 
 
 def _dtype(form: EmbedsFormat) -> torch.dtype:
-    """Of the tensor that a column becomes; fp8 with its scales has none of its own."""
+    """Dtype of the tensor that a column becomes; fp8 with its scales has none of its own."""
     return DTYPES.get(form.codec, torch.bfloat16)
 
 

@@ -1,6 +1,6 @@
 """Batches of the plan, read ahead by threads: the trainer's loader.
 
-A feeder walks the plan ahead of the training. Rows of one window that this rank will need are asked for together, so that
+A feeder walks the plan ahead of the training. Rows of one block group that this rank will need are asked for together, so that
 whole blocks are read; samples wait as Arrow values until their batch is due, and are then copied once, into padded tensors.
 Nothing here draws a random number of its own, so a loader that starts at step n gives what an unbroken one gives at n.
 """
@@ -94,7 +94,7 @@ class Batches:
         self._held: dict[tuple[int, int], _Wanted] = {}  # (bucket, visit) -> sample; the feeder's alone
         self._ready: queue.Queue[Future[Batch] | None] = queue.Queue(data.ahead_steps * (share // part.microbatch_size))
         self._closed = threading.Event()
-        # Two pools: a batch whose rows are there must not queue behind the reads of a later window.
+        # Two pools: a batch whose rows are there must not queue behind the reads of a later block group.
         self._readers = ThreadPoolExecutor(data.read_threads, "batches-read", initializer=self._start_thread)
         self._assemblers = ThreadPoolExecutor(ASSEMBLERS, "batches-assemble", initializer=self._start_thread)
         self._instruction = {name: v.to(self.device) for name, v in self._assembler.instruction_embeds.items()}
@@ -196,17 +196,17 @@ class Batches:
                 continue
 
     def _ask(self, step: int) -> None:
-        """Asks for the rows of a step, and for the rows of the same windows that the bucket's next batches need."""
+        """Asks for the rows of a step, and for the rows of the same block groups that the bucket's next batches need."""
         bucket, number = self.plan.bucket_at(step)
         visits, missing = self._missing(bucket, number)
         if not missing.any():
             return
         visits = visits[missing]
-        windows, images = self.plan.windows_of(bucket, visits), [self._image_numbers(step, self._places[missing])]
+        groups, images = self.plan.groups_of(bucket, visits), [self._image_numbers(step, self._places[missing])]
         asked = [visits]
         for later in range(number + 1, number + self.read_steps):
             visits, missing = self._missing(bucket, later)
-            missing &= np.isin(self.plan.windows_of(bucket, visits), windows)
+            missing &= np.isin(self.plan.groups_of(bucket, visits), groups)
             later_step = self.plan.step_of(bucket, later) if missing.any() else self._steps.stop
             if later_step >= self._steps.stop:
                 break
@@ -259,7 +259,7 @@ class Batches:
 def read_steps(data: DataConfig, survey: Survey, share: int) -> int:
     """Batches of a bucket whose rows are read at once: `block_steps`, or as many as `buffer_mb` has room for.
 
-    Held are at most one such window for each bucket that is in use, and one on its way.
+    Held are at most one such block group for each bucket that is in use, and one on its way.
     """
     used = int((survey.rows.counts > 0).sum())
     step_bytes = max(1.0, share * survey.sample_bytes)

@@ -2,16 +2,16 @@
 
 **Streams.** A bucket's rows are read over and over, every pass in a new order; the passes follow each other without a gap,
 and a batch is the next `global_batch_size` rows of this stream. So *nothing is dropped and nothing repeated*: the rows that
-fill no batch at the end of an epoch are the first of the bucket's next batch. Of two rows of a bucket none is ever more than
-one visit ahead within a pass. What is still waiting at the end of a run, `Plan.count` says.
+fill no batch at the end of an epoch are the first of the bucket's next batch. Within a pass no row repeats
+before every row of its bucket has been seen. `Plan.count` says which rows are still waiting at the end of a run.
 
 **Epochs.** Epoch e ends when every bucket has had the whole batches of its first e + 1 passes. Its batches, of all buckets,
 are shuffled. One batch has one bucket.
 
-**Order within a pass.** Rows of a bucket that are neighbours in the table form blocks of `block_rows`; where the first one
-begins is drawn anew for every pass. Blocks are shuffled. A window of `block_steps` batches takes as many blocks as it has
+**Order within a pass.** Rows of a bucket that are neighbors in the table form blocks of `block_rows`; where the first one
+begins is drawn anew for every pass. Blocks are shuffled. A group of `block_steps` batches takes as many blocks as it has
 room for, and every one of its batches takes as many rows of each, in shuffled order. So a batch is made of rows from all over
-the table, and yet whole blocks are read. A place in the batch belongs to the same block all through the window: a rank, which
+the table, and yet whole blocks are read. A place in the batch belongs to the same block all through the group: a rank, which
 has a range of places, reads whole blocks too.
 
 **Ranks.** Rank r of W has the places r G / W .. (r + 1) G / W of every batch, so the order is the same for every W that
@@ -77,16 +77,16 @@ class Rows:
         """(buckets,) int64, rows of each."""
         return self._before[-1]
 
-    def select(self, bucket: int, ranks: np.ndarray) -> np.ndarray:
-        """The rows (n,) int64 of the table that are the ranks-th (n,) of their bucket, counted from 0."""
-        chunks = np.searchsorted(self._before[:, bucket], ranks, side="right") - 1
+    def select(self, bucket: int, positions: np.ndarray) -> np.ndarray:
+        """The rows (n,) int64 of the table at these positions (n,) in their bucket, counted from 0."""
+        chunks = np.searchsorted(self._before[:, bucket], positions, side="right") - 1
         order = np.argsort(chunks, kind="stable")
-        rows = np.empty(len(ranks), np.int64)
+        rows = np.empty(len(positions), np.int64)
         starts = np.flatnonzero(np.diff(chunks[order], prepend=-1)).tolist()
-        for start, end in zip(starts, [*starts[1:], len(ranks)]):
+        for start, end in zip(starts, [*starts[1:], len(positions)]):
             members, chunk = order[start:end], int(chunks[order[start]])
             here = np.flatnonzero(self.codes[chunk * CHUNK : (chunk + 1) * CHUNK] == bucket)
-            rows[members] = chunk * CHUNK + here[ranks[members] - self._before[chunk, bucket]]
+            rows[members] = chunk * CHUNK + here[positions[members] - self._before[chunk, bucket]]
         return rows
 
     def digest(self) -> str:
@@ -104,12 +104,12 @@ class StepRows:
     places: np.ndarray  # (B,) int64, in the global batch
     rows: np.ndarray  # (B,) int64, of the table
     visits: np.ndarray  # (B,) int64, which row of the bucket's stream each is
-    windows: np.ndarray  # (B,) int64, the window of each: rows of one window are read together
+    groups: np.ndarray  # (B,) int64, the block group of each: rows of one group are read together
 
 
 @dataclass
 class Counts:
-    """What a number of steps makes of the rows."""
+    """Epochs and rows that a number of steps goes through."""
 
     steps: int
     samples: int = 0  # visits, of all rows
@@ -141,7 +141,7 @@ class Plan:
         self.rows, self.global_batch_size, self.seed, self.block_steps = rows, global_batch_size, seed, block_steps
         self.rows_per_batch = int(np.gcd(block_rows // block_steps, global_batch_size))  # of one block
         self.block_rows = self.rows_per_batch * block_steps
-        self.window = block_steps * global_batch_size  # rows
+        self.group_rows = block_steps * global_batch_size  # of the batches that whole blocks are spread over
         self._counts = [int(count) for count in rows.counts]
         if not sum(self._counts):
             reasons = "; ".join(f"{count:,} rows {reason}" for reason, count in rows.missing.items()) or "no rows"
@@ -198,7 +198,7 @@ class Plan:
         places = np.arange(first, self.global_batch_size if last is None else last)
         visits = number * self.global_batch_size + places
         rows = self.rows_of(bucket, visits)
-        return StepRows(step, bucket, number, places, rows, visits, self.windows_of(bucket, visits))
+        return StepRows(step, bucket, number, places, rows, visits, self.groups_of(bucket, visits))
 
     def share(self, rank: int, world_size: int) -> tuple[int, int]:
         """(first, last) place of a rank, for `batch`."""
@@ -206,23 +206,23 @@ class Plan:
         share = self.global_batch_size // world_size
         return rank * share, (rank + 1) * share
 
-    def windows_of(self, bucket: int, visits: np.ndarray) -> np.ndarray:
-        """The window of every visit, as a number that no other window of the bucket has."""
+    def groups_of(self, bucket: int, visits: np.ndarray) -> np.ndarray:
+        """The block group of every visit, as a number that no other group of the bucket has."""
         count = self._counts[bucket]
-        return visits // count * (count // self.window + 1) + visits % count // self.window
+        return visits // count * (count // self.group_rows + 1) + visits % count // self.group_rows
 
     def rows_of(self, bucket: int, visits: np.ndarray) -> np.ndarray:
         """Visits (n,) int64 of a bucket's stream -> rows of the table; every pass is a permutation of the bucket's rows."""
         count = self._counts[bucket]
         epochs = visits // count
-        ranks = np.empty(visits.shape, np.int64)
+        positions = np.empty(visits.shape, np.int64)
         for epoch in np.unique(epochs).tolist():
             now = epochs == epoch
-            ranks[now] = self._ranks(bucket, epoch, visits[now] - epoch * count)
-        return self.rows.select(bucket, ranks)
+            positions[now] = self._positions(bucket, epoch, visits[now] - epoch * count)
+        return self.rows.select(bucket, positions)
 
-    def _ranks(self, bucket: int, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Places (n,) of a pass -> which of the bucket's rows."""
+    def _positions(self, bucket: int, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Places (n,) of a pass -> positions of their rows in the bucket."""
         count, size = self._counts[bucket], self.block_rows
         lane, turn = self._lane(count, places)
         blocks, short = divmod(count, size)  # whole ones, and one shorter block, if any, that is always the last lane's
@@ -242,28 +242,28 @@ class Plan:
     def _lane(self, count: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places of a pass -> (block, before the blocks are shuffled; which of its rows, before those are)."""
         size, batch, share = self.block_rows, self.global_batch_size, self.rows_per_batch
-        lanes = batch // share  # blocks of a window
-        windows = count // self.window
-        window, inside = np.divmod(places, self.window)
+        lanes = batch // share  # blocks of a group
+        groups = count // self.group_rows
+        group, inside = np.divmod(places, self.group_rows)
         turn, place = np.divmod(inside, batch)
-        lane = window * lanes + place // share
+        lane = group * lanes + place // share
         turn = turn * share + place % share
-        rest = window == windows
-        if rest.any():  # less than a window: one row of every block that is left, then the next of every one
-            blocks, short = count // size - windows * lanes, count % size
+        rest = group == groups
+        if rest.any():  # less than a group: one row of every block that is left, then the next of every one
+            blocks, short = count // size - groups * lanes, count % size
             index = inside[rest]
             both = short * (blocks + 1)  # rows up to which the shorter block takes part
             late = index >= both
             width = np.where(late, max(1, blocks), blocks + 1)
             index = np.where(late, index - both, index)
-            lane[rest] = windows * lanes + index % width
+            lane[rest] = groups * lanes + index % width
             turn[rest] = index // width + np.where(late, short, 0)
         return lane, turn
 
     # -- what it amounts to -------------------------------------------------------------------------------------------
 
     def count(self, steps: int) -> Counts:
-        """What the first `steps` steps make of the rows."""
+        """Counts the epochs and rows that the first `steps` steps go through."""
         epoch = self.epoch_at(steps)
         sequence = self._sequence(epoch)[0][: max(0, steps - self.batches_before(epoch))]
         partial = np.bincount(sequence, minlength=len(self._counts))

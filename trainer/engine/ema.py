@@ -1,7 +1,7 @@
 """Exponential moving average of the weights: fp32, element-wise, each rank on the partition of the masters that it owns.
 
 No communication and no gathered weights: a rank averages what its optimizer updates. The whole average exists only on disk,
-in pieces (see fragments.py), and for a moment in the model while it is validated (`applied`).
+in pieces (see shards.py), and for a moment in the model while it is validated (`applied`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.engine.partitions import masters_are_weights, partitions_of, write_weights
-from trainer.engine.shards import FragmentReader, write_fragments
+from trainer.engine.shards import ShardReader, write_shard
 
 
 class EMA:
@@ -46,20 +46,20 @@ class EMA:
     def save(self, path: Path) -> None:
         """Writes this rank's pieces."""
         pairs = zip(self.average, self.partitions)
-        write_fragments(
+        write_shard(
             path,
             (
                 (piece.name, piece.start, average.flatten()[piece.offset : piece.offset + piece.numel])
                 for average, partition in pairs
-                for piece in partition.fragments
+                for piece in partition.slices
             ),
         )
 
     @torch.no_grad()
     def load(self, paths: list[Path]) -> None:
         """Reads this rank's pieces from the files of all ranks that saved, of any number, or from its own alone."""
-        with FragmentReader(paths) as reader:
+        with ShardReader(paths) as reader:
             for average, partition in zip(self.average, self.partitions):
                 flat = average.view(-1)
-                for piece in partition.fragments:
+                for piece in partition.slices:
                     flat[piece.offset : piece.offset + piece.numel] = reader.read(piece.name, piece.start, piece.numel)

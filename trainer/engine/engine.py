@@ -56,7 +56,7 @@ def build_engine(config: TrainConfig, model_config: LIDiTConfig, ranks: Ranks, u
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
-    """Of the next optimizer step, in all groups."""
+    """Sets the learning rate of the next optimizer step, in all groups."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
 

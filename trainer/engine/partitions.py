@@ -22,17 +22,17 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Fragment:
+class Slice:
     """A piece of a parameter in a rank's partition."""
 
     name: str
-    """Of the parameter, as in `state_dict()`."""
+    """Name of the parameter, as in `state_dict()`."""
     start: int
     """Its first element in the flattened parameter."""
     offset: int
     """Its first element in the partition."""
     numel: int
-    """Elements."""
+    """Number of elements."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Partition:
 
     master: Tensor
     """(N,) or, at stage 0, the shape of the parameter."""
-    fragments: tuple[Fragment, ...]
+    slices: tuple[Slice, ...]
     """What is in it; the rest is padding."""
 
 
@@ -61,7 +61,7 @@ def partitions_of(engine: Any) -> list[Partition]:
             for flat, group in zip(_masters(optimizer, kind), groups)
         ]
     pairs = _whole(engine, kind)
-    return [Partition(master.data, (Fragment(names[param], 0, 0, param.numel()),)) for param, master in pairs]
+    return [Partition(master.data, (Slice(names[param], 0, 0, param.numel()),)) for param, master in pairs]
 
 
 def gradients_of(engine: Any) -> list[Tensor]:
@@ -192,24 +192,24 @@ def _rank(optimizer: Any) -> int:
     return torch.distributed.get_rank(group=optimizer.dp_process_group)
 
 
-def _equal_pieces(group: list[Any], names: dict[Any, str], rank: int) -> tuple[Fragment, ...]:
+def _equal_pieces(group: list[Any], names: dict[Any, str], rank: int) -> tuple[Slice, ...]:
     """Stage 3: the rank's piece of each parameter, one after the other; the last ranks' pieces may be part padding."""
-    fragments, offset = [], 0
+    slices, offset = [], 0
     for param in group:
         piece = param.partition_numel()
         start = rank * piece
         numel = min(piece, max(0, param.ds_numel - start))
         if numel:
-            fragments.append(Fragment(names[param], start, offset, numel))
+            slices.append(Slice(names[param], start, offset, numel))
         offset += piece
-    return tuple(fragments)
+    return tuple(slices)
 
 
-def _range(param: Any, name: str) -> Fragment:
+def _range(param: Any, name: str) -> Slice:
     """Stages 1 and 2: what DeepSpeed's own mapping says."""
     mapping = param._hp_mapping
     there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Fragment(name, int(there.start), int(here.start), int(here.numel))
+    return Slice(name, int(there.start), int(here.start), int(here.numel))
 
 
 def _gather_persistent(optimizer: Any) -> None:

@@ -41,7 +41,7 @@ class Ranks:
 
     @classmethod
     def here(cls) -> Ranks:
-        """Of this process, from its process group and environment."""
+        """This process, as its process group and environment describe it."""
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, device)

@@ -19,17 +19,17 @@ from torch import Tensor
 STARTS = "starts"  # key of the file's metadata: JSON, name -> first element
 
 
-def write_fragments(path: Path, fragments: Iterable[tuple[str, int, Tensor]]) -> None:
+def write_shard(path: Path, slices: Iterable[tuple[str, int, Tensor]]) -> None:
     """Writes (name, first element in the flattened parameter, flat piece) of every parameter that a rank has a part of."""
     starts, tensors = {}, {}
-    for name, start, piece in fragments:
+    for name, start, piece in slices:
         assert name not in tensors, f"two pieces of {name} on one rank"
         starts[name], tensors[name] = start, piece.detach().to("cpu", copy=True).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={STARTS: json.dumps(starts)})
 
 
-class FragmentReader:
+class ShardReader:
     """Reads what all ranks, or some of them, have written. Use as a context."""
 
     def __init__(self, paths: Sequence[Path]):
@@ -37,7 +37,7 @@ class FragmentReader:
         self._files: list[Any] = []
         self._pieces: dict[str, list[tuple[int, int, Any]]] = {}  # name -> (start, end, file), ascending
 
-    def __enter__(self) -> FragmentReader:
+    def __enter__(self) -> ShardReader:
         for path in self.paths:
             try:
                 file = safe_open(path, framework="pt", device="cpu").__enter__()

@@ -1,7 +1,7 @@
-"""What the ranks tell each other in a step: sums, in one message, before the optimizer moves.
+"""Per-step metrics, all-reduced once before `optimizer.step()`.
 
-Loss and gradient norm come first, since they decide whether it moves at all: a NaN on any rank is a NaN in the sum, so all
-ranks see it and decide alike. The rest rides along: what the metrics need, and whether somebody was told to stop.
+Loss and gradient norm decide whether the step is taken at all: a NaN on any rank is a NaN in the sum, so all ranks see it and
+decide alike. The same message carries what else the metrics need, and whether some rank was told to stop.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _SCALARS = ("loss", "samples", "bad_losses", "squared_norm", "wait_seconds", "st
 
 @dataclass(frozen=True)
 class Totals:
-    """The sums over all ranks and microbatches of a step."""
+    """Sums over all ranks and microbatches of a step."""
 
     loss: float
     """Sum of the samples' losses."""
     samples: int
-    """Samples."""
+    """Number of samples."""
     bad_losses: int
-    """Samples whose loss is not finite."""
+    """Number of samples whose loss is not finite."""
     grad_norm: float
-    """Of the gradient of the mean loss, before clipping."""
+    """Norm of the gradient of the mean loss, before clipping."""
     wait_seconds: float
-    """That ranks waited for data, all together."""
+    """Seconds that ranks waited for data, summed over ranks."""
     stop: bool
     """Somebody asked the run to stop."""
     terminated: int
-    """Ranks that got SIGTERM."""
+    """Number of ranks that got SIGTERM."""
     draining: bool
     """Ray is about to take a node away."""
     prompt_tokens: list[float]
@@ -48,11 +48,11 @@ class Totals:
 
     @property
     def finite(self) -> bool:
-        """Whether the optimizer may move."""
+        """Whether loss and gradient norm are finite, so that the optimizer may step."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-class Tally:
+class StepMetrics:
     """This rank's sums of a step, on its device."""
 
     def __init__(self, encoders: Sequence[str], device: torch.device):
@@ -60,7 +60,7 @@ class Tally:
         self.values = torch.zeros(len(_SCALARS) + len(self.encoders) + 2 * BINS, dtype=torch.float64, device=device)
 
     def add(self, batch: Batch, loss: Tensor) -> None:
-        """A microbatch and its losses (B,)."""
+        """Adds a microbatch and its losses (B,)."""
         assert batch.timestep is not None
         loss = loss.detach().double()
         self._scalar("loss").add_(loss.sum())
@@ -70,10 +70,10 @@ class Tally:
             self.values[place] += batch.prompt_mask[name].sum()
         self.values[-2 * BINS :] += timestep_bins(loss, batch.timestep).flatten()
 
-    def total(
+    def all_reduce(
         self, ranks: Ranks, squared_norm: Tensor, wait_seconds: float, stop: bool, terminated: bool, draining: bool
     ) -> Totals:
-        """Adds up all ranks'; the one time in a step that the host waits for the device.
+        """Sums the metrics over all ranks: the one time in a step that the host waits for the device.
 
         Args:
             squared_norm: of this rank's part of the gradient.

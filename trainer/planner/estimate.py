@@ -23,7 +23,7 @@ from trainer.data.survey import Survey, mean_length
 from trainer.planner.memory import Memory, count_parameters, memory_of, saved_activations
 
 GB, MB, DAY = 1e9, 1e6, 86400.0
-# Of a sample, where there is no table.
+# What a sample is taken to be where there is no table.
 ASSUMED_WIDTH, ASSUMED_CHANNELS, ASSUMED_DOWNSCALE = 4096, 16, 8
 ASSUMED_TOKENS, ASSUMED_LONGEST, ASSUMED_INSTRUCTION = 100, 256, 40
 ASSUMED_BYTES = 2  # bf16
@@ -87,12 +87,12 @@ class PhaseEstimate:
 
     @property
     def samples(self) -> int:
-        """Of the phase."""
+        """Samples of the phase."""
         return self.phase.steps * self.phase.global_batch_size
 
     @property
     def read_bytes_per_second(self) -> float:
-        """Of a GPU."""
+        """Bytes of the table that a GPU reads per second."""
         return self.samples_per_second * self.shapes.sample_bytes
 
 
@@ -108,7 +108,7 @@ class Estimate:
     tables: list[str]  # what was read of the tables, in words
 
     def seconds(self, phase: PhaseEstimate) -> float:
-        """Of a phase, at the expected MFU."""
+        """Seconds that a phase takes at the expected MFU."""
         return phase.samples / (phase.samples_per_second * self.world_size)
 
     def lines(self) -> list[str]:

@@ -133,7 +133,7 @@ def test_whole_blocks_are_read_by_one_rank() -> None:
     for world_size in (1, 4, 32):
         first, last = plan.share(world_size - 1, world_size)
         parts = [plan.batch(step, first, last) for step in range(8)]
-        assert len({int(window) for part in parts for window in part.windows}) == 1
+        assert len({int(group) for part in parts for group in part.groups}) == 1
         rows = np.sort(np.concatenate([part.rows for part in parts]))
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
         assert all(len(run) % 16 == 0 for run in runs if run[0] != 0 and run[-1] != 39_999), "a block in pieces"

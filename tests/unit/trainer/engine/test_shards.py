@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.engine.shards import FragmentReader, write_fragments
+from trainer.engine.shards import ShardReader, write_shard
 
 pytestmark = pytest.mark.unit
 SHAPES = {"a": (7, 5), "b": (3,), "c": (1,)}
@@ -25,7 +25,7 @@ def cut(folder: Path, state: dict[str, torch.Tensor], borders: dict[str, list[in
             if start < ends[rank]:
                 pieces.append((name, start, state[name].flatten()[start : ends[rank]]))
         paths.append(folder / f"rank_{rank}.safetensors")
-        write_fragments(paths[-1], pieces)
+        write_shard(paths[-1], pieces)
     return paths
 
 
@@ -40,7 +40,7 @@ def state() -> dict[str, torch.Tensor]:
 )
 def test_whole_and_any_piece(tmp_path: Path, state: dict[str, torch.Tensor], borders: dict[str, list[int]]) -> None:
     paths = cut(tmp_path, state, borders)
-    with FragmentReader(list(reversed(paths))) as reader:
+    with ShardReader(list(reversed(paths))) as reader:
         for name, value in reader.state(SHAPES):
             assert torch.equal(value, state[name])
         draw = np.random.default_rng(1)
@@ -52,12 +52,12 @@ def test_whole_and_any_piece(tmp_path: Path, state: dict[str, torch.Tensor], bor
 def test_what_is_not_there_is_told(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     paths = cut(tmp_path, state, {"a": [12, 35], "b": [3, 3], "c": [1, 1]})
     with (
-        FragmentReader(paths[:1]) as reader,
+        ShardReader(paths[:1]) as reader,
         pytest.raises(ValueError, match=r"a: elements 12 to 20 are in none of rank_0"),
     ):
         reader.read("a", 5, 15)
-    with FragmentReader(paths) as reader, pytest.raises(ValueError, match="model of another shape"):
+    with ShardReader(paths) as reader, pytest.raises(ValueError, match="model of another shape"):
         reader.whole("nothing", (2,))
     paths[1].write_bytes(paths[1].read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"rank_1.safetensors: expected safetensors"), FragmentReader(paths):
+    with pytest.raises(ValueError, match=r"rank_1.safetensors: expected safetensors"), ShardReader(paths):
         pass
