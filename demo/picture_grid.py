@@ -12,9 +12,9 @@ from pathlib import Path
 import lance
 from PIL import Image
 
+from demo.plugins import CORRECT
 from lidit.images.pixels import open_rgb
 from lidit.store import columns
-from pipelines.evaluation.scenes import CORRECT
 
 GAP = 4  # pixels between pictures
 RIGHT, WRONG = (255, 255, 255), (214, 40, 40)

@@ -15,81 +15,34 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import ray
 import yaml
 
 from lidit.runtime.outage import outlast
 from lidit.runtime.places import settled
-from lidit.runtime.uris import check_config
 from lidit.store import columns
-from pipelines.engine.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
+from pipelines.engine.pool import resolve_actors, run_units, start_ray_data, start_tracker
 from pipelines.engine.progress import JobProgress
 from pipelines.engine.runs import Run
 from pipelines.engine.summary import Summary
 from pipelines.engine.table import ColumnFile, Table
+from pipelines.ingestion.config import IngestConfig
 from pipelines.ingestion.dedup import LEANING, REFUSED, start_known
 from pipelines.ingestion.filters import FiltersConfig
 from pipelines.ingestion.listed_sizes import note_sizes
 from pipelines.ingestion.update import COMMIT_FRAGMENTS, COMMIT_SECONDS, update
 from pipelines.ingestion.work import Work, plain
 from pipelines.ingestion.worker import EXAMPLES, IngestWorker
-from pipelines.sources.base import ColumnsConfig, Listed, Source, open_source
+from pipelines.sources.base import Listed, Source
 from pipelines.sources.locations import real_place
+from pipelines.sources.registry import open_source
 from pipelines.sources.tables import LanceTable
 
 ERROR_BASE = 1000
 """Rows that the error rate is taken over at least before the end, or all, if there are known to be fewer."""
-
-
-@dataclass(frozen=True)
-class IngestConfig:
-    """The ingest job."""
-
-    source: str
-    """Where rows come from: scenes:N, folder:URI, coco:URI, prompts:FILE, webdataset:URI, parquet:URI, lance:URI, hf:PATH or
-    img2dataset:PATH. Credentials of object stores come from the environment."""
-    store: str = "./store"
-    """Folder or URI of the feature store; made if it is not there."""
-    rows_per_fragment: int = 1024
-    """Rows of a fragment, the unit of work of every later stage; the last one of a shard may have fewer."""
-    actors: ActorsConfig = ActorsConfig(num_gpus=0.0)
-    """The pool of workers that read, look at images and write; `num_cpus` of each decode at the same time."""
-    columns: ColumnsConfig = ColumnsConfig()
-    """Which column or file holds what; for webdataset, parquet, lance, hf and img2dataset."""
-    filters: FiltersConfig = FiltersConfig()
-    """Which rows are wanted; all by default."""
-    check: Literal["decode", "header"] = "decode"
-    """How an image is looked at. `decode`: decoded once, so that damage is found here. `header`: only its header and that its
-    end is there, many times faster; damage inside is then the next stage's to find."""
-    max_error_rate: float = 0.5
-    """Share of rows that may be damaged (0 to 1); above it the job stops, for then the columns are probably named wrongly."""
-    compare: Literal["auto", "quick", "all"] = "auto"
-    """How rows that are in the table are held against a folder or a COCO set. `quick`: captions (of those in files of their
-    own, 100,000 at most), sizes of images where they are known, images of 32 rows and where the size is another one. `all`:
-    caption and image of every row, which reads the whole source. `auto`: all with `update`, else quick."""
-    update: bool = False
-    """Give rows whose source has another caption or image now that one, under the same `image_id` (`folder:`, `coco:`)."""
-    reread: bool = False
-    """Read shards again that were taken in whole by an earlier run; rows that were deleted from the table since come back."""
-    dry_run: bool = False
-    """Print the plan (shards, rows, bytes, workers) and exit."""
-
-    def __post_init__(self) -> None:
-        check_config(self)
-        if self.rows_per_fragment < 1:
-            raise ValueError(f"rows_per_fragment: expected at least 1, received {self.rows_per_fragment}")
-        if not 0 <= self.max_error_rate <= 1:
-            raise ValueError(f"max_error_rate: expected a share from 0 to 1, received {self.max_error_rate}")
-        if self.filters.min_score is not None and self.columns.score is None:
-            raise ValueError("filters.min_score: expected with --columns.score, which says what to hold it against")
-
-    @property
-    def compares_all(self) -> bool:
-        """Whether every row that is there is held against its source."""
-        return self.compare == "all" or (self.compare == "auto" and self.update)
 
 
 class TooManyErrors(RuntimeError):

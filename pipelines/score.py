@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -27,44 +27,20 @@ from lidit.runtime.outage import outlast
 from lidit.runtime.places import settled
 from lidit.runtime.printable import one_line
 from lidit.store import columns
+from pipelines.engine.plugins import resolve
 from pipelines.engine.stage import StageConfig, run_stage
 from pipelines.engine.summary import Summary
 from pipelines.engine.table import Table
 from pipelines.engine.worker import ALSO_READS, MAY_BE_NULL, READS, Columns
-from pipelines.evaluation.clip import ClipScore
 from pipelines.evaluation.fid import fid, fid_features
-from pipelines.evaluation.scenes import Scenes
+from pipelines.evaluation.metric import Metric
 
-MetricName = Literal["scenes", "clip_score", "fid"]
+FID = "fid"  # measures the whole of the images, and no single one
 WINDOW_ROWS = 256
 SCORES_FILE = "scores.json"
 
 
-class Metric(Protocol):
-    """A measure of single images."""
-
-    name: str
-    reads: str
-    """Column that it looks at beside the image."""
-    fields: dict[str, pa.DataType]
-    """The columns it adds."""
-
-    def __init__(self, config: Any, device: str):
-        """Loads what it needs."""
-
-    @classmethod
-    def fingerprint(cls, config: Any) -> dict[str, Any]:
-        """What the values depend on besides image and text. Raises ValueError where the config lacks something."""
-
-    def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str | None]) -> dict[str, list[Any]]:
-        """Images (height, width, 3) uint8 and the column `reads` -> the columns."""
-
-    @classmethod
-    def summarise(cls, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The columns, with `prompt` and `prompt_record`, of all rows -> figures by name."""
-
-
-METRICS: dict[str, type[Metric]] = {"scenes": Scenes, "clip_score": ClipScore}
+METRICS = {"scenes": "demo.plugins:SceneMetric", "clip_score": "pipelines.evaluation.clip:ClipScore"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +49,8 @@ class ScoreConfig(StageConfig):
 
     store: str = "./generated"
     """Folder or URI of the sample table."""
-    metrics: Sequence[MetricName] = ("scenes",)
-    """What to measure: scenes, clip_score, fid."""
+    metrics: Sequence[str] = ("scenes",)
+    """What to measure: scenes, clip_score, fid; or a class of your own, package.module:Class."""
     clip: str | None = None
     """CLIP of `clip_score`: folder of transformers, or `owner/name@commit`."""
     fid_model: str | None = None
@@ -87,16 +63,18 @@ class ScoreConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "metrics", tuple(self.metrics))
-        known = (*METRICS, "fid")
-        if not self.metrics or len(set(self.metrics)) < len(self.metrics) or set(self.metrics) - set(known):
-            raise ValueError(f"metrics: expected some of {', '.join(known)}, each once, received {list(self.metrics)}")
+        if not self.metrics or len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(
+                f"metrics: expected some of {', '.join(METRICS)}, fid, each once, received {list(self.metrics)}"
+            )
+        _ = self.of_images  # so that a name that is none is told now
         if self.batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, received {self.batch_size}")
 
     @property
     def of_images(self) -> list[type[Metric]]:
         """Those of the metrics that measure single images."""
-        return [METRICS[name] for name in self.metrics if name in METRICS]
+        return [resolve(name, {**METRICS, FID: ""}, Metric, "metrics") for name in self.metrics if name != FID]
 
 
 class ScoreImages:
@@ -198,7 +176,7 @@ def main(config: ScoreConfig) -> Scores:
         ValueError: no table, or a metric lacks what it needs.
     """
     config = settled(config)
-    features = fid_features(config) if "fid" in config.metrics else None
+    features = fid_features(config) if FID in config.metrics else None
     summary = run_stage(ScoreImages, config) if config.of_images else None
     if summary is not None:
         summary.next = ""
@@ -207,7 +185,7 @@ def main(config: ScoreConfig) -> Scores:
     scores = _summarise(config)
     if features is not None:
         device = "cuda" if config.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
-        scores["fid"] = fid(config.store, config, features, device)
+        scores[FID] = fid(config.store, config, features, device)
     _write_down(config.store, scores)
     return Scores(config.store, scores, summary)
 

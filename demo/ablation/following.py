@@ -22,13 +22,13 @@ from torch import Tensor
 
 from demo.ablation.cell import Cell
 from demo.ablation.cell_table import Prompts
+from demo.plugins import SceneMetric
 from demo.world.swaps import KINDS
 from lidit.diffusion import Objective, loss_per_sample, sample_rng
 from lidit.frozen.vae import VAE
 from lidit.images.pixels import to_bytes
 from lidit.sampler import SamplerConfig, initial_noise, sample
 from lidit.store import columns
-from pipelines.evaluation.scenes import Scenes
 
 LAYOUT = (0.65, 0.75, 0.85)
 """Timesteps of swaps: margins of trained models are largest there, in standard errors too (docs/ablations.md)."""
@@ -103,7 +103,7 @@ class PictureExam:
     def __call__(self, cell: Cell) -> dict[str, float]:
         """Task -> share of pictures that are right, `overall`, and position bias by quarter, as `lidit score` has them."""
         rows = [row for row in range(len(self.records)) for _ in range(self.images_per_prompt)]
-        judge, judged = Scenes(None, "cpu"), []
+        judge, judged = SceneMetric(None, "cpu"), []
         for first in range(0, len(rows), BATCH):
             chosen = rows[first : first + BATCH]
             images = self._draw(cell, chosen, range(first, first + len(chosen)))
@@ -112,7 +112,7 @@ class PictureExam:
             judged += [
                 {**dict(zip(made, values)), columns.PROMPT_RECORD: text} for *values, text in zip(*made.values(), texts)
             ]
-        figures = Scenes.summarise(judged)
+        figures = SceneMetric.summarise(judged)
         return {name: _rounded(figure["value"]) for name, figure in figures.items() if "strict" not in name}
 
     def _draw(self, cell: Cell, rows: Sequence[int], seeds: Sequence[int]) -> list[np.ndarray]:

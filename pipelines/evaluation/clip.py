@@ -27,11 +27,12 @@ from lidit.runtime.model_files import (
 )
 from lidit.store import columns
 from pipelines.evaluation.intervals import estimate
+from pipelines.evaluation.metric import Metric
 
 SCORE = "clip_score"
 
 
-class ClipScore:
+class ClipScore(Metric):
     """Scores images against their prompts. `config.clip` is the model."""
 
     name = "clip_score"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lance
 import numpy as np
@@ -26,13 +26,11 @@ from pipelines.engine.runs import Run
 from pipelines.engine.summary import Summary
 from pipelines.engine.table import READ_BUFFER_BYTES, ColumnFile, ColumnFileWriter, Table, column_holder, field_ids
 from pipelines.ingestion.compare import Difference
+from pipelines.ingestion.config import IngestConfig
 from pipelines.ingestion.worker import DIED, EXAMPLES, IngestWorker, Unforeseen, _Task
 from pipelines.sources.base import ERROR_FIELD, Listed, Record, unwritable, writable
 from pipelines.sources.image_check import check_image
 from pipelines.sources.text_files import is_unreadable
-
-if TYPE_CHECKING:
-    from pipelines.ingest import IngestConfig
 
 CAPTION_COLUMNS = [columns.CAPTION_ORIGINAL]
 IMAGE_COLUMNS = [

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lidit.store import columns
 from pipelines.engine.table import Table
 from pipelines.ingestion.compare import Difference, compare
+from pipelines.ingestion.config import IngestConfig
 from pipelines.ingestion.dedup import LOAD_ROWS
 from pipelines.ingestion.done_pieces import DonePieces
 from pipelines.ingestion.hash_index import KeySet, keys_of
 from pipelines.sources.base import Item, Listed, Piece, Sharded, Source
-
-if TYPE_CHECKING:
-    from pipelines.ingest import IngestConfig
+from pipelines.sources.registry import parse_spec
 
 EXAMPLES = 3
 TYPICAL_BYTES = 16_384  # of a sample, where a shard does not tell how many it has: small shards share a unit
@@ -117,7 +116,7 @@ def packed(parts: list[Item] | list[Piece], rows: int) -> list[dict[str, Any]]:
 
 def options_of(config: IngestConfig) -> dict[str, Any]:
     """What decides which rows a piece gives."""
-    kind = config.source.partition(":")[0]
+    kind, _ = parse_spec(config.source)
     return {"kind": kind, **plain({name: asdict(config)[name] for name in ("columns", "filters", "check")})}
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -26,11 +26,10 @@ from lidit.store import columns
 from pipelines.engine.pool import Attempt, read_ahead
 from pipelines.engine.runs import runs_folder
 from pipelines.engine.table import ColumnFile, ColumnFileWriter, Table
+from pipelines.ingestion.config import IngestConfig
 from pipelines.ingestion.dedup import IN_RUN, IN_TABLE, NEW, REPEATED, UNKNOWN
-from pipelines.sources.base import ERROR_FIELD, Record, Source, error_row, make_row, open_source, writable
-
-if TYPE_CHECKING:
-    from pipelines.ingest import IngestConfig
+from pipelines.sources.base import ERROR_FIELD, Record, Source, error_row, make_row, writable
+from pipelines.sources.registry import open_source
 
 WINDOW_ROWS = 256  # of one look, claim and write: bounds an actor's memory, together with
 WINDOW_BYTES = 32 << 20

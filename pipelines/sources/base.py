@@ -314,34 +314,3 @@ def unwritable(record: Record) -> str | None:
             place = next(place for place, (one, other) in enumerate(zip(text, escaped)) if one != other)
             return f"{name}: expected text, received half of a character, {escaped[place : place + 6]}, at {place}"
     return None
-
-
-def open_source(spec: str, names: ColumnsConfig = USUAL_NAMES) -> Source:
-    """`kind:argument` -> the source. Raises ValueError where there is no such kind, or nothing there."""
-    from pipelines.sources import archives as sources_grouped
-    from pipelines.sources import files as sources_listed
-    from pipelines.sources import saved as sources_saved
-    from pipelines.sources import tables as sources_tables
-
-    listed: dict[str, Callable[[str], Source]] = {
-        "scenes": sources_listed.Scenes,
-        "folder": sources_listed.Folder,
-        "coco": sources_listed.Coco,
-        "prompts": sources_listed.Prompts,
-    }
-    sharded: dict[str, Callable[[str, ColumnsConfig], Source]] = {
-        "webdataset": sources_grouped.WebDataset,
-        "parquet": sources_tables.Parquet,
-        "lance": sources_tables.LanceTable,
-        "hf": sources_saved.HuggingFace,
-        "img2dataset": sources_grouped.open_img2dataset,
-    }
-    kind, colon, argument = spec.partition(":")
-    if not colon or not argument or kind not in listed | sharded:
-        kinds = "scenes:N, folder:URI, coco:URI, prompts:FILE, webdataset:URI, parquet:URI, lance:URI, hf:PATH, "
-        raise ValueError(f"source: expected one of {kinds}img2dataset:PATH; received {spec!r}")
-    if kind in sharded:
-        return sharded[kind](argument, names)
-    if names:
-        raise ValueError(f"columns.*: expected with {', '.join(sharded)} only, received it with {kind}:")
-    return listed[kind](argument)

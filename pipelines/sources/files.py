@@ -1,4 +1,4 @@
-"""Sources whose rows are known beforehand: rendered scenes, image folders, COCO captions, prompt files.
+"""Sources whose rows are known beforehand: image folders, COCO captions, prompt files.
 
 A folder's texts come from `<name>.txt` or `<name>.caption` beside the image, or from a `metadata.jsonl` or `metadata.csv`
 (`file_name`, `text`) of its folder or one above. A COCO set is `URI/captions.json` and the folder `URI/images`.
@@ -18,8 +18,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
-
-import pyarrow as pa
 
 from lidit.runtime.uris import shown
 from lidit.store import columns
@@ -63,27 +61,6 @@ from pipelines.sources.text_files import (
 TEXT_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of one folder the last one counts
 EARLIER_PROMPT_ID = re.compile(r":\d{7,}:[0-9a-f]{8}")  # after the file's name: the prompt's number and digest
-
-
-class Scenes(Listed):
-    """The demo world: scene i is made from seed i. What is true of it, a dense caption included, is its `truth`."""
-
-    fields = [*IMAGE_FIELDS, pa.field(columns.TRUTH, pa.string())]
-
-    def __init__(self, argument: str):
-        if not argument.isdecimal() or int(argument) < 1:
-            raise ValueError(f"source scenes:N: expected a number of scenes, received {argument!r}")
-        self.count = int(argument)
-
-    def items(self) -> list[Item]:
-        return [{"image_id": f"scene-{seed:08d}", "seed": seed} for seed in range(self.count)]
-
-    def record(self, item: Item) -> Record:
-        from demo.world import scenes
-
-        example = scenes.example(item["seed"], *scenes.image_size(item["seed"]))
-        values = {columns.TRUTH: example["truth"]}
-        return Record(item["image_id"], example["image_bytes"], example["caption_original"], values=values)
 
 
 class Folder(Listed):

@@ -89,7 +89,8 @@ def bare(kind: str, folder: str, check: str, store: str) -> dict[str, float]:
     """What an actor does to a row, one thing after the other."""
     from pipelines.engine.table import ColumnFileWriter, Table
     from pipelines.ingestion.worker import WINDOW_ROWS
-    from pipelines.sources.base import make_row, open_source
+    from pipelines.sources.base import make_row
+    from pipelines.sources.registry import open_source
 
     source, table = open_source(f"{kind}:{folder}"), Table(f"{store}/samples.lance")
     table.create(source.schema)

@@ -22,7 +22,8 @@ from pipelines import ingest
 from pipelines.engine.pool import ActorsConfig
 from pipelines.ingest import IngestConfig, TooManyErrors
 from pipelines.ingestion.filters import FiltersConfig
-from pipelines.sources.base import ColumnsConfig, open_source
+from pipelines.sources.base import ColumnsConfig
+from pipelines.sources.registry import open_source
 
 pytestmark = pytest.mark.integration
 TWO = ActorsConfig(min=2, max=2, num_cpus=0.5, num_gpus=0)

@@ -17,7 +17,7 @@ from pipelines.ingestion import worker as ingest_worker
 from pipelines.ingestion.dedup import Known
 from pipelines.ingestion.work import Work
 from pipelines.ingestion.worker import IngestWorker
-from pipelines.sources.base import open_source
+from pipelines.sources.registry import open_source
 from tests.table_rows import EMBEDS, ERROR, KEY, LENGTH, ROWS, write_rows
 
 

@@ -20,7 +20,8 @@ from pipelines.generation.prompt_sets import read_prompts
 from pipelines.ingestion import worker as ingest_worker
 from pipelines.sources import archives as sources_grouped
 from pipelines.sources import locations
-from pipelines.sources.base import MAX_JSON_BYTES, MAX_TEXT_BYTES, ColumnsConfig, Record, open_source
+from pipelines.sources.base import MAX_JSON_BYTES, MAX_TEXT_BYTES, ColumnsConfig, Record
+from pipelines.sources.registry import open_source
 
 pytestmark = pytest.mark.unit
 LONGEST = "a red bench " * (MAX_TEXT_BYTES // 12)

@@ -8,7 +8,8 @@ import pytest
 
 from pipelines.engine.summary import Summary
 from pipelines.ingest import TooManyErrors, _Pass
-from pipelines.sources.base import ColumnsConfig, open_source
+from pipelines.sources.base import ColumnsConfig
+from pipelines.sources.registry import open_source
 
 pytestmark = pytest.mark.unit
 ERROR = "ingest_error"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.engine.summary import Summary
-from pipelines.sources.base import open_source
+from pipelines.sources.registry import open_source
 from pipelines.sources.spelling import Spelling
 
 pytestmark = pytest.mark.unit

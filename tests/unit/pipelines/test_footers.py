@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipelines.sources.base import open_source
+from pipelines.sources.registry import open_source
 from tests.unit.pipelines.sources.test_tables import pairs, records, table, wanted
 
 pytestmark = pytest.mark.unit

@@ -11,7 +11,7 @@ from pipelines.engine.summary import Summary
 from pipelines.engine.table import ColumnFileWriter, Table
 from pipelines.ingest import IngestConfig
 from pipelines.ingestion.work import Work
-from pipelines.sources.base import open_source
+from pipelines.sources.registry import open_source
 
 pytestmark = pytest.mark.unit
 

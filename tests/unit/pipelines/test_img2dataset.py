@@ -6,7 +6,8 @@ import tarfile
 import pytest
 
 from pipelines.sources.archives import PlainFiles, WebDataset
-from pipelines.sources.base import USUAL_NAMES, open_source
+from pipelines.sources.base import USUAL_NAMES
+from pipelines.sources.registry import open_source
 from pipelines.sources.tables import Parquet
 from tests.ingest_rows import IMAGES, put_files
 

@@ -16,7 +16,8 @@ from pipelines.ingestion import worker as ingest_worker
 from pipelines.ingestion.done_pieces import DonePieces
 from pipelines.ingestion.filters import FiltersConfig
 from pipelines.ingestion.work import Work, options_of, packed
-from pipelines.sources.base import ColumnsConfig, Record, error_row, open_source
+from pipelines.sources.base import ColumnsConfig, Record, error_row
+from pipelines.sources.registry import open_source
 from tests.ingest_rows import total, write
 
 pytestmark = pytest.mark.unit

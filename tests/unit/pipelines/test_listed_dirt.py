@@ -7,7 +7,8 @@ import pytest
 
 from pipelines.engine.summary import Summary
 from pipelines.ingestion.listed_sizes import note_sizes, read_sizes
-from pipelines.sources.base import ERROR_FIELD, open_source
+from pipelines.sources.base import ERROR_FIELD
+from pipelines.sources.registry import open_source
 
 pytestmark = pytest.mark.unit
 BOM = "\ufeff"

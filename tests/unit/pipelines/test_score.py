@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from demo.plugins import SceneMetric
 from demo.world.prompts import exam_prompts, plain_scene
 from demo.world.scenes import render
 from lidit.store import columns
@@ -18,7 +19,6 @@ from pipelines.engine.pool import ActorsConfig
 from pipelines.evaluation.clip import ClipScore
 from pipelines.evaluation.fid import open_distance, open_features, result, update
 from pipelines.evaluation.intervals import estimate, mean_of_means, wilson
-from pipelines.evaluation.scenes import Scenes
 from pipelines.score import ScoreConfig, ScoreImages, Scores, main
 
 pytestmark = pytest.mark.unit
@@ -105,7 +105,7 @@ def test_scenes_summary_has_the_six_tasks_and_their_mean():
                     "prompt_record": json.dumps(record),
                 }
             )
-    figures = Scenes.summarise(rows)
+    figures = SceneMetric.summarise(rows)
     assert figures["counting"]["value"] == 0.5 and figures["position"]["value"] == 0
     assert figures["overall"]["value"] == pytest.approx(5 / 12)
     assert figures["overall (strict)"]["value"] == 0
@@ -123,7 +123,7 @@ def test_position_bias_is_told_by_quarter():
         }
         for number, found in enumerate([[True, True, False, False], [True, False, False, False]])
     ]
-    figures = Scenes.summarise(rows)
+    figures = SceneMetric.summarise(rows)
     assert [figures[f"position_bias, quarter {quarter}"]["value"] for quarter in (1, 2, 3, 4)] == [1, 0.5, 0, 0]
 
 
@@ -276,8 +276,43 @@ def test_scores_as_text_and_json():
     assert json.loads(scores.to_json())["scores"]["fid"]["value"] == 12.5
 
 
+OWN = """
+import pyarrow as pa
+from pipelines.evaluation.metric import Metric
+
+
+class Brightness(Metric):
+    name, reads, fields = "brightness", "prompt", {"brightness": pa.float64()}
+
+    def __init__(self, config, device):
+        pass
+
+    @classmethod
+    def fingerprint(cls, config):
+        return {}
+
+    def __call__(self, images, texts):
+        return {"brightness": [float(image.mean()) for image in images]}
+
+    @classmethod
+    def summarise(cls, rows):
+        return {"mean": sum(row["brightness"] for row in rows) / len(rows)}
+"""
+
+
+def test_a_metric_of_ones_own(tmp_path, monkeypatch, photo):
+    (tmp_path / "own_metrics").mkdir()
+    (tmp_path / "own_metrics" / "light.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = ScoreConfig(store=str(tmp_path), metrics=("own_metrics.light:Brightness",))
+    (field,) = ScoreImages.writes(config)
+    window = pa.record_batch({"image": pa.array([photo(1), photo(2)], pa.large_binary())})
+    made = ScoreImages(config)(window, [field.name])
+    assert field.name == "brightness" and all(0 < value < 255 for value in made.arrays["brightness"].to_pylist())
+
+
 def test_config_refuses_unknown_metrics():
-    with pytest.raises(ValueError, match="metrics: expected some of"):
+    with pytest.raises(ValueError, match="metrics: expected one of scenes, clip_score, fid, or package"):
         ScoreConfig(metrics=("psnr",))
 
 

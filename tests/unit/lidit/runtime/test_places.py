@@ -18,7 +18,7 @@ from pipelines.generate import GenerateConfig
 from pipelines.ingest import IngestConfig
 from pipelines.preprocess import PreprocessConfig
 from pipelines.score import ScoreConfig
-from pipelines.sources.base import open_source
+from pipelines.sources.registry import open_source
 from trainer.config import PhaseConfig, TrainConfig
 from trainer.export import ExportConfig
 

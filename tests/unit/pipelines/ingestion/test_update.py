@@ -18,8 +18,9 @@ from pipelines.ingestion.listed_sizes import note_sizes, read_sizes
 from pipelines.ingestion.update import UpdateWorker, _Committer, units_of
 from pipelines.ingestion.work import Work
 from pipelines.sources import files as sources_listed
-from pipelines.sources.base import ERROR_FIELD, MAX_TEXT_BYTES, open_source
+from pipelines.sources.base import ERROR_FIELD, MAX_TEXT_BYTES
 from pipelines.sources.image_check import check_image, digest
+from pipelines.sources.registry import open_source
 from tests.unit.pipelines.conftest import Near
 
 pytestmark = pytest.mark.unit

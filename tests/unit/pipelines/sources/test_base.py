@@ -1,29 +1,11 @@
-"""What all sources share: specs, identities, records that become rows."""
+"""What all sources share: identities, records that become rows."""
 
 import pytest
 
 from lidit.store import columns
-from pipelines.sources.base import ColumnsConfig, Record, error_row, make_row, open_source
+from pipelines.sources.base import Record, error_row, make_row
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.mark.parametrize("spec", ["", "prompts", "prompts:", "nothing:x", ":x", "/a/path", "s3://b/k"])
-def test_unknown_spec(spec):
-    with pytest.raises(ValueError, match=r"expected one of scenes:N, folder:URI, .*img2dataset:PATH; received"):
-        open_source(spec)
-
-
-@pytest.mark.parametrize("spec", ["scenes:3", "folder:/", "prompts:a.txt"])
-def test_column_names_are_for_sources_that_have_some(spec):
-    with pytest.raises(ValueError, match=r"columns.\*: expected with webdataset, parquet, lance, hf, img2dataset only"):
-        open_source(spec, ColumnsConfig(image="jpg"))
-
-
-@pytest.mark.parametrize("kind", ["webdataset", "parquet", "lance", "hf", "img2dataset"])
-def test_nothing_there(kind, tmp_path):
-    with pytest.raises(ValueError, match=f"source {kind}:.*expected"):
-        open_source(f"{kind}:{tmp_path}/none").pieces()
 
 
 def test_identity_is_of_content_not_of_place():

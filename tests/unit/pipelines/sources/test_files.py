@@ -10,7 +10,8 @@ from lidit.store import columns
 from pipelines.engine.table import ColumnFileWriter, Table
 from pipelines.ingestion.work import new_items
 from pipelines.sources import files as sources_listed
-from pipelines.sources.base import ERROR_FIELD, open_source
+from pipelines.sources.base import ERROR_FIELD
+from pipelines.sources.registry import open_source
 
 pytestmark = pytest.mark.unit
 

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from pipelines.sources.base import open_source
+from pipelines.sources.registry import open_source
 from tests.unit.pipelines.sources.test_tables import images, pairs, records, wanted
 
 pytestmark = pytest.mark.unit

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.sources.base import USUAL_NAMES, ColumnsConfig, open_source
+from pipelines.sources.base import USUAL_NAMES, ColumnsConfig
+from pipelines.sources.registry import open_source
 from pipelines.sources.tables import BATCH_BYTES, READ_ROWS, Parquet, _rows_at_a_time, table_names, table_records
 
 pytestmark = pytest.mark.unit
@@ -333,7 +334,7 @@ MB = 1 << 20
 PEAK = """
 import sys
 from pathlib import Path
-from pipelines.sources.base import open_source
+from pipelines.sources.registry import open_source
 
 def peak():  # what getrusage tells begins with what the parent had
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])

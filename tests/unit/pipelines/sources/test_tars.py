@@ -13,7 +13,7 @@ import pytest
 
 from pipelines.sources import archives as sources_grouped
 from pipelines.sources import compression, tars
-from pipelines.sources.base import open_source
+from pipelines.sources.registry import open_source
 
 pytestmark = pytest.mark.unit
 
