@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 TRAIN := $(BIN)/python trainer/train.py --store ./store --data.text_mix '{caption: 0.5, caption_original: 0.5}' --phases.0.steps 200
 
 demo: $(STAMP)  ## 1,000 rendered scenes: captioned, embedded by two tiny LLMs, encoded, verified; a small LI-DiT trained on them
+	$(BIN)/lidit demo --store ./store
 	$(BIN)/python pipelines/embed.py --store ./store --text '[caption,caption_original]'
 	$(BIN)/python pipelines/latents.py --store ./store
 	$(BIN)/python pipelines/verify.py --store ./store --sample 32

@@ -22,6 +22,7 @@ from lidit.runtime.places import settled
 from lidit.runtime.printable import printable_streams
 
 JOBS = {
+    "demo": ("demo.store", "the demo's store: rendered scenes, described; to try everything else on"),
     "ingest": ("pipelines.ingest", "rows of a source -> the samples table"),
     "recaption": ("pipelines.recaption", "images -> captions by a vision-language model, behind a quality gate"),
     "embed": ("pipelines.embed", "text columns -> prompt embeddings of several LLMs"),
@@ -40,6 +41,8 @@ JOBS = {
     "sample": ("lidit.sample", "trained weights and a prompt -> images"),
     "info": ("lidit.info", "a model's parameters and FLOPs, part by part"),
 }
+ON_THE_DEMO = ("embed", "latents")
+"""Jobs that, called with no argument at all, are shown on the demo's store, which is made first."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +65,8 @@ def _run(argv: list[str]) -> int:
     try:
         config = parse_config(argv[0], module, argv[1:])
         with _stdout_to_stderr() as stdout, _ray_of_its_own():
+            if argv == argv[:1] and argv[0] in ON_THE_DEMO:
+                _make_demo(argv[0])
             summary = module.main(settled(config))
             print(summary.to_text(), file=sys.stderr)
             print(summary.to_json(), file=stdout, flush=True)
@@ -78,6 +83,15 @@ def _run(argv: list[str]) -> int:
     except Exception:  # a fault of lidit's own
         traceback.print_exc()
         return 1
+
+
+def _make_demo(job: str) -> None:
+    """Makes the demo's store in ./store, unless somebody's own rows are there."""
+    demo = importlib.import_module(JOBS["demo"][0])
+    config = demo.DemoConfig()
+    if demo.may_be_ours(config.store):
+        print(f"lidit {job}: no arguments, so this is the demo: its store is {config.store}", file=sys.stderr)
+        print(demo.main(config).to_text(), file=sys.stderr)
 
 
 def parse_config(job: str, module: Any, argv: list[str]) -> Any:

@@ -3,8 +3,7 @@
 `<text>` -> `<text>_embeds_<encoder>`, `<text>_length_<encoder>`, `<text>_truncated_<encoder>` for every text column and
 encoder of the config, and one row per encoder in `encoders.lance` (its fingerprint, `instruction_embeds`, `null_embeds`).
 All encoders ride one read of the text and are committed together: the fused feature row. Run again to resume.
-With no arguments it embeds the demo world with the two tuned LLMs of `demo/encoders`: scenes are ingested into ./store and
-described by the demo's VLM first, where that is not done yet.
+With no argument at all it embeds the demo's store with the two tuned LLMs of `demo/encoders`, and makes that store first.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from lidit.frozen.text import EncoderConfig, PromptEncoder
 from lidit.store import columns
 from lidit.store.codec import bytes_per_token, decode_bytes, excess
 from lidit.store.fingerprints import comparable
-from pipelines.engine.field_prints import field_differences
 from pipelines.engine.stage import StageConfig, run_stage
 from pipelines.engine.summary import Summary
 from pipelines.engine.table import UNCOMPRESSED, Table
@@ -37,7 +35,6 @@ WINDOW_ROWS = (256, 8192)  # at least, at most
 DEMO_ENCODERS = tuple(
     EncoderConfig(name, model=f"demo/encoders/{name}-tuned", dtype="fp32") for name in ("llama", "qwen")
 )
-DEMO_SCENES = 1000
 
 
 @dataclass(frozen=True)
@@ -280,31 +277,8 @@ def _check_row(row: dict[str, Any], encoder: PromptEncoder) -> bool:
     return True
 
 
-def make_demo_world(config: EmbedConfig) -> None:
-    """Scenes into a store that is not there yet, and captions for scenes that have none: what the demo's LLMs are to read."""
-    from pipelines import ingest, recaption
-
-    samples = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
-    if not samples.exists():
-        done = ingest.main(ingest.IngestConfig(store=config.store, source=f"scenes:{DEMO_SCENES}"))
-        print(done.to_text(), file=sys.stderr)
-    schema = samples.open().schema
-    if (
-        columns.CAPTION not in config.text
-        or columns.TRUTH not in schema.names
-        or not samples.missing([columns.CAPTION])
-    ):
-        return
-    job = recaption.RecaptionConfig(store=config.store, actors=config.actors, commit=config.commit)
-    ours = recaption.Recaption.writes(job)[0]
-    if ours.name not in schema.names or not field_differences(schema.field(ours.name), ours, columns.META_FINGERPRINT):
-        print(recaption.main(job).to_text(), file=sys.stderr)  # begun by another VLM: that one's work is to finish
-
-
 def main(config: EmbedConfig) -> Summary:
-    """Runs the job. With the demo's encoders it makes the demo world first, where that is missing."""
-    if tuple(config.encoders) == DEMO_ENCODERS and not (config.dry_run or config.stamp):
-        make_demo_world(config)
+    """Runs the job."""
     return run_stage(EmbedPrompts, config)
 
 

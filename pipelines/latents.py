@@ -3,7 +3,7 @@
 `image` -> `bucket` (`HEIGHTxWIDTH` in pixels, of about `resolution`^2) and `latents` (the autoencoder's mean, scaled as
 training wants it), or `latent_moments` (mean and deviation) by option. An image that cannot be used has nulls and a reason
 in `latents_error`. Run again to resume.
-With no arguments it encodes the demo world in ./store with `demo/vae`.
+With no argument at all it encodes the demo's store with `demo/vae`, and makes that store first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lidit.store import codec, columns
 from lidit.store.buckets import Bucket, bucket_name, make_buckets, nearest_bucket
 from pipelines.engine.stage import StageConfig, run_stage
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import UNCOMPRESSED, Table
+from pipelines.engine.table import UNCOMPRESSED
 from pipelines.engine.worker import READS, Columns
 
 DEMO_VAE = "demo/vae"
@@ -318,13 +318,7 @@ def _stack(waiting: list[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray
 
 
 def main(config: LatentsConfig) -> Summary:
-    """Runs the job. The demo world is ingested first where its store is empty."""
-    samples = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
-    if config.model == DEMO_VAE and not samples.exists() and not (config.dry_run or config.stamp):
-        from pipelines import ingest
-        from pipelines.embed import DEMO_SCENES
-
-        ingest.main(ingest.IngestConfig(store=config.store, source=f"scenes:{DEMO_SCENES}"))
+    """Runs the job."""
     return run_stage(EncodeLatents, config)
 
 

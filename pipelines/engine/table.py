@@ -165,7 +165,11 @@ class Table:
     def open(self, version: int | None = None) -> lance.LanceDataset:
         """The newest version, or the given one."""
         if not self.exists():
-            raise ValueError(f"no table at {self.uri}: ingest rows first (`lidit ingest --store DIR --source SPEC`)")
+            store = self.uri.rpartition("/")[0]
+            raise ValueError(
+                f"no table at {self.uri}: ingest rows first (`lidit ingest --store {store} --source SPEC`), or make the "
+                f"demo's (`lidit demo --store {store}`)"
+            )
         return outlast(lambda: lance.dataset(self.uri, version=version), f"opening {self.uri}")
 
     # -- rows ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from demo import store
 from demo.world.caption_check import check_caption
+from lidit import cli
 from lidit.frozen.text import EncoderConfig
 from pipelines import embed, ingest, recaption, verify
 from pipelines.captioning.request import CaptionRequest, prompt_text
@@ -128,15 +131,31 @@ def test_both_captions_are_embedded_in_one_run_and_equal_texts_once(world: Any, 
 def test_the_demo_world_is_made_in_one_command(
     world: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`python pipelines/embed.py` with no arguments, on fewer scenes: ingest, recaption, embed."""
-    monkeypatch.setattr(embed, "DEMO_SCENES", 12)
+    """What `lidit embed` with no argument at all does, on fewer scenes: ingest, recaption, embed."""
+    monkeypatch.setattr(store, "DemoConfig", functools.partial(store.DemoConfig, scenes=12, actors=ONE))
+    monkeypatch.chdir(world.store.parent)
+    assert world.store.name == "store"
+    cli._make_demo("embed")
     config = embed.EmbedConfig(store=str(world.store), text=("caption", "caption_original"), actors=ONE)
     assert embed.main(config).rows == 12
     rows = world.rows().values()
     assert all(row["caption_embeds_llama"] and row["caption_embeds_qwen"] for row in rows if row["caption"])
     assert sum(row["caption_status"] == "ok" for row in rows) >= 10
-    assert "recaption: done, 12 rows" in capsys.readouterr().err
-    assert embed.main(config).fragments == 0 and "recaption" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("lidit embed: no arguments, so this is the demo: its store is ./store\n")
+    assert "recaption: done, 12 rows" in said
+    cli._make_demo("latents")
+    assert "recaption: done, 0 rows" in capsys.readouterr().err and embed.main(config).fragments == 0
+    assert world.table.count_rows() == 12
+
+
+def test_somebody_s_own_rows_are_never_the_demo_s(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.ingest(world.prompts(2), 2)
+    monkeypatch.chdir(world.store.parent)
+    cli._make_demo("embed")
+    assert world.table.count_rows() == 2
+    with pytest.raises(ValueError, match=r"store: .* has rows that are none of the demo's"):
+        store.main(store.DemoConfig(str(world.store)))
 
 
 def test_a_server_of_the_protocol_gives_the_same_captions_and_its_key_stays_secret(
