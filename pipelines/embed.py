@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lidit.frozen.text import EncoderConfig, PromptEncoder
+from lidit.frozen.text import DEMO_ENCODERS, EncoderConfig, PromptEncoder
 from lidit.store import columns
 from lidit.store.codec import bytes_per_token, decode_bytes, excess
 from lidit.store.fingerprints import comparable
@@ -32,9 +32,6 @@ from pipelines.engine.worker import READS, Columns
 WINDOW_BYTES = 512 << 20  # of embeddings that one window may make, at `TYPICAL_TOKENS` a prompt
 TYPICAL_TOKENS = 64
 WINDOW_ROWS = (256, 8192)  # at least, at most
-DEMO_ENCODERS = tuple(
-    EncoderConfig(name, model=f"demo/encoders/{name}-tuned", dtype="fp32") for name in ("llama", "qwen")
-)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from lidit.frozen.text import EncoderConfig
+from lidit.frozen.text import DEMO_ENCODERS, EncoderConfig
 from lidit.runtime.uris import check_config
-from pipelines.embed import DEMO_ENCODERS
 from pipelines.evaluation.intervals import NORMAL
 from pipelines.evaluation.linear_probe import Reading, Split, read_labels, split_rows
 from pipelines.evaluation.probe_states import Pooled, Way, pooled_states, ways_of

@@ -91,6 +91,12 @@ class EncoderConfig:
         codec.check_codec(self.codec)
 
 
+DEMO_ENCODERS = tuple(
+    EncoderConfig(name, model=f"demo/encoders/{name}-tuned", dtype="fp32") for name in ("llama", "qwen")
+)
+"""Two tiny LLMs that come with lidit: what jobs take where nothing else is asked for."""
+
+
 class PromptEncoder:
     """A frozen text model that turns prompts into `prompt_embeds`.
 

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from lidit.frozen.text import EncoderConfig
+from lidit.frozen.text import DEMO_ENCODERS, EncoderConfig
 from lidit.runtime.places import absolute, model_place, settled, source_place, store_place
 from pipelines import ingest
-from pipelines.embed import DEMO_ENCODERS, EmbedConfig
+from pipelines.embed import EmbedConfig
 from pipelines.engine.table import Table
 from pipelines.generate import GenerateConfig
 from pipelines.ingest import IngestConfig
