@@ -1,8 +1,8 @@
 """`EndpointCaptioner`: captions from any server that speaks the OpenAI protocol (vLLM, SGLang, `transformers serve`, ...).
 
-Requests go out from a bounded number of threads. What may pass (no connection, a timeout, 408, 409, 425, 429, 5xx, an answer
-that is not of the protocol) is tried again after a pause that doubles each time and has a random part, or that the server
-asked for. When a request has used up its tries, the server is asked for its list of models:
+Requests go out from a bounded number of threads. The `openai` client retries what may pass (no connection, a timeout, 408,
+409, 429, 5xx, an answer that is not of the protocol) with exponential backoff and jitter, or after the server's `Retry-After`.
+When a request has used up its tries, the server is asked for its list of models:
 
 - it answers: the server lives, so this request is a row error (too many of those stop the job, as everywhere);
 - it does not: `Unavailable` stops the job. What is committed is kept; the same command goes on.
@@ -17,8 +17,8 @@ in a pickle, and it is struck out of every message.
 from __future__ import annotations
 
 import base64
+import importlib
 import os
-import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -34,10 +34,9 @@ from pipelines.engine.worker import Unavailable
 
 NO_KEY = "none"  # sent where the environment has no key: servers of one's own mostly want none
 SEED_BITS = 31  # what every server takes
-PASSES = {408, 409, 425, 429}  # and 5xx: worth another try
+PASSES = {408, 409, 429}  # and 5xx: the client has tried again
 FATAL = {401: "the key", 403: "the key", 404: "endpoint.url and endpoint.model"}  # status -> what to look at
 GATEWAY = {502, 503, 504}  # what stands in front of the server says that it is not there
-LONGEST_PAUSE = 60.0  # seconds between two tries
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,8 @@ class EndpointConfig:
     """Requests in flight at once, per actor."""
     timeout_seconds: float = 120.0
     """Longest wait for an answer."""
-    tries: int = 6
-    """Of a request at most, before it counts as failed."""
-    first_pause_seconds: float = 1.0
-    """Pause before the second try, drawn between half and all of it; it doubles with every further one, up to a minute."""
+    tries: int = 8
+    """Tries of a request before it counts as failed; by default they span about half a minute."""
 
     def __post_init__(self) -> None:
         address, _, query = self.url.partition("?")
@@ -71,8 +68,10 @@ class EndpointConfig:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"endpoint.url: expected http(s)://HOST[:PORT]/v1, received {self.url!r}")
-        if self.concurrency < 1 or self.tries < 1 or self.timeout_seconds <= 0 or self.first_pause_seconds < 0:
-            raise ValueError(f"endpoint: expected concurrency and tries >= 1 and seconds above 0, received {self}")
+        if self.concurrency < 1 or self.tries < 1 or self.timeout_seconds <= 0:
+            raise ValueError(
+                f"endpoint: expected concurrency and tries >= 1 and timeout_seconds above 0, received {self}"
+            )
 
 
 class EndpointCaptioner:
@@ -99,10 +98,14 @@ class EndpointCaptioner:
         self._openai = openai
         self._key = os.environ.get(config.key_variable, "").strip()
         self._client = openai.OpenAI(
-            base_url=config.url, api_key=self._key or NO_KEY, timeout=config.timeout_seconds, max_retries=0
+            base_url=config.url,
+            api_key=self._key or NO_KEY,
+            timeout=config.timeout_seconds,
+            max_retries=config.tries - 1,
+            http_client=openai.DefaultHttpxClient(event_hooks={"response": [_check_answer]}),
         )
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._over: Unavailable | None = None  # why no request is sent any more
 
     def __reduce__(self) -> Any:
         raise TypeError("an EndpointCaptioner holds a key and is not to be pickled: make one where it is needed")
@@ -116,58 +119,54 @@ class EndpointCaptioner:
         Raises:
             Unavailable: the server cannot be reached, or refuses everything.
         """
-        self._stop.clear()
+        self._over = None
         with ThreadPoolExecutor(self.config.concurrency) as pool:
-            futures = [pool.submit(self._answer, request) for request in requests]
-            try:
-                answers = [future.result() for future in futures]
-            except BaseException:
-                self._stop.set()  # those that pause wake up and end
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            answers = list(pool.map(self._answer, requests))
         self.counts["tokens"] += sum(answer.tokens for answer in answers)
         return answers
 
     def _answer(self, request: CaptionRequest) -> CaptionAnswer:
-        """One request, tried again as long as that may help."""
+        """One request, with the client's retries."""
+        if self._over is not None:
+            raise self._over
         try:
             data, mime = sendable(request.image, self.image_side, request.blank)
         except ImageError as error:
             return CaptionAnswer(error=str(error))
         body = self._body(request, f"data:{mime};base64,{base64.b64encode(data).decode()}")
-        for attempt in range(self.config.tries):
-            failure, pause = "", None
-            try:
-                return self._read(self._client.chat.completions.with_raw_response.create(**body))
-            except _NoAnswer as error:
-                failure = str(error)
-            except self._openai.APIStatusError as error:
-                if error.status_code in FATAL:
-                    raise Unavailable(self._message(error, f"look at {FATAL[error.status_code]}")) from None
-                if error.status_code not in PASSES and error.status_code < 500:
-                    return CaptionAnswer(error=self._clean(f"the endpoint refuses it: {_status(error)}"))
-                failure, pause = _status(error), _asked_pause(error)
-            except self._openai.APIConnectionError as error:  # timeouts among them
-                failure = f"{type(error).__name__}: {error.__cause__ or error}"
-            except self._openai.APIError as error:  # an answer that is none of the protocol
-                failure = f"{type(error).__name__}: {error}"
-            with self._lock:
-                self.counts["endpoint_retries"] += 1
-            if attempt + 1 < self.config.tries and self._stop.wait(self._pause(attempt) if pause is None else pause):
-                raise Unavailable("stopped with the others")
+        try:
+            response = self._client.chat.completions.with_raw_response.create(**body)
+            self._count_retries(response.retries_taken)
+            return _read(response.http_response)
+        except self._openai.APIStatusError as error:
+            failure = f"HTTP {error.status_code}, {str(error.message)[:200]}"
+            if error.status_code in FATAL:
+                advice = f"look at {FATAL[error.status_code]}"
+                raise self._unavailable(f"the endpoint {self.config.url} refuses: {failure}; {advice}") from None
+            if error.status_code not in PASSES and error.status_code < 500:
+                return CaptionAnswer(error=self._clean(f"the endpoint refuses it: {failure}"))
+        except self._openai.APIError as error:  # no connection, a timeout, an answer that is none of the protocol
+            failure = f"{type(error).__name__}: {error.__cause__ or error}"
+        self._count_retries(self.config.tries - 1)
         if self._lives():
             return CaptionAnswer(error=self._clean(f"the endpoint failed {self.config.tries} times: {failure}"))
-        raise Unavailable(
-            self._clean(
-                f"the endpoint {self.config.url} gave no answer in {self.config.tries} tries: {failure}. What is committed is "
-                f"kept; run the same command again when it is up"
-            )
+        raise self._unavailable(
+            f"the endpoint {self.config.url} gave no answer in {self.config.tries} tries: {failure}. What is committed is "
+            f"kept; run the same command again when it is up"
         )
 
+    def _unavailable(self, reason: str) -> Unavailable:
+        self._over = Unavailable(self._clean(reason))
+        return self._over
+
+    def _count_retries(self, retries: int) -> None:
+        with self._lock:
+            self.counts["endpoint_retries"] += retries
+
     def _lives(self) -> bool:
-        """Whether a server answers at all, and not a gateway in its place."""
+        """Tells whether a server answers at all, and not a gateway in its place."""
         try:
-            self._client.models.list()
+            self._client.with_options(max_retries=0).models.list()
         except self._openai.APIStatusError as error:
             return error.status_code not in GATEWAY
         except self._openai.APIError:
@@ -183,43 +182,28 @@ class EndpointCaptioner:
             "seed": request.seed & ((1 << SEED_BITS) - 1),
         }
 
-    def _read(self, response: Any) -> CaptionAnswer:
-        """The protocol's answer; raises _NoAnswer where it is none."""
-        try:
-            completion = response.parse()
-            choice = completion.choices[0]
-            text, finish = choice.message.content, choice.finish_reason
-            tokens = completion.usage.completion_tokens if completion.usage else 0
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
-            begin = response.text[:120] if hasattr(response, "text") else ""
-            raise _NoAnswer(f"an answer that is not of the protocol ({type(error).__name__}): {begin!r}") from None
-        if text is not None and not isinstance(text, str):
-            raise _NoAnswer(f"a message that is no text: {text!r:.120}")
-        return CaptionAnswer((text or "").strip(), int(tokens or 0), finish == "length")
-
-    def _pause(self, attempt: int) -> float:
-        longest = min(LONGEST_PAUSE, self.config.first_pause_seconds * 2**attempt)
-        return random.uniform(longest / 2, longest)  # not all at the same moment
-
-    def _message(self, error: Any, advice: str) -> str:
-        return self._clean(f"the endpoint {self.config.url} refuses: {_status(error)}; {advice}")
-
     def _clean(self, text: str) -> str:
         """The text without the key and other secrets, should a server or a library have put them there."""
         return shown(text.replace(self._key, "***") if self._key else text)
 
 
-class _NoAnswer(Exception):
-    """The server sent something else than an answer."""
+def _check_answer(response: Any) -> None:
+    """Hook of the HTTP client: an answer that is not of the protocol raises, so that it is retried as a lost connection is."""
+    if response.request.method == "POST" and response.is_success:
+        response.read()
+        _read(response)
 
 
-def _status(error: Any) -> str:
-    return f"HTTP {error.status_code}, {str(error.message)[:200]}"
-
-
-def _asked_pause(error: Any) -> float | None:
-    """Seconds that the server asks to wait (`Retry-After`), None where it does not say."""
+def _read(response: Any) -> CaptionAnswer:
+    """HTTP response of a chat completion -> its answer. Raises `RequestError` of its library where it is none."""
     try:
-        return min(LONGEST_PAUSE, max(0.0, float(error.response.headers["retry-after"])))
-    except (KeyError, ValueError):
-        return None
+        completion = response.json()
+        choice, usage = completion["choices"][0], completion.get("usage") or {}
+        text, cut_off = choice["message"].get("content"), choice.get("finish_reason") == "length"
+        return CaptionAnswer((text or "").strip(), int(usage.get("completion_tokens") or 0), cut_off)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"an answer that is not of the protocol ({type(error).__name__}): {response.text[:120]!r}"
+        library = importlib.import_module(
+            type(response).__module__.partition(".")[0]
+        )  # httpx, or httpx2 since openai 3
+        raise library.RequestError(reason, request=response.request) from None
