@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -24,7 +24,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lidit.frozen.batching import to_host
+from lidit.frozen.batching import one_ahead, to_host
 from lidit.frozen.vae import DTYPES, VAE
 from lidit.images.pixels import MAX_PIXELS, RULES, ImageError, bucket_pixels, open_image, to_unit_range, upright_size
 from lidit.store import codec, columns
@@ -174,7 +174,8 @@ class EncodeLatents:
         made = _Made(self.config.latents_column)
         start = time.perf_counter()
         futures = [self.threads.submit(self._decode, images[first[index]].as_buffer()) for index in range(len(first))]
-        for indices, latents in self._encoded(self._batches(futures, made)):
+        batches = self._batches(futures, made)
+        for indices, latents in one_ahead((indices, self._launch(pixels)) for indices, pixels in batches):
             made.add(indices, latents)
         made.counts |= {"images": len(made.packed), "call_seconds": time.perf_counter() - start}
         return made.columns(place, self.config, wanted)
@@ -207,17 +208,6 @@ class EncodeLatents:
             yield _stack(waiting[bucket])
 
     @torch.inference_mode()
-    def _encoded(self, batches: Iterable[tuple[list[int], np.ndarray]]) -> Iterator[tuple[list[int], Packed]]:
-        """While one batch computes on a GPU, the one before is copied and given out, and the next one is put together."""
-        previous: tuple[list[int], Packed] | None = None
-        for indices, pixels in batches:
-            launched = (indices, self._launch(pixels))
-            if previous is not None:
-                yield previous
-            previous = launched
-        if previous is not None:
-            yield previous
-
     def _launch(self, pixels: np.ndarray) -> Packed:
         """uint8 (B, height, width, 3) -> its latents, packed, on the way to the host."""
         start = time.perf_counter()

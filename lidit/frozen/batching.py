@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Launched = TypeVar("Launched")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,16 @@ def plan_batches(lengths: np.ndarray, batch_tokens: int, overhead_tokens: int = 
         batches.extend(group[first : first + size] for first in reversed(range(0, len(group), size)))
         end = start[end]
     return batches[::-1]
+
+
+def one_ahead(launched: Iterable[Launched]) -> Iterator[Launched]:
+    """Yields each item after the next one was launched: a batch is read while the one after it computes."""
+    waiting: deque[Launched] = deque()
+    for item in launched:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def finish_batch(rows: np.ndarray, lengths: list[int], copies: list[Tensor], event: Any, slots: int) -> EncodedBatch:

@@ -27,7 +27,7 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lidit.frozen.batching import EncodedBatch, finish_batch, plan_batches, to_host
+from lidit.frozen.batching import EncodedBatch, finish_batch, one_ahead, plan_batches, to_host
 from lidit.frozen.early_exit import (
     EarlyExit,
     SharedPrefixLayer,
@@ -341,17 +341,16 @@ class PromptEncoder:
 
         `batch_tokens` bounds B * L of a batch. While one batch computes on a GPU, the one before is copied and given out.
         """
-        previous = None
-        for rows in plan_batches(np.array([len(tokens) for tokens in ids]), batch_tokens):
+
+        def launch(rows: np.ndarray) -> tuple[np.ndarray, list[int], list[Tensor], Any, int]:
             prompt_embeds, prompt_mask = self.forward([ids[row] for row in rows])
             states = prompt_embeds[prompt_mask]  # (T, E)
             copies = [to_host(codec.encode(states, self.config.codec)), to_host(torch.isfinite(states).all(dim=1))]
             event = torch.cuda.Event() if self.device.type == "cuda" else None
             if event is not None:
                 event.record()
-            launched = (rows, [len(ids[row]) for row in rows], copies, event, prompt_mask.numel())
-            if previous is not None:
-                yield finish_batch(*previous)
-            previous = launched
-        if previous is not None:
-            yield finish_batch(*previous)
+            return rows, [len(ids[row]) for row in rows], copies, event, prompt_mask.numel()
+
+        batches = plan_batches(np.array([len(tokens) for tokens in ids]), batch_tokens)
+        for launched in one_ahead(map(launch, batches)):
+            yield finish_batch(*launched)

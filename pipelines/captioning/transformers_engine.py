@@ -26,7 +26,7 @@ import transformers
 from PIL import Image
 from transformers import LogitsProcessorList
 
-from lidit.frozen.batching import plan_batches
+from lidit.frozen.batching import one_ahead, plan_batches
 from lidit.frozen.loading import load_config, load_model, load_processor
 from lidit.images.pixels import ImageError
 from lidit.runtime.model_files import config_digest, processor_digest, resolve_model, tokenizer_digest, weights_digest
@@ -187,11 +187,8 @@ class Captioner:
                 inputs = self.inputs(images, [requests[row].prompt for row in usable]) if usable else None
                 return usable, inputs, errors
 
-            ahead = [preparing.submit(prepare, batch) for batch in batches[:1]]
-            for position in range(len(batches)):
-                done = ahead.pop().result()
-                ahead += [preparing.submit(prepare, batch) for batch in batches[position + 1 : position + 2]]
-                yield done
+            for prepared in one_ahead(preparing.submit(prepare, batch) for batch in batches):
+                yield prepared.result()
 
     def inputs(self, images: list[Image.Image], prompts: list[str]) -> Any:
         """Images and what is asked of each -> the model's inputs on the host: input_ids, attention_mask (B, L), pixels."""

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lidit.frozen.batching import plan_batches
+from lidit.frozen.batching import one_ahead, plan_batches
 
 pytestmark = pytest.mark.unit
 
@@ -114,3 +114,10 @@ def test_overhead_trades_padding_for_batches():
     lengths = np.random.default_rng(0).integers(1, 257, 2000)
     few, many = plan_batches(lengths, 8192, 2000), plan_batches(lengths, 8192, 0)
     assert len(few) < len(many) and slots(few, lengths) > slots(many, lengths) == lengths.sum()
+
+
+def test_one_ahead_gives_out_a_batch_once_the_next_is_launched():
+    launched = []
+    items = one_ahead(launched.append(number) or number for number in range(3))
+    assert [(item, list(launched)) for item in items] == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
+    assert list(one_ahead([7])) == [7] and list(one_ahead([])) == []
