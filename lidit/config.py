@@ -24,22 +24,22 @@ class LIDiTConfig:
     encoders: dict[str, int]
     """Hidden width E of every text encoder, by name. One refiner branch each; the order is the context's."""
     depth: int
-    """DiT blocks."""
+    """Number of DiT blocks."""
     width: int
-    """D, of the DiT and of the refiners."""
+    """Model width D, of the DiT and the refiners."""
     heads: int
-    """N, in the DiT and in the refiners; D / N channels each."""
+    """Attention heads N, in the DiT and the refiners; each has D / N channels."""
     in_channels: int = 16
-    """C, channels of the latents."""
+    """Latent channels C."""
     patch_size: int = 2
-    """P, latent pixels along a side of one image token."""
+    """Patch size p: latent pixels along a side of an image token."""
     ffn_ratio: int = 4
-    """F / D: width of every feed-forward layer."""
+    """Width of every feed-forward layer, as a multiple F / D of the model's."""
     instruction: Instruction = "kept"
     """`kept`: the instruction's tokens go through both refiners and are cut off after. `cut`: the refiners do not see
     them. A text model that was given no instruction has an empty one, (0, E): then the two are the same."""
     refiner_blocks: int = 2
-    """Blocks of each linguistic refiner; 0 leaves its input projection alone."""
+    """Number of blocks of each linguistic refiner; 0 leaves its input projection alone."""
     refiner_attention: RefinerAttention = "full"
     """Attention in the linguistic refiner: a token sees every token, or, `causal`, those before it."""
     refiner_gate: bool = True
@@ -93,7 +93,7 @@ class LIDiTConfig:
         return self.fusion == "collaborative" and len(self.encoders) > 1
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON-able values."""
+        """Returns all fields as JSON-able values."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -43,7 +43,7 @@ class SamplerConfig:
     shift: float | None = None
     """flow: shift of the sigmas towards noise; by default the one that the weights were trained with."""
     spacing: Literal["linear", "diffusers", "diffusers_dynamic"] = "linear"
-    """flow: which sigmas, see `flow_sigmas`."""
+    """flow: spacing of the sigmas, see `flow_sigmas`."""
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:

@@ -122,7 +122,7 @@ def load_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> LIDiT:
-    """Reads a model, ready for inference.
+    """Loads a model, ready for inference.
 
     The model is laid out without memory first and takes the file's tensors as its own, so there is one copy of them. On the
     CPU, and without `dtype`, that copy is the mapped file itself.
@@ -154,17 +154,17 @@ def load_weights(
 
 
 def from_pretrained(path: str | Path, **options: Any) -> LIDiT:
-    """The trained `LIDiT` alone; options and errors as of `load_weights`. To make images: `lidit.TextToImage`."""
+    """Loads the trained `LIDiT` alone; options and errors as of `load_weights`. To make images: `lidit.TextToImage`."""
     return load_weights(path, **options)
 
 
 def resolve_weights(path: str | Path, revision: str | None = None) -> Path:
-    """A weights folder, or a hub id with a pinned commit -> the folder. Raises ValueError unless all its files are whole."""
+    """Finds the folder of weights, or of a hub id with a pinned commit. Raises ValueError unless all its files are whole."""
     return resolve_model(str(path), revision, FILES)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of a weights folder. Raises ValueError where there is none that this version can read."""
+    """Reads `config.json` of a weights folder. Raises ValueError where there is none that this version can read."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder}: expected a weights folder, as `save_weights` writes it; it has no {CONFIG_FILE}")
@@ -180,7 +180,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def expected_shapes(config: LIDiTConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight of a model with this config; no memory is taken for them."""
+    """Returns name -> shape of every weight of a model with this config; allocates no memory for them."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in LIDiT(config).state_dict().items()}
 

@@ -16,17 +16,17 @@ SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 def load_config(folder: Path) -> Any:
-    """The config of a model folder. Raises ValueError where it is of no architecture that transformers itself has."""
+    """Loads the config of a model folder. Raises ValueError where it is of no architecture that transformers itself has."""
     return _from_folder(transformers.AutoConfig, folder)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder. Raises ValueError where it is of no class that transformers itself has."""
+    """Loads the tokenizer of a model folder. Raises ValueError where it is of no class that transformers itself has."""
     return _from_folder(transformers.AutoTokenizer, folder)
 
 
 def load_processor(folder: Path, loader: Any = transformers.AutoProcessor) -> Any:
-    """The processor (of images, of images and text) of a model folder.
+    """Loads the processor (of images, of images and text) of a model folder.
 
     Raises:
         ValueError: it is of no class that transformers itself has, or its files are not there or hold nonsense.
@@ -35,7 +35,7 @@ def load_processor(folder: Path, loader: Any = transformers.AutoProcessor) -> An
 
 
 def load_model(loader: Any, folder: Path, **options: Any) -> Any:
-    """The model of a folder, weights from safetensors; `loader` is a class of transformers, options are of its
+    """Loads the model of a folder, weights from safetensors; `loader` is a class of transformers, options are of its
     `from_pretrained`. Raises what that raises."""
     return loader.from_pretrained(folder, use_safetensors=True, **SAFE, **options)
 

@@ -1,4 +1,4 @@
-"""TAEF2: a tiny autoencoder for the latents of FLUX.2 (32 channels, 8x down), by Ollin Boer Bohan, MIT licence.
+"""TAEF2: a tiny autoencoder for the latents of FLUX.2 (32 channels, 8x down), by Ollin Boer Bohan, MIT license.
 
 diffusers' `AutoencoderTiny` has no place for the `pool` branch of its middle blocks, and would load it without them and
 without a word. Layers and key names: `madebyollin/taesd`, as the notes beside the weights describe them.

@@ -58,7 +58,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """One frozen text model and how prompts are put to it."""
+    """A frozen text model, and how prompts are put to it."""
 
     name: str
     """Short key, used in column names: letters, digits, underscore."""
@@ -214,7 +214,7 @@ class PromptEncoder:
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        """The text model, cut after the chosen block, frozen, on the device. Loaded at first use."""
+        """The frozen text model up to the chosen block, on the device. Loaded at first use."""
         config = self.model_config
         if self.is_decoder:
             layer_types = getattr(self.text_config, "layer_types", None) or []

@@ -40,7 +40,7 @@ def load_vae(
     device: str | torch.device | None = None,
     download: bool = True,
 ) -> VAE:
-    """The autoencoder, its weights loaded and checked.
+    """Loads an autoencoder and checks its weights.
 
     Args:
         model: folder of a diffusers autoencoder; hub id `owner/name` or `owner/name/folder`; TAEF2's weights (the

@@ -1,4 +1,4 @@
-"""The quality gate: is a VLM's caption one, or is it empty, a refusal, a loop, cut off ...? Pure functions.
+"""Quality gate for captions: rejects empty ones, refusals, loops, those that are cut off ... Pure functions.
 
 `judge(text, cut_off, gate)` returns a status, `OK` or the first of `REJECTIONS` that holds. Whether the image was looked at
 cannot be told from a caption alone: see `same_text`.
@@ -72,7 +72,7 @@ class GateConfig:
 
 
 def judge(text: str, cut_off: bool, gate: GateConfig) -> str:
-    """The status of a caption: `OK`, or what is wrong with it."""
+    """Returns the status of a caption: `OK`, or what is wrong with it."""
     if not text.strip():
         return EMPTY
     if cut_off:

@@ -41,14 +41,14 @@ GATEWAY = {502, 503, 504}  # what stands in front of the server says that it is 
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """A server of the OpenAI protocol, and how it is treated."""
+    """A server of the OpenAI protocol, and how patient its clients are."""
 
     url: str = "http://127.0.0.1:8000/v1"
     """Its base URL, up to and with `/v1`. No credentials in it: the key comes from the environment."""
     model: str = ""
     """The model's name at the server; part of the fingerprint."""
     revision: str | None = None
-    """What the server serves under that name, in your words (a commit hash, a date): part of the fingerprint, not sent."""
+    """Version of what is served under that name, in your words (a commit hash, a date): part of the fingerprint, not sent."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the key, on every node. Unset there: no key is sent."""
     concurrency: int = 16
@@ -75,7 +75,7 @@ class EndpointConfig:
 
 
 class EndpointCaptioner:
-    """The engine `openai`.
+    """Captions images through a server of the OpenAI protocol: the engine `openai`.
 
     Args:
         config: the server.

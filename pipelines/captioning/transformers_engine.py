@@ -52,7 +52,7 @@ class VlmConfig:
 
 
 class Captioner:
-    """The engine `transformers`.
+    """Captions images with a vision-language model: the engine `transformers`.
 
     Args:
         config: which model.
