@@ -12,20 +12,20 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from demo.report_style import STYLE as OWN_STYLE
+from markupsafe import Markup
+
 from lidit.images.pixels import open_image
 from lidit.store import columns
 from pipelines.engine.table import Table
 from pipelines.report.charts import curves, intervals
-from pipelines.report.page import POLICY, human
+from pipelines.report.page import fill, human
 from pipelines.report.samples import Picture, thumbnail
-from pipelines.report.style import STYLE
 
 FLOW = {
     "ingest": "images and their texts become rows",
@@ -120,7 +120,7 @@ def _training(lines: Sequence[dict[str, Any]]) -> Step | None:
     return Step("train", seconds, [*figures, f"loss {last['loss']:.3f}"])
 
 
-def loss_chart(lines: Sequence[dict[str, Any]]) -> str:
+def loss_chart(lines: Sequence[dict[str, Any]]) -> Markup:
     """Training loss, its running mean, and the held-out losses."""
     train = [(line["step"], line["loss"]) for line in lines if line.get("kind") == "train"]
     smooth = [
@@ -212,82 +212,30 @@ def render(store: str, run: str, samples: Sequence[str], commands: Sequence[str]
     ]
     tiles += [(f"{lines[-1]['step']:,}", "training steps")] if lines else []
     tiles += [(f"{overall:.2f}", "scene-GenEval")] if overall is not None else []
-    boxes = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles
-    )
-    parts = [
-        f'<header><p class="kicker">lidit demo</p><h1>From a table of scenes to pictures of prompts</h1><p class="path">'
-        f"Every stage reads columns and adds columns; the trainer reads them, and never opens an image or runs an LLM.</p>"
-        f'<div class="tiles">{boxes}</div></header>',
-        _section("What was done", _flow(steps)),
-        _section("What went in", _rows(store)),
-        _section("Training", f'<div class="chart">{loss_chart(lines)}</div>', run) if lines else "",
+    outs = [
+        {
+            "place": place,
+            "about": _about(place),
+            "tasks": [(task, list(group)) for task, group in groupby(drawn(place), lambda one: one.task)],
+            "scores": scores[place] and intervals(scores[place]),
+        }
+        for place in samples
     ]
-    for place in samples:
-        words = f"{place}: {_about(place)}"
-        parts.append(_section("What came out", _gallery(drawn(place)), words))
-        if scores[place]:
-            parts.append(
-                _section("How that scores", f'<div class="chart wide">{intervals(scores[place])}</div>', place)
-            )
-    parts.append(_section("The commands", f"<pre>{escape(chr(10).join(commands))}</pre>" if commands else ""))
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
-        f'content="{POLICY}"><meta name="viewport" content="width=device-width, initial-scale=1"><title>lidit demo</title>'
-        f"<style>{STYLE}{OWN_STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>"
-    )
+    return fill(
+        "report.html.j2", Path(__file__).parent, tiles=tiles, steps=steps, flow=FLOW, rows=_rows(store), run=run,
+        loss=loss_chart(lines), outs=outs, commands=commands,
+    )  # fmt: skip
 
 
-def _section(title: str, inside: str, words: str = "") -> str:
-    hint = f'<p class="hint">{escape(words)}</p>' if words else ""
-    return f"<section><h2>{escape(title)}</h2>{hint}{inside}</section>" if inside else ""
-
-
-def _flow(steps: Sequence[Step]) -> str:
-    boxes = [
-        f'<div class="step"><h3>{escape(step.job)}</h3><p>{escape(FLOW[step.job])}</p>'
-        f"<ul>{''.join(f'<li>{escape(figure)}</li>' for figure in step.figures)}</ul><b>{step.seconds:,.1f} s</b></div>"
-        for step in steps
-    ]
-    return f'<div class="flow">{"".join(boxes)}</div>'
-
-
-def _rows(store: str) -> str:
-    """A few rows of the feature table: image and both texts."""
+def _rows(store: str) -> list[tuple[Picture, dict[str, str | None]]] | None:
+    """A few rows of the feature table: image and both texts; None where it has no images."""
     dataset = Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}").open()
     texts = [name for name in (columns.CAPTION, columns.CAPTION_ORIGINAL) if name in dataset.schema.names]
     if columns.IMAGE not in dataset.schema.names:
-        return ""
+        return None
     shown = dataset.head(SAMPLES, columns=[columns.IMAGE, *texts]).to_pylist()
-    cards = []
-    for row in shown:
-        picture = _picture(row[columns.IMAGE]) if row[columns.IMAGE] else None
-        if picture is not None:
-            words = "".join(
-                f'<p class="caption"><span>{escape(name)}</span><q>{escape(row[name] or "none")}</q></p>'
-                for name in texts
-            )
-            cards.append(f'<div class="row"><img src="{picture.uri}" alt="">{words}</div>')
-    return f'<div class="rows">{"".join(cards)}</div>'
-
-
-def _gallery(pictures: Iterable[Drawn]) -> str:
-    by_task: dict[str, list[Drawn]] = {}
-    for one in pictures:
-        by_task.setdefault(one.task, []).append(one)
-    parts = []
-    for task, group in by_task.items():
-        cards = "".join(_card(one) for one in group)
-        parts.append(f'<h3 class="task">{escape(task.replace("_", " "))}</h3><div class="gallery">{cards}</div>')
-    return "".join(parts)
-
-
-def _card(one: Drawn) -> str:
-    mark = {True: ('<b class="right">✓</b>'), False: ('<b class="wrong">✗</b>'), None: ""}[one.correct]
-    return (
-        f'<figure class="drawn"><img src="{one.picture.uri}" alt="{escape(one.prompt)}">{mark}'
-        f"<figcaption>{escape(one.prompt)}<i>{escape(one.reason)}</i></figcaption></figure>"
-    )
+    pictures = [_picture(row[columns.IMAGE]) if row[columns.IMAGE] else None for row in shown]
+    return [(picture, {name: row[name] for name in texts}) for picture, row in zip(pictures, shown) if picture]
 
 
 def _scores(samples: str) -> dict[str, dict[str, float]]:

@@ -10,43 +10,39 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
+
+from pipelines.report.charts import element
 
 WIDTH, HEIGHT, LEFT, TOP = 420, 220, 44, 14  # of the plot itself, in SVG units, and what is left of and above it
 LEGEND, LINE, BELOW = 190, 18, 40
 COLOURS = ("#1f5fa8", "#d1682b", "#2e8b57", "#8b3a8b", "#b8860b", "#c03050", "#4a4a4a", "#2aa5a5")
+AXIS = "quarter of the prompt; share of its objects that are there in their colour"
 DASHES = ("", "6 3", "2 2")  # where there are more lines than colours
 
 
 def plot(series: Mapping[str, Sequence[float]]) -> str:
     """Name -> share of the objects found, by quarter of the prompt (0 to 1): a line each, with a legend."""
-    height = max(HEIGHT, LINE * len(series)) + TOP + BELOW
-    parts = ['<rect width="100%" height="100%" fill="white"/>']
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        y = TOP + HEIGHT * (1 - share)
-        parts.append(f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y:g}" y2="{y:g}" stroke="#ddd"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:g}" text-anchor="end">{share:g}</text>')
     quarters = max((len(values) for values in series.values()), default=0)
     steps = [LEFT + WIDTH * (number + 0.5) / max(1, quarters) for number in range(quarters)]
-    parts += [
-        f'<text x="{x:g}" y="{TOP + HEIGHT + 16}" text-anchor="middle">{number + 1}</text>'
-        for number, x in enumerate(steps)
-    ]
-    parts.append(
-        f'<text x="{LEFT + WIDTH / 2:g}" y="{TOP + HEIGHT + 33}" text-anchor="middle">quarter of the prompt; share of its '
-        f"objects that are there in their colour</text>"
-    )
+    parts = [element("rect", width="100%", height="100%", fill="white")]
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y = TOP + HEIGHT * (1 - share)
+        parts.append(element("line", x1=LEFT, x2=LEFT + WIDTH, y1=y, y2=y, stroke="#ddd"))
+        parts.append(element("text", f"{share:g}", x=LEFT - 6, y=y + 4, text_anchor="end"))
+    words = [*((x, 16, f"{number}") for number, x in enumerate(steps, 1)), (LEFT + WIDTH / 2, 33, AXIS)]
+    parts += [element("text", text, x=x, y=TOP + HEIGHT + down, text_anchor="middle") for x, down, text in words]
     for number, (name, values) in enumerate(series.items()):
-        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
-        style = f'fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
+        dash = DASHES[number // len(COLOURS) % len(DASHES)]
+        style = {"fill": "none", "stroke": COLOURS[number % len(COLOURS)], "stroke_width": 2, "stroke_dasharray": dash}
         points = " ".join(f"{x:g},{TOP + HEIGHT * (1 - value):.1f}" for x, value in zip(steps, values))
         y = TOP + LINE * number + 8
-        parts.append(f'<polyline points="{points}" {style}/>')
-        parts.append(f'<line x1="{LEFT + WIDTH + 12}" x2="{LEFT + WIDTH + 36}" y1="{y}" y2="{y}" {style}/>')
-        parts.append(f'<text x="{LEFT + WIDTH + 42}" y="{y + 4}">{escape(name)}</text>')
-    size = f'width="{LEFT + WIDTH + LEGEND}" height="{height}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">{"".join(parts)}</svg>\n'
+        parts.append(element("polyline", points=points, **style))
+        parts.append(element("line", x1=LEFT + WIDTH + 12, x2=LEFT + WIDTH + 36, y1=y, y2=y, **style))
+        parts.append(element("text", name, x=LEFT + WIDTH + 42, y=y + 4))
+    size = {"width": LEFT + WIDTH + LEGEND, "height": max(HEIGHT, LINE * len(series)) + TOP + BELOW}
+    attributes = {"xmlns": "http://www.w3.org/2000/svg", **size, "font_family": "sans-serif", "font_size": 12}
+    return element("svg", *parts, **attributes) + "\n"
 
 
 def quarters_of(scores: Mapping[str, float]) -> list[float]:

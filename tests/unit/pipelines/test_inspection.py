@@ -5,6 +5,8 @@ import html.parser
 import io
 import json
 import re
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,9 @@ from pipelines.engine.table import ColumnFileWriter, Table
 from pipelines.inspection import InspectConfig
 from pipelines.report import samples as inspect_samples
 from pipelines.report.charts import bars, histogram
-from pipelines.report.facts import gather, labels, numbers
-from pipelines.report.page import Page, human, render
-from pipelines.report.samples import draw_samples, open_decoder, thumbnail
+from pipelines.report.facts import Reason, StageFacts, gather, labels, numbers
+from pipelines.report.page import Chart, Page, human, render
+from pipelines.report.samples import Picture, Sample, draw_samples, open_decoder, thumbnail
 from pipelines.sources.base import ERROR_FIELD, ID_FIELD, IMAGE_FIELDS, Record, make_row
 
 pytestmark = pytest.mark.unit
@@ -356,8 +358,31 @@ def test_hostile_names_are_escaped(store):
     facts.encoders = [
         {"encoder": EVIL, "width": 1, "instruction_tokens": 1, "null_tokens": 0, "digest": EVIL, "model": EVIL}
     ]
-    read = Reader(render(Page(facts, notes=[EVIL])))
-    assert "script" not in read.tags and "img" not in read.tags and not read.handlers
+    facts.stages = [StageFacts(EVIL, [EVIL], {EVIL: EVIL}, EVIL, 1, 1)]
+    facts.reasons = [Reason(EVIL, EVIL, 1, [(EVIL, EVIL)])]
+    facts.changed = EVIL
+    picture = Picture(EVIL, 1, 1)
+    samples = [Sample(EVIL, source=f"{EVIL}!", size=EVIL, texts={EVIL: EVIL}, notes={EVIL: EVIL})]
+    samples.append(Sample("seen", image=picture))
+    chart = Chart(EVIL, EVIL, EVIL)  # a chart that is no `Markup` is text too
+    read = Reader(render(Page(facts, [chart], samples, [EVIL])))
+    assert "script" not in read.tags and read.tags.count("img") == 1 and not read.handlers
+    assert read.links == [EVIL] and "".join(read.text).count(EVIL) == 31, "in every place"
+
+
+def test_a_value_is_no_template_and_turns_no_text(store):
+    facts = gather(store)
+    facts.uri = "/{{ 7 * 7 }}{% raw %}\u202e/samples.lance"
+    assert "<h1>{{ 7 * 7 }}{% raw %}\\u202e</h1>" in render(Page(facts))
+
+
+def test_templates_and_styles_are_in_the_wheel():
+    root = Path(inspection.__file__).parents[1]
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for folder in ("pipelines/report", "demo"):
+        names = {path.name for path in (root / folder).iterdir() if path.suffix in (".j2", ".css")}
+        patterns = listed[folder.replace("/", ".")]
+        assert names and all(any(fnmatch(name, pattern) for pattern in patterns) for name in names)
 
 
 # -- text and JSON ----------------------------------------------------------------------------------------------------
