@@ -35,7 +35,7 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class Progress:
-    """How far a run is. With the config, all that the next step depends on."""
+    """Progress of a run. With the config, all that the next step depends on."""
 
     step: int = 0
     """Optimizer steps done, those that were skipped included."""

@@ -38,7 +38,7 @@ __all__ = ["RECIPES", "TrainConfig", "TrainSummary", "main"]
 
 @dataclass
 class TrainSummary:
-    """What a start of a run came to. `ok` if all steps that were asked for are done."""
+    """Result of a start of a run. `ok` if all steps that were asked for are done."""
 
     run: str
     folder: str

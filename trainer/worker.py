@@ -67,7 +67,7 @@ def train(
             writer.started(progress.step, ranks.world_size)
             report = Report(writer, config.total_steps)
             stop = stack.enter_context(StopFile(storage))
-            _say_begin(report, config, progress, changes)
+            _say_begin(report, config, progress.step, changes)
         check = None
         if config.data.verify:
             features = [tables.features(number) for number in range(len(config.phases))]
@@ -94,7 +94,7 @@ def train(
 
 
 def _check(config: TrainConfig, found: Found | None, tables: Tables, ranks: Ranks) -> list[str]:
-    """Rank 0: whether the run may begin, or go on from there; the settings that changed since."""
+    """Checks, on rank 0, that the run may begin or go on from a checkpoint; returns the settings that changed since."""
     number = config.phase_at(found.step if found else 0)[0]
     try:
         table = tables.phase(number)
@@ -128,8 +128,8 @@ def _restore(found: Found | None, engine: Any, with_average: bool) -> TrainState
     return TrainState(engine, ema, progress)
 
 
-def _say_begin(report: Report, config: TrainConfig, progress: Progress, changes: list[str]) -> None:
-    where = f"from step {progress.step:,}" if progress.step else "from the start"
+def _say_begin(report: Report, config: TrainConfig, step: int, changes: list[str]) -> None:
+    where = f"from step {step:,}" if step else "from the start"
     report.say(f"{config.name} {where}, {config.num_workers} ranks, ZeRO stage {config.zero.stage}, {config.precision}")
     for change in changes:
         report.say(f"changed since the checkpoint: {change}")

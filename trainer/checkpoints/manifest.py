@@ -1,4 +1,4 @@
-"""What makes a folder a checkpoint: `manifest.json`, written last, with size and sha256 of every file in it.
+"""`manifest.json`, written last, makes a folder a checkpoint: size and sha256 of every file in it.
 
     checkpoints/step_00001000/
       manifest.json     format, step, folder, files (path -> size, sha256), digest of all that
@@ -112,7 +112,7 @@ class Manifest:
 
 
 def folder_of(step: int) -> str:
-    """Where the checkpoint after that many steps is, relative to the run."""
+    """Returns the folder of the checkpoint after that many steps, relative to the run."""
     return f"{CHECKPOINTS}/step_{step:08d}"
 
 
@@ -159,7 +159,7 @@ def check_content(path: Path, expected: File, name: str) -> None:
 
 
 def to_delete(steps: Iterable[int], keep_last: int, keep_every_steps: int) -> list[int]:
-    """Which of the whole checkpoints are no longer wanted: neither among the newest nor one that is kept for good."""
+    """Returns the whole checkpoints that are no longer wanted: neither among the newest nor kept for good."""
     ordered = sorted(steps)
     newest = set(ordered[-keep_last:])
     return [step for step in ordered if step not in newest and not (keep_every_steps and step % keep_every_steps == 0)]

@@ -1,4 +1,4 @@
-"""Going on: the newest valid checkpoint of a run, brought to each rank, at this or another number of ranks.
+"""Resuming: finds the newest valid checkpoint of a run and brings it to each rank, at this or another number of ranks.
 
 A checkpoint whose manifest or files do not hold is skipped with a warning that names the file, and the next older one is
 looked at. A rank reads and checks the files that it needs. At another number of ranks the engine's shards are converted once
@@ -26,7 +26,7 @@ from trainer.storage import Storage, inside
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run's state is cut. Where it is the same, ranks load the shards that they saved."""
+    """How a run's state is sharded. Where it is the same, ranks load the shards that they saved."""
 
     world_size: int
     zero_stage: int

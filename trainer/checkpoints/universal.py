@@ -68,7 +68,7 @@ def convert(source: Path, target: Path) -> None:
 
 
 def client_state(step: int) -> dict[str, Any]:
-    """What a checkpoint must carry for DeepSpeed to convert it (stages 1 and 2 ask for it)."""
+    """Builds the client state without which DeepSpeed does not convert a checkpoint (stages 1 and 2)."""
     from deepspeed.checkpoint import constants
 
     version = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}

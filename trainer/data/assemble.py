@@ -125,7 +125,7 @@ class HostBuffers:
 
 
 class Assembler:
-    """What is read for samples, and how it becomes a batch.
+    """Reads the values of samples and assembles them into batches.
 
     Args:
         features: the pinned table.

@@ -1,4 +1,4 @@
-"""What is in the feature table: which row is in which bucket, has which texts, and how long its prompts are.
+"""Surveys the feature table: each row's bucket and texts, and the lengths of its prompts.
 
 Reads the small columns of every row once, a window at a time; never a latent, never an embedding.
 """
@@ -21,7 +21,7 @@ SCAN_ROWS = 65536  # rows of a window
 
 @dataclass
 class Survey:
-    """What the small columns say of the whole table."""
+    """Result of a survey of the whole table."""
 
     rows: Rows
     total: int  # rows of the table
@@ -30,7 +30,7 @@ class Survey:
 
 
 def survey(features: Features, holdout: float = 0.0) -> Survey:
-    """Surveys a table. `holdout`: share of rows that are kept for validation."""
+    """Surveys a table. `holdout`: fraction of rows that are kept for validation."""
     total = features.total
     columns_of = {
         text: {name: columns.length(text, name) for name in formats} for text, formats in features.embeds.items()

@@ -20,7 +20,7 @@ from lidit.store.buckets import parse_bucket
 from lidit.store.features import Features
 from lidit.store.fingerprints import comparable, warn_unrecorded
 from lidit.store.stale import stale_columns
-from trainer.config import PhaseConfig, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data.plan import Plan
 from trainer.data.survey import Survey, survey
 from trainer.storage import Storage
@@ -32,7 +32,7 @@ VERSIONS = "tables.json"  # in the run's folder: store -> version, from the run'
 
 @dataclass(frozen=True)
 class PhaseTable:
-    """What a phase trains on."""
+    """The data of one phase: its table, the survey of it, the order of rows, and the objective."""
 
     features: Features
     survey: Survey
@@ -41,7 +41,7 @@ class PhaseTable:
 
     @property
     def bucket(self) -> str:
-        """The one with most rows."""
+        """The bucket with most rows."""
         return self.survey.rows.buckets[int(np.argmax(self.survey.rows.counts))]
 
 
@@ -61,19 +61,23 @@ class Tables:
         self.versions = dict(versions)
         if config.data.version is not None:
             self.versions.setdefault(config.store, config.data.version)
+        self._stores = [phase.store or config.store for phase in config.phases]
         self._features: dict[int, Features] = {}
         self._surveyed: tuple[int, PhaseTable] | None = None
-        for number, phase in enumerate(config.phases):
-            self._features[number] = features = self._open(phase)
-            self.versions.setdefault(phase.store or config.store, features.version)
+        data = config.data
+        for number, (store, phase) in enumerate(zip(self._stores, config.phases)):
+            version = self.versions.get(store)
+            features = Features(store, data.encoders, data.text_mix, phase.latents, phase.bucket, version)
+            self._features[number] = features
+            self.versions.setdefault(store, features.version)
         self._check_alike()
 
     def features(self, number: int) -> Features:
-        """The table of the phase of that number."""
+        """Returns the table of the phase of that number."""
         return self._features[number]
 
     def phase(self, number: int) -> PhaseTable:
-        """Surveys it, which reads the small columns of every row, and plans the phase; the last one asked for is kept."""
+        """Surveys a phase's table, which reads the small columns of every row, and plans the phase; the latest is kept."""
         if self._surveyed is not None and self._surveyed[0] == number:
             return self._surveyed[1]
         phase, data, features = self.config.phases[number], self.config.data, self._features[number]
@@ -85,7 +89,7 @@ class Tables:
         return self._surveyed[1]
 
     def model_config(self) -> LIDiTConfig:
-        """The model that fits the tables."""
+        """Builds the config of the model that fits the tables."""
         first = self._features[0]
         widths = {name: states.width for name, states in first.encoders.items()}
         return self.config.model.build(widths, first.latents.channels)
@@ -105,8 +109,7 @@ class Tables:
         """
         tag, warnings = tag_of(storage, self.config.name), []
         for number, features in self._features.items():
-            store = self.config.phases[number].store or self.config.store
-            problem = features.pin(tag, move=known.get(store) == features.version)
+            problem = features.pin(tag, move=known.get(self._stores[number]) == features.version)
             if problem is not None:
                 warnings.append(f"{problem}: a clean-up of old versions there may end this run")
         return list(dict.fromkeys(warnings))
@@ -138,11 +141,6 @@ class Tables:
                 )
         return list(dict.fromkeys(warnings))
 
-    def _open(self, phase: PhaseConfig) -> Features:
-        store = phase.store or self.config.store
-        data = self.config.data
-        return Features(store, data.encoders, data.text_mix, phase.latents, phase.bucket, self.versions.get(store))
-
     def _check_alike(self) -> None:
         first = self._features[0]
         for number, features in self._features.items():
@@ -173,7 +171,7 @@ def tag_of(storage: Storage, name: str) -> str:
 
 
 def pinned_versions(storage: Storage) -> dict[str, int]:
-    """What the run's first start has written down; nothing before that."""
+    """Reads the versions that the run's first start has written down; empty before that."""
     content = storage.read_if_there(VERSIONS)
     if content is None:
         return {}
@@ -195,7 +193,7 @@ def write_versions(storage: Storage, tables: Tables, known: Mapping[str, int]) -
 
 
 def describe(tables: Tables, number: int, table: PhaseTable) -> dict[str, Any]:
-    """What a checkpoint remembers of the table of a phase, and exported weights are made with: JSON."""
+    """Describes the table of a phase in JSON, for checkpoints and exported weights."""
     features = table.features
     return {
         "phase": number,
@@ -211,7 +209,7 @@ def describe(tables: Tables, number: int, table: PhaseTable) -> dict[str, Any]:
 
 
 def check_resumable(config: TrainConfig, saved: Mapping[str, Any], tables: Tables, table: PhaseTable) -> list[str]:
-    """Whether a checkpoint's run may go on with this config; returns the settings that changed and may.
+    """Checks that a checkpoint's run may go on with this config; returns the settings that changed and may.
 
     Args:
         config: of the run as it is started now.

@@ -1,4 +1,4 @@
-"""What a rank owns of the model, whatever the ZeRO stage: its fp32 master weights, their gradients, and where they belong.
+"""A rank's partition of the model at any ZeRO stage: its fp32 master weights, their gradients, and where they belong.
 
 DeepSpeed keeps each of them in flat buffers of its own making. This file is the only one that looks into its optimizers
 (read in deepspeed 0.19): EMA, the gradient norm, the checkpoint of the EMA and the export see `Partition`s.
@@ -42,7 +42,7 @@ class Partition:
     master: Tensor
     """(N,) or, at stage 0, the shape of the parameter."""
     slices: tuple[Slice, ...]
-    """What is in it; the rest is padding."""
+    """Pieces of parameters in it; the rest is padding."""
 
 
 def partitions_of(engine: Any) -> list[Partition]:

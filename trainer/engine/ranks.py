@@ -1,4 +1,4 @@
-"""The processes of a run: who I am among them, and how they agree. Everything here is called by all ranks together.
+"""The ranks of a run and their collectives. Everything here is called by all ranks together.
 
 Ray Train has set up torch's process group and the environment when a worker begins. What ranks tell each other here is JSON in
 tensors of bytes, and figures: nothing that arrives is unpickled, since gloo and NCCL do not know who sends. That does not make

@@ -1,4 +1,4 @@
-"""Being told to stop: how a request reaches the loop of every rank.
+"""Stop requests, and how they reach the loop of every rank.
 
 A run stops at the end of its step, saved, when
 

@@ -26,7 +26,7 @@ GATHERED = 10**9  # weights that may be gathered at once: 2 GB in bf16, DeepSpee
 
 
 def deepspeed_config(config: TrainConfig, model: LIDiTConfig, phase: PhaseConfig, world_size: int) -> dict[str, Any]:
-    """What `deepspeed.initialize(config=...)` gets, for the batch sizes of one phase.
+    """Builds the dictionary for `deepspeed.initialize(config=...)`, with the batch sizes of one phase.
 
     Raises:
         ValueError: the phase's batch, or the secondary partitions, do not divide among the ranks.
@@ -52,7 +52,7 @@ def deepspeed_config(config: TrainConfig, model: LIDiTConfig, phase: PhaseConfig
 
 
 def zero_optimization(zero: ZeroConfig, model: LIDiTConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:
-    """The part about sharding."""
+    """Builds the `zero_optimization` part of the dictionary."""
     square = model.width**2
     made: dict[str, Any] = {
         "stage": zero.stage,

@@ -1,4 +1,4 @@
-"""What is written down while training: JSON lines, TensorBoard, and Weights & Biases where the extra is installed.
+"""Logs a training run: JSON lines, TensorBoard, Ray's gauges, and Weights & Biases where the extra is installed.
 
     metrics.jsonl       one object per line: `kind` (train, validation), `step`, figures; what other tools should read
     starts.jsonl        one object for every time that the ranks were started: from which step, when, how many

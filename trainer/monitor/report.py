@@ -53,7 +53,7 @@ class Meter:
         self.seen: dict[Size, np.ndarray] = {}  # samples, then prompt tokens by encoder
 
     def add(self, totals: Totals, size: Size, taken: bool) -> None:
-        """A step, of one latent size. One that was not taken counts as work, not in the loss."""
+        """Adds a step of one latent size. One that was skipped counts as work, not in the loss."""
         counts = np.array([totals.samples, *totals.prompt_tokens])
         self.seen[size] = self.seen.get(size, np.zeros(len(counts))) + counts
         self.wait_seconds += totals.wait_seconds
@@ -66,11 +66,11 @@ class Meter:
         self.bins += totals.bins
 
     def line(self) -> dict[str, Any]:
-        """The figures since `reset`.
+        """Computes the figures since `reset`.
 
         loss: mean over samples. loss_bins: the same by timestep, from clean to noise; nan where none was drawn. grad_norm:
-        before clipping, mean over steps. tokens_per_second: image tokens and real prompt tokens. data_wait: share of the time
-        that ranks waited for data. tflops: model FLOPs per second, all ranks together; mfu: their share of the peak.
+        before clipping, mean over steps. tokens_per_second: image tokens and real prompt tokens. data_wait: fraction of
+        the time that ranks waited for data. tflops: model FLOPs per second, all ranks together; mfu: tflops over the peak.
         """
         seconds = max(time.perf_counter() - self.start, 1e-9)
         counts = np.array(list(self.seen.values())).sum(axis=0) if self.seen else np.zeros(1)
@@ -121,7 +121,7 @@ class Report:
         self._shown = 0.0
 
     def line(self, step: int, values: dict[str, Any]) -> None:
-        """A line of training figures, after `step` steps."""
+        """Logs training figures after `step` steps, and shows them now and then."""
         self.writer.write("train", step, values)
         self.first = self.first or {"step": step, **values}
         self.last = {"step": step, **values}
@@ -130,7 +130,7 @@ class Report:
             self.say(f"step {step:,} of {self.total_steps:,}: {self._words(step, values)}")
 
     def validated(self, step: int, values: dict[str, Any]) -> None:
-        """What validation found."""
+        """Logs and shows the figures of a validation."""
         self.writer.write("validation", step, values)
         self.validation = {"step": step, **values}
         ema = f", EMA {values['ema_loss']:.4f}" if "ema_loss" in values else ""

@@ -1,4 +1,4 @@
-"""How good the model is on rows that it never trained on: loss at fixed timesteps and noise, and pictures.
+"""Validation on held-out rows: the loss at fixed timesteps and noise, and sample grids.
 
 Rows, timesteps and noise are the same at every validation, in every run, on any number of ranks: curves can be laid on each
 other. All ranks run the model equally often, as ZeRO-3 needs it; a rank that has no row left runs one again, with weight zero.
@@ -34,7 +34,7 @@ COLUMNS = 4  # of a grid of pictures
 
 
 class Validation:
-    """All that a phase is validated with: held-out loss where rows are held out, pictures where there are prompts.
+    """Validates a phase: the held-out loss where rows are held out, a sample grid where there are prompts.
 
     Args:
         table: of the phase.
@@ -134,7 +134,7 @@ class HeldOutLoss:
 
 
 class SampleGrid:
-    """Pictures of the prompts of a store that keeps them encoded.
+    """Draws a sample grid of prompts from a store that keeps them encoded.
 
     Args:
         table: of the phase, for the null prompts, the objective, and the size of the pictures: its most frequent bucket.

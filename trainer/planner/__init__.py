@@ -1,4 +1,4 @@
-"""What a run will take before it begins: memory by rank, steps, time.
+"""Estimates of a run before it begins: memory per rank, steps, time.
 
 In: a config and the table's sizes. Out: an estimate. May import `lidit`, `trainer.data` and `trainer.engine`.
 """

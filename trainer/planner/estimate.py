@@ -1,4 +1,4 @@
-"""What a run would need, before it is started: what `--dry-run` prints.
+"""Estimates memory, time and reading of a run before it starts: `lidit train --dry-run`.
 
 Counts are exact where they can be: parameters and activations come from the model laid out without memory, steps and samples
 from the plan, bytes from the table's own lengths. What nobody knows beforehand, the speed of a GPU, is the config's
@@ -31,7 +31,7 @@ ASSUMED_BYTES = 2  # bf16
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the samples of a phase look like."""
+    """Sizes of a phase's samples: latents, tokens, bytes."""
 
     latent_size: tuple[int, int]  # (H, W), of the most frequent bucket
     prompt_tokens: dict[str, float]  # encoder -> mean L
@@ -41,7 +41,7 @@ class Shapes:
 
     @classmethod
     def assumed(cls, model: LIDiTConfig, phase: PhaseConfig) -> Shapes:
-        """Where there is no table yet: prompts of 100 tokens, 256 the longest, all in bf16."""
+        """Assumes sizes where there is no table yet: prompts of 100 tokens, 256 the longest, all in bf16."""
         side = phase.resolution // ASSUMED_DOWNSCALE
         values = model.in_channels * side**2 + ASSUMED_TOKENS * sum(model.encoders.values())
         return cls(
@@ -54,7 +54,7 @@ class Shapes:
 
     @classmethod
     def of(cls, features: Features, survey: Survey, microbatch_size: int, pad_multiple: int) -> Shapes:
-        """What the table says."""
+        """Takes the sizes from a table and its survey."""
         bucket = survey.rows.buckets[int(np.argmax(survey.rows.counts))]
         prompt_tokens, padded_tokens = {}, {}
         for name, states in features.encoders.items():
@@ -73,7 +73,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class PhaseEstimate:
-    """What one phase would need."""
+    """Estimate of one phase."""
 
     phase: PhaseConfig
     microbatch_size: int
@@ -98,7 +98,7 @@ class PhaseEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the run would need."""
+    """Estimate of a whole run."""
 
     config: TrainConfig
     model: LIDiTConfig
@@ -112,7 +112,7 @@ class Estimate:
         return phase.samples / (phase.samples_per_second * self.world_size)
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """Formats the estimate for a person, line by line."""
         config, encoders = self.config, ", ".join(f"{name} {width}" for name, width in self.model.encoders.items())
         made = [
             f"run        {config.name}: {self.world_size} ranks, ZeRO stage {config.zero.stage}, {config.precision}",
@@ -165,7 +165,7 @@ class Estimate:
 def estimate(
     config: TrainConfig, world_size: int, tables: Mapping[int, tuple[Features, Survey]] | None = None
 ) -> Estimate:
-    """What a run on so many ranks would need.
+    """Estimates a run on so many ranks.
 
     Args:
         config: the run.
@@ -190,7 +190,7 @@ def estimate(
 
 
 def table_words(features: Features, survey: Survey) -> str:
-    """Which table, how many of its rows are trained on, and why the others are not."""
+    """Names the table, how many of its rows are trained on, and why the others are not."""
     rows = survey.rows
     used = int((rows.counts > 0).sum())
     reasons = [f"{count:,} {reason}" for reason, count in rows.missing.items()]
@@ -203,7 +203,7 @@ def table_words(features: Features, survey: Survey) -> str:
 
 
 def count_lines(counts: Counts) -> list[str]:
-    """What a phase's plan makes of the rows: epochs, and rows that it never gets to or gets to too often."""
+    """Formats a phase's epochs, and the rows that its plan never gets to or repeats within a batch."""
     rows = sum(counts.rows.values())
     lines = [f"  plan     {counts.samples / rows:,.2f} epochs of {rows:,} rows"]
     if counts.unseen:
@@ -219,7 +219,7 @@ def expected_longest(histogram: np.ndarray, draws: int) -> int:
     """Histogram of lengths -> the length that the longest of so many draws has on average, rounded up."""
     if not histogram.sum():
         return 0
-    below = np.cumsum(histogram) / histogram.sum()  # share of at most 0, 1, 2 .. tokens
+    below = np.cumsum(histogram) / histogram.sum()  # fraction with at most 0, 1, 2 .. tokens
     return int(np.ceil(np.sum(1 - below**draws) - 1e-9))
 
 

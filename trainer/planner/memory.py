@@ -1,4 +1,4 @@
-"""What a training step keeps in a GPU's memory: counted on the model itself, laid out without memory.
+"""GPU memory of a training step, counted on the model itself on the meta device.
 
 Activations are what autograd saves for the backward pass: the forward pass is run on torch's meta device, which has shapes
 and dtypes and no values, and every tensor saved is counted once. Attention counts as its fused kernel, which keeps queries,
@@ -70,7 +70,7 @@ def saved_activations(
     dtype: torch.dtype,
     checkpointing: bool = False,
 ) -> int:
-    """Bytes that the backward pass needs of the forward pass of one microbatch.
+    """Counts the bytes that autograd saves in the forward pass of one microbatch.
 
     With activation checkpointing: what is kept, and the one region that is computed again at a time.
     """
@@ -85,7 +85,7 @@ def saved_activations(
 
 
 def _for_depth(model: LIDiTConfig, count: Callable[[LIDiTConfig], np.ndarray]) -> np.ndarray:
-    """What is counted for the model, from models of one and of two blocks: all blocks are alike."""
+    """Extrapolates a count to the model's depth from models of one and two blocks: all blocks are alike."""
     one, two = (count(dataclasses.replace(model, depth=depth)) for depth in (1, 2))
     return one + (model.depth - 1) * (two - one)
 
@@ -97,7 +97,7 @@ def memory_of(
     world_size: int,
     activations: float,
 ) -> Memory:
-    """Bytes of a GPU in a phase, as DeepSpeed keeps them at the config's ZeRO stage.
+    """Estimates a GPU's memory in a phase, as DeepSpeed uses it at the config's ZeRO stage.
 
     Weights in the run's precision; fp32 master weights and AdamW's two moments (Muon's one is counted as two); EMA in fp32;
     buckets twice where communication overlaps; at stage 3 also the weights that are gathered at a time.
