@@ -17,7 +17,7 @@ from lidit.store import columns
 from pipelines import ingest, recaption
 from pipelines.engine.pool import ActorsConfig
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import Table
+from pipelines.engine.table import samples_of
 
 
 @dataclass(frozen=True)
@@ -56,5 +56,5 @@ def main(config: DemoConfig) -> Summary:
 
 def may_be_ours(store: str) -> bool:
     """Tells whether the demo's scenes may go into a store: it is empty, or has scenes."""
-    samples = Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    samples = samples_of(store)
     return not samples.exists() or columns.TRUTH in samples.open().schema.names

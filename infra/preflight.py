@@ -202,9 +202,9 @@ def check_clock(store: str) -> Check:
 def check_table(store: str) -> Check:
     """Opens the newest version of the samples table and reads a row; a store without one is fine, and said."""
     from lidit.store import columns
-    from pipelines.engine.table import Table
+    from pipelines.engine.table import samples_of
 
-    table = Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    table = samples_of(store)
     if not table.exists():
         return Check("table", True, "none yet")
     dataset = table.open()

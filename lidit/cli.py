@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from lidit.runtime.config_files import check_flags, load_yaml, packages
 from lidit.runtime.places import settled
@@ -58,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with printable_streams():  # captions, file names and servers' words come to the terminal below
         return _run(argv)
+
+
+def run(job: str) -> NoReturn:
+    """Runs a job with this process's arguments, and ends the process: what `python pipelines/embed.py` does."""
+    sys.exit(main([job, *sys.argv[1:]]))
 
 
 def _run(argv: list[str]) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,15 +17,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
+from lidit.cli import run
 from lidit.frozen.text import DEMO_ENCODERS, EncoderConfig, PromptEncoder
 from lidit.store import columns
 from lidit.store.codec import bytes_per_token, decode_bytes, excess
 from lidit.store.fingerprints import comparable
 from pipelines.engine.stage import StageConfig, run_stage
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import UNCOMPRESSED, Table
+from pipelines.engine.table import UNCOMPRESSED, Table, encoders_of
 from pipelines.engine.worker import READS, Columns
 
 WINDOW_BYTES = 512 << 20  # of embeddings that one window may make, at `TYPICAL_TOKENS` a prompt
@@ -71,7 +70,7 @@ class EmbedPrompts:
 
     def __init__(self, config: EmbedConfig, publish: bool = True):
         self.config = config
-        device = "cuda" if config.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
+        device = config.actors.device()
         self.encoders = [PromptEncoder(encoder, device) for encoder in config.encoders]
         self.window_rows = window_rows(config, self.encoders)
         table = _encoders_table(config)
@@ -217,7 +216,7 @@ def window_rows(config: EmbedConfig, encoders: Sequence[PromptEncoder]) -> int:
 
 
 def _encoders_table(config: EmbedConfig) -> Table:
-    return Table(f"{config.store.rstrip('/')}/{columns.ENCODERS_TABLE}")
+    return encoders_of(config.store)
 
 
 def _published(table: Table, name: str) -> dict[str, Any] | None:
@@ -280,6 +279,4 @@ def main(config: EmbedConfig) -> Summary:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["embed", *sys.argv[1:]]))
+    run("embed")

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-import torch
 
+from lidit.cli import run
 from lidit.components import Components
 from lidit.runtime.model_files import config_digest, split_revision, weights_digest
 from lidit.runtime.places import settled
@@ -31,7 +31,7 @@ from lidit.store import columns
 from lidit.weights import FILES, read_config, resolve_weights
 from pipelines.engine.stage import StageConfig, run_stage
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import UNCOMPRESSED, Table
+from pipelines.engine.table import UNCOMPRESSED, samples_of
 from pipelines.engine.worker import ALSO_READS, READS, Columns
 from pipelines.generation.layouts import LAYOUTS, check_folder, image_files, write_layout
 from pipelines.generation.prompt_sets import Picture, Prompt, add_rows, pictures, read_prompts
@@ -125,7 +125,7 @@ class GenerateImages:
     def __init__(self, config: GenerateConfig):
         self.config = config
         self.height, self.width = config.size()
-        device = "cuda" if config.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
+        device = config.actors.device()
         self.pipe = open_pipe(config, device)
         self.digest = weights_digest(config.folder(), FILES)
         self.window_rows = config.rows_per_fragment
@@ -266,7 +266,7 @@ def main(config: GenerateConfig) -> Summary:
     cut = check_input(config, prompts)
     if config.out is not None:
         check_folder(config.layout, Path(config.out), image_files(config.layout, wanted, config.count))
-    if config.dry_run and not Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}").exists():
+    if config.dry_run and not samples_of(config.store).exists():
         height, width = config.size()
         plan = [f"{len(prompts):,} prompts x {config.count} images of {height} x {width} pixels, into {config.store}"]
         return Summary("generate", config.store, ok=True, dry_run=True, plan=plan)
@@ -291,7 +291,7 @@ def _prompts(config: GenerateConfig) -> tuple[list[Prompt], str]:
 
 
 def _write_files(config: GenerateConfig, wanted: Sequence[Picture], summary: Summary) -> None:
-    dataset = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}").open()
+    dataset = samples_of(config.store).open()
     ids = dataset.to_table(columns=[columns.IMAGE_ID])[columns.IMAGE_ID].to_pylist()
     place = {image_id: row for row, image_id in enumerate(ids)}
 
@@ -319,6 +319,4 @@ def _png(image: Any) -> bytes:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["generate", *sys.argv[1:]]))
+    run("generate")

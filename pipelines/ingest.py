@@ -11,7 +11,6 @@ and the filters.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 import ray
 import yaml
 
+from lidit.cli import run
 from lidit.runtime.outage import outlast
 from lidit.runtime.places import settled
 from lidit.store import columns
@@ -28,7 +28,7 @@ from pipelines.engine.pool import resolve_actors, run_units, start_ray_data, sta
 from pipelines.engine.progress import JobProgress
 from pipelines.engine.runs import Run
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import ColumnFile, Table
+from pipelines.engine.table import ColumnFile, Table, samples_of
 from pipelines.ingestion.config import IngestConfig
 from pipelines.ingestion.dedup import LEANING, REFUSED, start_known
 from pipelines.ingestion.filters import FiltersConfig
@@ -60,7 +60,7 @@ def main(config: IngestConfig) -> Summary:
     start, config = time.monotonic(), settled(config)
     source = outlast(lambda: open_source(config.source, config.columns), "looking at the source")
     _check_update(config, source)
-    table = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    table = samples_of(config.store)
     _check_not_itself(config, source, table)
     if config.dry_run:
         return _plan(config, source, table)
@@ -274,6 +274,4 @@ def _set(filters: FiltersConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["ingest", *sys.argv[1:]]))
+    run("ingest")

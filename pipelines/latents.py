@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lidit.cli import run
 from lidit.frozen.batching import one_ahead, to_host
 from lidit.frozen.vae import DTYPES, VAE
 from lidit.images.pixels import MAX_PIXELS, RULES, ImageError, bucket_pixels, open_image, to_unit_range, upright_size
@@ -115,7 +115,7 @@ class EncodeLatents:
 
     def __init__(self, config: LatentsConfig):
         self.config, self.buckets = config, config.buckets
-        device = "cuda" if config.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
+        device = config.actors.device()
         self.vae = _autoencoder(config, device)
         self.vae.weights  # noqa: B018 - loaded now: what is wrong with them is told before any image is read
         self.window_rows = int(np.clip(WINDOW_PIXELS // config.resolution**2, *WINDOW_ROWS))
@@ -313,6 +313,4 @@ def main(config: LatentsConfig) -> Summary:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["latents", *sys.argv[1:]]))
+    run("latents")

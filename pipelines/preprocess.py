@@ -25,6 +25,7 @@ from typing import Any, Literal
 import fsspec
 import yaml
 
+from lidit.cli import run
 from lidit.runtime.durable import flushed_commit
 from lidit.runtime.files import replace_file
 from lidit.runtime.lease import Lease, LeaseHeld, LeaseLost
@@ -37,7 +38,7 @@ from pipelines import embed, ingest, latents, recaption, verify
 from pipelines.embed import EmbedConfig
 from pipelines.engine.retention import VERIFIED_TAG, RetentionConfig, clean_up, tagged_versions
 from pipelines.engine.runs import Run
-from pipelines.engine.table import Table
+from pipelines.engine.table import Table, samples_of
 from pipelines.ingest import IngestConfig
 from pipelines.ingestion.work import plain
 from pipelines.latents import LatentsConfig
@@ -276,7 +277,7 @@ def _replace(fs: Any, path: str, content: bytes) -> None:
 
 
 def _samples(config: PreprocessConfig) -> Table:
-    return Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    return samples_of(config.store)
 
 
 def _check_part(name: str, part: Any, store: str) -> None:
@@ -299,6 +300,4 @@ def _words(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["preprocess", *sys.argv[1:]]))
+    run("preprocess")

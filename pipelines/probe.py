@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from lidit.cli import run
 from lidit.frozen.text import DEMO_ENCODERS, EncoderConfig
 from lidit.runtime.uris import check_config
 from pipelines.evaluation.intervals import NORMAL
@@ -275,6 +276,4 @@ def _table(lines: Sequence[Line]) -> list[str]:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["probe", *sys.argv[1:]]))
+    run("probe")

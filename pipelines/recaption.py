@@ -13,15 +13,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
 import pyarrow as pa
-import torch
 
+from lidit.cli import run
 from lidit.store import columns
 from pipelines.captioning.gate import IMAGE_IGNORED, OK, GateConfig, judge, same_text
 from pipelines.captioning.image import IMAGE_RULES
@@ -93,7 +92,7 @@ class RecaptionConfig(StageConfig):
         """The engine, on this process's device. Loads no weights before it is called."""
         if self.engine == "openai":
             return EndpointCaptioner(self.endpoint, self.max_new_tokens, self.image_side)
-        device = "cuda" if self.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
+        device = self.actors.device()
         return Captioner(self.vlm, self.max_new_tokens, self.image_side, self.batch_tokens, device)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -248,6 +247,4 @@ def main(config: RecaptionConfig) -> Summary:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["recaption", *sys.argv[1:]]))
+    run("recaption")

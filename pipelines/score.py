@@ -10,7 +10,6 @@ all go into `<store>/scores.json`. A stage like the others: the same command goe
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,8 +18,8 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
-import torch
 
+from lidit.cli import run
 from lidit.images.pixels import ImageError, open_rgb
 from lidit.runtime.files import is_there, replace_file
 from lidit.runtime.outage import outlast
@@ -30,7 +29,7 @@ from lidit.store import columns
 from pipelines.engine.plugins import resolve
 from pipelines.engine.stage import StageConfig, run_stage
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import Table
+from pipelines.engine.table import samples_of
 from pipelines.engine.worker import ALSO_READS, MAY_BE_NULL, READS, Columns
 from pipelines.evaluation.fid import fid, fid_features
 from pipelines.evaluation.metric import Metric
@@ -85,7 +84,7 @@ class ScoreImages:
 
     def __init__(self, config: ScoreConfig):
         self.config = config
-        device = "cuda" if config.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
+        device = config.actors.device()
         self.metrics = [metric(config, device) for metric in config.of_images]
 
     @classmethod
@@ -184,7 +183,7 @@ def main(config: ScoreConfig) -> Scores:
         return Scores(config.store, {}, summary)
     scores = _summarise(config)
     if features is not None:
-        device = "cuda" if config.actors.num_gpus != 0 and torch.cuda.is_available() else "cpu"
+        device = config.actors.device()
         scores[FID] = fid(config.store, config, features, device)
     _write_down(config.store, scores)
     return Scores(config.store, scores, summary)
@@ -205,7 +204,7 @@ def _write_down(store: str, scores: dict[str, Any]) -> None:
 def _summarise(config: ScoreConfig) -> dict[str, Any]:
     if not config.of_images:
         return {}
-    dataset = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}").open()
+    dataset = samples_of(config.store).open()
     names = [name for metric in config.of_images for name in (*metric.fields, metric.reads)]
     wanted = [name for name in dict.fromkeys([*names, columns.PROMPT]) if name in dataset.schema.names]
     rows = dataset.to_table(columns=wanted).to_pylist()
@@ -213,6 +212,4 @@ def _summarise(config: ScoreConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["score", *sys.argv[1:]]))
+    run("score")

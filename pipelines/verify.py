@@ -29,6 +29,7 @@ import torch
 import transformers
 from lance.file import LanceFileReader
 
+from lidit.cli import run
 from lidit.frozen.loading import load_config, load_model, load_tokenizer
 from lidit.frozen.text import DTYPES, ENCODER_ONLY, EncoderConfig
 from lidit.frozen.truncation import beginnings
@@ -40,7 +41,7 @@ from lidit.store.checksum import no_panic
 from lidit.store.codec import bytes_per_token, decode, decode_bytes, excess, finite_values
 from lidit.store.fingerprints import comparable, warn_unrecorded
 from lidit.store.stale import stale_columns
-from pipelines.engine.table import Table
+from pipelines.engine.table import Table, samples_of
 from pipelines.engine.worker import READS
 from pipelines.report.facts import stale_facts
 from pipelines.verification.files import Unchecked, wrong_content, wrong_places
@@ -124,7 +125,7 @@ class Report:
 
 def main(config: VerifyConfig) -> Report:
     """Runs all checks on the newest version. ValueError where `since` is not there."""
-    table = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    table = samples_of(config.store)
     dataset = table.open()
     report = Report(config.store, dataset.version)
     fragments = fragments_since(dataset, config.since)
@@ -326,6 +327,4 @@ class PlainEncoder:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["verify", *sys.argv[1:]]))
+    run("verify")

@@ -54,6 +54,12 @@ class ActorsConfig:
         if self.min < 1 or (self.max is not None and self.max < self.min):
             raise ValueError(f"actors: expected 1 <= min <= max, received min {self.min}, max {self.max}")
 
+    def device(self) -> str:
+        """The device that models are on in an actor: "cuda" where it has a GPU, or a part of one."""
+        import torch  # an ingest's actors need none
+
+        return "cuda" if self.num_gpus != 0 and torch.cuda.is_available() else "cpu"
+
 
 @dataclass
 class Attempt:

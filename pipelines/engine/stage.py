@@ -31,7 +31,7 @@ from pipelines.engine.progress import JobProgress
 from pipelines.engine.runs import Run
 from pipelines.engine.stamp import stamp
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import ColumnFile, Guard, Table
+from pipelines.engine.table import ColumnFile, Guard, Table, samples_of
 from pipelines.engine.versions import check_versions
 from pipelines.engine.worker import EXAMPLES, MAY_BE_NULL, READS, FragmentWorker, Stage, add_examples, columns_read
 
@@ -98,7 +98,7 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
         RuntimeError: an actor failed, or fragments stayed missing; what is committed is kept.
     """
     config = settled(config)
-    table = Table(f"{config.store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    table = samples_of(config.store)
     fields = [*stage.writes(config), pa.field(columns.error(stage.name), pa.string())]
     dataset = table.open()
     _check_reads(stage, fields[:-1], dataset, table)

@@ -32,6 +32,7 @@ from lance.fragment import DataFile, FragmentMetadata
 from lidit.runtime.durable import flushed_commit, make_folders, publish
 from lidit.runtime.files import is_there, remove_file
 from lidit.runtime.outage import AWAY_SECONDS, is_away, make_lance_patient, outlast
+from lidit.store import columns
 from lidit.store.checksum import DIGEST, MADE_FOR, ColumnDigest, data_file_uri, image_ids_digest, made_for, read_notes
 from pipelines.engine.field_prints import field_differences, made_before, unrecorded_keys
 
@@ -437,6 +438,16 @@ def _folders(fs: Any, path: str) -> list[str]:
         return outlast(lambda: [str(found) for found in fs.ls(path, detail=False)], f"listing {path}")
     except FileNotFoundError:
         return []
+
+
+def samples_of(store: str) -> Table:
+    """The samples table of a store, whether it is there or not."""
+    return Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+
+
+def encoders_of(store: str) -> Table:
+    """The encoders table of a store, whether it is there or not."""
+    return Table(f"{store.rstrip('/')}/{columns.ENCODERS_TABLE}")
 
 
 def field_ids(dataset: lance.LanceDataset) -> dict[str, int]:

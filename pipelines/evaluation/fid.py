@@ -23,7 +23,7 @@ from lidit.frozen.loading import load_model, load_processor
 from lidit.images.pixels import open_rgb
 from lidit.runtime.model_files import PIN, check_pin, model_digest, resolve_model, split_revision
 from lidit.store import columns
-from pipelines.engine.table import Table
+from pipelines.engine.table import samples_of
 
 
 class ClipFeatures(nn.Module):
@@ -127,7 +127,7 @@ def result(distance: Any) -> dict[str, Any]:
 
 
 def _images(store: str, batch_size: int) -> Iterator[list[np.ndarray]]:
-    dataset = Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}").open()
+    dataset = samples_of(store).open()
     batches = dataset.to_batches(
         columns=[columns.IMAGE], filter=f"{columns.IMAGE} IS NOT NULL", batch_size=batch_size, batch_readahead=1
     )

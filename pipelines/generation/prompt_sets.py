@@ -18,7 +18,7 @@ import pyarrow as pa
 from lidit.runtime.files import check_regular
 from lidit.store import columns
 from pipelines.engine.runs import Run
-from pipelines.engine.table import ColumnFileWriter, Table
+from pipelines.engine.table import ColumnFileWriter, samples_of
 from pipelines.ingestion.work import new_items
 from pipelines.sources.files import Prompts
 
@@ -110,7 +110,7 @@ def add_rows(store: str, wanted: Sequence[Picture], rows_per_fragment: int) -> i
     Raises:
         ValueError: another run adds rows to the store at this moment.
     """
-    table = Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    table = samples_of(store)
     with Run(store, "prompts") as run:
         if others := run.rivals(table, ["prompts"]):  # before it is looked which rows are there
             raise ValueError(
