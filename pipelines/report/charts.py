@@ -46,9 +46,9 @@ def histogram(values: np.ndarray, unit: str) -> Markup:
     place = LEFT + (WIDTH - 2 * LEFT) * min(1.0, (median - edges[0]) / (edges[-1] - edges[0]))
     words = f"median {_short(median)}, mean {_short(float(values.mean()))}, max {_short(float(values.max()))} {unit}"
     parts += [
-        _line("median", place, TOP - 4, place, TOP + plot),
+        element("line", class_="median", x1=place, x2=place, y1=TOP - 4, y2=TOP + plot),
         _text("note", place, TOP - 7, words, "end" if place > WIDTH * 0.5 else "start"),
-        _line("axis", LEFT, TOP + plot, WIDTH - LEFT, TOP + plot),
+        element("line", class_="axis", x1=LEFT, x2=WIDTH - LEFT, y1=TOP + plot, y2=TOP + plot),
     ]
     for share, side in ((0.0, "start"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1.0, "end")):
         at = edges[0] + (edges[-1] - edges[0]) * share
@@ -93,7 +93,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up:
         x, y = left + (width - left - LEFT) * share, 2 * TOP + plot * (1 - share)
         words = f"{across} {most_x:,.0f}" if share == 1 else f"{most_x * share:,.0f}"
         parts += [
-            _line("axis", left, y, width - LEFT, y),
+            element("line", class_="axis", x1=left, x2=width - LEFT, y1=y, y2=y),
             _text("tick", left - 6, y + 4, f"{low + span * share:.2f}", "end"),
             _text("tick", x, height - 6, words, "end" if share == 1 else "middle"),
         ]
@@ -111,12 +111,13 @@ def intervals(figures: Mapping[str, Mapping[str, float]]) -> Markup:
     room, label = WIDTH + 40, 2 * LABEL
     parts = []
     for number, (name, figure) in enumerate(figures.items()):
-        y, middle = number * ROW + 4, number * ROW + 4 + (ROW - 8) / 2
+        y, middle = number * ROW + 4, number * ROW + ROW / 2
+        wide, low, high = room * figure["value"], label + room * figure["low"], label + room * figure["high"]
         words = f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}], {figure['images']:,.0f} images"
         parts += [
             _text("label", label - 8, y + 12, name, "end"),
-            _bar(label, y, max(1.0, room * figure["value"]), ROW - 8, rx=2),
-            _line("whisker", label + room * figure["low"], middle, label + room * figure["high"], middle),
+            _bar(label, y, max(1.0, wide), ROW - 8, rx=2),
+            element("line", class_="whisker", x1=low, x2=high, y1=middle, y2=middle),
             _text("note", label + room + 8, y + 12, words),
         ]
     return element("svg", *parts, viewBox=f"0 0 {label + room + 220} {len(figures) * ROW + 8}", role="img")
@@ -134,10 +135,6 @@ def _frame(label: str, y: float) -> str:
 def _bar(x: float, y: float, width: float, height: float, title: str = "", **attributes: float) -> Markup:
     inside = [element("title", title)] if title else []
     return element("rect", *inside, class_="bar", x=x, y=y, width=width, height=height, **attributes)
-
-
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    return element("line", class_=kind, x1=x1, y1=y1, x2=x2, y2=y2)
 
 
 def _text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> Markup:
