@@ -36,6 +36,7 @@ NO_KEY = "none"  # sent where the environment has no key: servers of one's own m
 SEED_BITS = 31  # what every server takes
 PASSES = {408, 409, 429}  # and 5xx: the client has tried again
 FATAL = {401: "the key", 403: "the key", 404: "endpoint.url and endpoint.model"}  # status -> what to look at
+LONGEST_PAUSE = 60.0  # seconds between two tries, whatever the server asks for
 GATEWAY = {502, 503, 504}  # what stands in front of the server says that it is not there
 
 
@@ -188,7 +189,13 @@ class EndpointCaptioner:
 
 
 def _check_answer(response: Any) -> None:
-    """Hook of the HTTP client: an answer that is not of the protocol raises, so that it is retried as a lost connection is."""
+    """Hook of the HTTP client: an answer that is not of the protocol raises, so that it is retried as a lost connection is.
+
+    A `Retry-After` is bounded: `openai` gives a request up at once where it is asked to wait for more than two minutes.
+    """
+    asked = response.headers.get("retry-after", "")
+    if asked.isdecimal() and float(asked) > LONGEST_PAUSE:
+        response.headers["retry-after"] = str(LONGEST_PAUSE)
     if response.request.method == "POST" and response.is_success:
         response.read()
         _read(response)

@@ -201,6 +201,17 @@ def test_pauses_grow_and_the_server_may_name_one(config: EndpointConfig, proxy: 
     assert pauses[0] >= 0.3 and pauses[1] >= 0.7 and pauses[2] >= 1.5 and 0.05 <= pauses[3] < 3.0
 
 
+def test_a_long_pause_that_the_server_asks_for_is_bounded(
+    config: EndpointConfig, proxy: Proxy, scene: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client alone would not try again after an hour."""
+    monkeypatch.setattr("pipelines.captioning.openai_engine.LONGEST_PAUSE", 0.5)
+    proxy.faults = [status(429, retry_after="3600")]
+    (answer,), engine = ask(config, scene)
+    assert good(answer) and engine.counts["endpoint_retries"] == 1
+    assert 0.5 <= proxy.seen[1][0] - proxy.seen[0][0] < 10
+
+
 def test_a_request_that_always_fails_on_a_server_that_lives_is_its_own_error(
     config: EndpointConfig, proxy: Proxy, scene: bytes
 ) -> None:
