@@ -61,7 +61,7 @@ def test_killed_in_forward_step_and_save(world: Any, training: Any, ray_for_trai
         kill(1, "step", 6, 0),  # starts at 4; 8 is saved
         kill(2, "save:shard", 2, 1),  # starts at 8; the save of 12 is the first of these processes
         kill(3, "save:manifest", 2, 0),  # starts at 8 again; 12 is saved, then 16
-        kill(4, "save:publish-file", 6, 1),  # starts at 12; 16 is saved, 20 is not
+        kill(4, "save:publish-file", 5, 1),  # starts at 12; 16 is saved, 20 is not
     ]
     order = training.InOrder(kills)
     config = dataclasses.replace(world.config, name="killed", max_failures=len(kills))
