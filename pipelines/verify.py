@@ -42,7 +42,7 @@ from lidit.store.codec import bytes_per_token, decode, decode_bytes, excess, fin
 from lidit.store.fingerprints import comparable, warn_unrecorded
 from lidit.store.stale import stale_columns
 from pipelines.engine.table import Table, samples_of
-from pipelines.engine.worker import READS
+from pipelines.engine.worker import READS, STAGE_KEY
 from pipelines.report.facts import stale_facts
 from pipelines.verification.files import Unchecked, wrong_content, wrong_places
 from pipelines.verification.latents import latents_fields, latents_problems
@@ -180,11 +180,12 @@ def _rows(dataset: lance.LanceDataset) -> Iterator[str]:
 
 def _complete(table: Table, dataset: lance.LanceDataset, made: list[pa.Field]) -> Iterator[str]:
     reads = {f.name: f.metadata[READS.encode()].decode() for f in made}
+    stages = {f.name: f.metadata.get(STAGE_KEY, b"").decode() or "stage's" for f in made}
     unread = table.missing(sorted(set(reads.values())), dataset)
     for fragment, absent in table.missing(list(reads), dataset).items():
         due = [name for name in absent if reads[name] not in unread.get(fragment, ())]
         if due:
-            jobs = sorted({"latents" if name in (columns.LATENTS, columns.BUCKET) else "embed" for name in due})
+            jobs = sorted({stages[name] for name in due})
             yield f"fragment {fragment} lacks {', '.join(due)}: run the {' and the '.join(jobs)} job"
 
 

@@ -136,8 +136,8 @@ class Tracker:
         explained = DEATHS_OF_A_PART * len(state.set_aside)
         if state.deaths - explained > DEATHS_OF_A_UNIT:
             raise RuntimeError(
-                f"processes died {state.deaths} times on unit {unit}, last {where}: out of memory? Lower batch_tokens or "
-                f"give the actors more; what is committed is kept"
+                f"processes died {state.deaths} times on unit {unit}, last {where}: out of memory? Have an actor hold less at "
+                f"a time (a job's --help names its batch size), or give it more; what is committed is kept"
             )
 
     def enter(self, unit: str, first: int, stop: int) -> None:

@@ -242,9 +242,10 @@ class Table:
                     raise ValueError(made_before(wanted, self.uri, unrecorded))
                 differences = field_differences(schema.field(wanted.name), wanted, compare)
                 if differences:
+                    maker = "encoder" if columns.META_ENCODER.encode() in (wanted.metadata or {}) else "new column"
                     raise ValueError(
                         f"column {wanted.name!r} of {self.uri} was made differently: {'; '.join(differences)}. "
-                        f"Pass --overwrite to replace it, or give the encoder another name to keep both"
+                        f"Pass --overwrite to replace it, or give the {maker} another name to keep both"
                     )
         self._add_fields(fields)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 
 PROMPTS, ROWS_PER_FRAGMENT = 48, 4
 FLAGS = (
@@ -69,6 +69,7 @@ def test_driver_and_actor_are_killed(world: Any, tools: Any, command: tuple[Any,
     assert world.orphans() == set()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_nothing_is_lost(world: Any, command: tuple[Any, ...]) -> None:
     out = world.folder / "out"
     out.mkdir()

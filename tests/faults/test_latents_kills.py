@@ -20,7 +20,7 @@ from pipelines.engine.stage import CommitConfig, run_stage
 from pipelines.engine.table import ColumnFileWriter, Table
 from pipelines.latents import EncodeLatents, LatentsConfig
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 
 ROWS, FRAGMENTS = 480, 12
 FLAGS = ("--actors.min", 1, "--actors.max", 1, "--batch-pixels", 4096)  # an image at a time: time enough to be killed
@@ -75,7 +75,10 @@ def assert_like(world: Any, clean: dict[str, dict[str, Any]]) -> None:
     assert world.orphans() == set()
 
 
-@pytest.mark.parametrize(("moment", "flags"), [("between write and commit", NEVER), ("after a commit", EAGER)])
+@pytest.mark.parametrize(
+    ("moment", "flags"),
+    [pytest.param("between write and commit", NEVER, marks=pytest.mark.slow), ("after a commit", EAGER)],
+)
 def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, flags: Any) -> None:
     conditions = {
         "between write and commit": lambda: column_files(world) >= 3,
@@ -95,6 +98,7 @@ def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, flags: A
     assert_like(world, clean)
 
 
+@pytest.mark.slow
 def test_actor_killed_in_the_middle_of_a_fragment(world: Any, clean: Any, tools: Any) -> None:
     job = world.start("latents", "--store", world.store, *FLAGS, *EAGER)
     tools.stop_when(lambda: committed(world) >= 1, job)
@@ -128,6 +132,7 @@ def scene(seed: int) -> bytes:
     return scenes.example(seed, 64, 64)["image_bytes"]
 
 
+@pytest.mark.slow
 def test_an_image_that_kills_its_decoder_is_set_aside(world: Any, ray_here: Any) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     schema = pa.schema([pa.field("image_id", pa.string()), pa.field("image", pa.large_binary())])

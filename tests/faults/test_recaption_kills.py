@@ -19,7 +19,7 @@ from pipelines.engine.table import ColumnFileWriter, Table, field_ids, missing_i
 from pipelines.recaption import RecaptionConfig
 from pipelines.sources.base import IMAGE_FIELDS
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 
 ROWS, FRAGMENTS = 96, 12
 FLAGS = ("--actors.max", 1, "--max-new-tokens", 96, "--temperature", 0.5, "--commit.seconds", 0, "--commit.fragments")
@@ -74,7 +74,10 @@ def column_files(world: Any) -> list[Path]:
     return sorted((world.store / "samples.lance" / "data").glob("recaption-*.lance"))
 
 
-@pytest.mark.parametrize(("moment", "commit_fragments"), [("between write and commit", 1000), ("after a commit", 1)])
+@pytest.mark.parametrize(
+    ("moment", "commit_fragments"),
+    [pytest.param("between write and commit", 1000, marks=pytest.mark.slow), ("after a commit", 1)],
+)
 def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, commit_fragments: int) -> None:
     """Captions are drawn at a temperature, and still equal the unbroken run's: the draws belong to the rows."""
     reached = {
@@ -95,6 +98,7 @@ def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, commit_f
     assert world.rows() == clean and world.orphans() == set()
 
 
+@pytest.mark.slow
 def test_actor_killed(world: Any, clean: Any, tools: Any) -> None:
     job = world.start("recaption", "--store", world.store, *FLAGS, 1)
     tools.stop_when(lambda: described(world) >= 1, job)
@@ -108,6 +112,7 @@ def test_actor_killed(world: Any, clean: Any, tools: Any) -> None:
     assert world.rows() == clean and world.orphans() == set()
 
 
+@pytest.mark.slow
 def test_odd_and_damaged_images(world: Any, zoo: Any, ray_here: Any) -> None:
     """Unusual images are described like others; damaged ones have a reason; the rest of the window is not touched."""
     good, bad = list(zoo.good.values()), [content for content, _ in zoo.bad.values()]
@@ -130,6 +135,7 @@ def test_odd_and_damaged_images(world: Any, zoo: Any, ray_here: Any) -> None:
     assert nothing["caption_status"] is nothing["recaption_error"] is nothing["caption"] is None
 
 
+@pytest.mark.slow
 def test_too_many_damaged_images_stop_the_job(world: Any, ray_here: Any) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, "JPEG")

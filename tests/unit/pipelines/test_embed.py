@@ -219,6 +219,12 @@ def test_verify_finds_a_missing_fragment_and_a_double_row(config, embedded):
     found = problems(config, sample=0)
     assert "'0-0' is there 2 times" in found["rows"][0]
     assert "fragment 2 lacks caption_embeds_one" in found["complete"][0]
+    assert found["complete"][0].endswith(": run the embed job")
+    (field,) = (f for f in table.open().schema if f.name == "caption_embeds_one")
+    other = pa.field("marks", pa.string(), metadata={**field.metadata, columns.META_STAGE.encode(): b"score"})
+    assert [*verify._complete(table, table.open(), [other])] == [
+        f"fragment {number} lacks marks: run the score job" for number in range(3)
+    ]
 
 
 def test_verify_finds_embeddings_of_another_model(config, embedded, llms, monkeypatch):

@@ -167,7 +167,7 @@ def test_a_real_difference_is_no_matter_for_a_stamp(config, old_store):
         ValueError, match=r"made differently: layer: the table has 2, this run makes 3; model_config: the"
     ):
         stamp(dataclasses.replace(config, encoders=(other, config.encoders[1])))
-    with pytest.raises(ValueError, match=r"was made differently.*Pass --overwrite"):
+    with pytest.raises(ValueError, match=r"was made differently.*Pass --overwrite.*the encoder another name"):
         old_store.declare(EmbedPrompts.writes(dataclasses.replace(config, encoders=(other,))), columns.META_FINGERPRINT)
 
 

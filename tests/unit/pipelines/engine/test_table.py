@@ -134,7 +134,7 @@ def test_declare_names_what_differs(filled):
     message = str(caught.value)
     assert "'embeds'" in message and 'weights: the table has "w1", this run makes "w2"' in message
     assert "norm: the table has null, this run makes true" in message and "layer" not in message
-    assert "--overwrite" in message
+    assert "--overwrite" in message and "the new column another name" in message, "it may be any stage's"
     assert filled.open().version == version, "nothing was added before it was refused"
 
 
