@@ -287,7 +287,7 @@ class PlainEncoder:
         model_type = load_config(self.folder).model_type
         self.is_decoder = model_type not in ENCODER_ONLY
         loader: Any = transformers.AutoModelForCausalLM if self.is_decoder else ENCODER_ONLY[model_type]
-        self.model = load_model(loader, self.folder, dtype=DTYPES[config.dtype]).eval()
+        self.model = load_model(loader, self.folder, whole=False, dtype=DTYPES[config.dtype]).eval()  # heads: not used
         self.prefix_ids = self._prefix() if self.is_decoder else []
         self.index = config.layer_index if config.layer_index is not None else (-3 if self.is_decoder else -1)
 

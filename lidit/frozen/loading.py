@@ -34,10 +34,26 @@ def load_processor(folder: Path, loader: Any = transformers.AutoProcessor) -> An
     return _from_folder(loader, folder)
 
 
-def load_model(loader: Any, folder: Path, **options: Any) -> Any:
-    """Loads the model of a folder, weights from safetensors; `loader` is a class of transformers, options are of its
-    `from_pretrained`. Raises what that raises."""
-    return loader.from_pretrained(folder, use_safetensors=True, **SAFE, **options)
+def load_model(loader: Any, folder: Path, whole: bool = True, **options: Any) -> Any:
+    """Loads the model of a folder, weights from safetensors.
+
+    Args:
+        loader: a class of transformers; `options` go to its `from_pretrained`, whose errors are raised too.
+        folder: the model.
+        whole: refuse a folder that lacks tensors of the model. Off: transformers draws them at random, such as a head that
+            nobody uses.
+
+    Raises:
+        ValueError: tensors are missing, or of another shape.
+    """
+    model, report = loader.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **SAFE, **options)
+    missing = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
+    if missing and whole:
+        raise ValueError(
+            f"weights in {folder} do not fit its config.json: {len(missing)} tensors are missing or of another shape, such "
+            f"as {', '.join(sorted(missing)[:3])}; is a shard missing, or config.json another model's?"
+        )
+    return model
 
 
 def _from_folder(loader: Any, folder: Path) -> Any:

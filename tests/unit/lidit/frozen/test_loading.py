@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
-from lidit.frozen.loading import load_config, load_tokenizer
+from lidit.frozen.loading import load_config, load_model, load_tokenizer
 
 pytestmark = pytest.mark.unit
 
@@ -108,3 +109,18 @@ def test_what_is_not_there(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="expected a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_clip_of_fewer_tensors_is_no_model(tmp_path):
+    """Such as one whose shard is missing: transformers would draw the rest at random."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=small, vision_config={**small, "image_size": 16, "patch_size": 8}, projection_dim=8
+    )
+    model = transformers.CLIPModel(config)
+    model.save_pretrained(tmp_path)
+    assert load_model(transformers.CLIPModel, tmp_path).projection_dim == 8
+    state = {name: weight for name, weight in model.state_dict().items() if name != "visual_projection.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"do not fit.*1 tensors are missing.*visual_projection\.weight"):
+        load_model(transformers.CLIPModel, tmp_path)
