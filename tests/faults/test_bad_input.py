@@ -26,6 +26,7 @@ from pipelines.engine.stage import CommitConfig, ErrorRateExceeded, StageConfig,
 from pipelines.engine.worker import READS, Columns
 from pipelines.ingest import IngestConfig
 from pipelines.verify import VerifyConfig
+from tests.support import processes
 
 pytestmark = pytest.mark.faults
 ONE = ActorsConfig(min=1, max=1, num_gpus=0)
@@ -233,15 +234,15 @@ def test_full_disk(world: Any, config: EmbedConfig) -> None:
         subprocess.run(["umount", "-l", world.store], check=True)
 
 
-def test_ingest_killed_and_run_again(world: Any, tools: Any) -> None:
+def test_ingest_killed_and_run_again(world: Any) -> None:
     flags = ("--store", world.store, "--source", "scenes:3000", "--rows-per-fragment", 40)
     job = world.start("ingest", *flags)
     data = world.store / "samples.lance" / "data"
-    tools.stop_when(lambda: len(list(data.glob("ingest-*"))) >= 5, job)
-    actors = tools.unit_actors(job.pid)
+    processes.stop_when(lambda: len(list(data.glob("ingest-*"))) >= 5, job)
+    actors = processes.unit_actors(job.pid)
     job.send_signal(signal.SIGKILL)
     job.communicate()
-    tools.wait_until(lambda: not any(map(tools.running, actors)))
+    processes.wait_until(lambda: not any(map(processes.running, actors)))
     before = world.table.count_rows()
     again = world.run("ingest", *flags)
     assert again.summary["rows"] == 3000 - before

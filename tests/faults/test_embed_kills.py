@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from lidit.store.codec import decode_bytes
+from tests.support import processes
+from tests.support.stores import World
 
 pytestmark = pytest.mark.faults
 
@@ -18,9 +20,9 @@ ROWS, FRAGMENTS = 960, 12
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, llms: Any, make_world: Any) -> Any:
+def made(tmp_path_factory: pytest.TempPathFactory, llms: Any) -> Any:
     """A world whose store holds the rows, and what an unbroken run makes of them."""
-    world = make_world(tmp_path_factory.mktemp("clean"), llms)
+    world = World(tmp_path_factory.mktemp("clean"), llms)
     world.ingest(world.prompts(ROWS), ROWS // FRAGMENTS)
     shutil.copytree(world.store, world.folder / "ingested")
     world.run("embed", "--config", world.config())
@@ -58,7 +60,7 @@ def assert_like(world: Any, clean: dict[str, dict[str, Any]]) -> None:
         ("after a commit", 1),
     ],
 )
-def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, commit_fragments: int) -> None:
+def test_driver_killed(world: Any, clean: Any, moment: str, commit_fragments: int) -> None:
     config = world.config(commit={"fragments": commit_fragments, "seconds": 1000.0}, batch_tokens=16)
     conditions = {
         "before the first file": lambda: "embed_error" in world.table.schema.names,
@@ -66,25 +68,25 @@ def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, commit_f
         "after a commit": lambda: world.committed() >= 2,
     }
     job = world.start("embed", "--config", config)
-    tools.stop_when(conditions[moment], job)
-    actors = tools.unit_actors(job.pid)
+    processes.stop_when(conditions[moment], job)
+    actors = processes.unit_actors(job.pid)
     job.send_signal(signal.SIGKILL)
     job.communicate()
     done_before = world.committed()
     assert done_before < FRAGMENTS, "the job was over before it was killed"
     assert (done_before > 0) == (moment == "after a commit")
-    tools.wait_until(lambda: not any(map(tools.running, actors)))
+    processes.wait_until(lambda: not any(map(processes.running, actors)))
     again = world.run("embed", "--config", config)
     assert again.summary["fragments"] == FRAGMENTS - done_before
     assert_like(world, clean)
 
 
-def test_actor_killed_in_the_middle_of_a_fragment(world: Any, clean: Any, tools: Any) -> None:
+def test_actor_killed_in_the_middle_of_a_fragment(world: Any, clean: Any) -> None:
     job = world.start("embed", "--config", world.config(batch_tokens=16))
-    tools.stop_when(lambda: world.committed() >= 1, job)
-    actors = tools.unit_actors(job.pid)
+    processes.stop_when(lambda: world.committed() >= 1, job)
+    actors = processes.unit_actors(job.pid)
     assert actors, "no actor found"
-    tools.send(signal.SIGKILL, actors)
+    processes.send(signal.SIGKILL, actors)
     assert world.committed() < FRAGMENTS
     job.send_signal(signal.SIGCONT)
     result = world.finish(job)
@@ -101,10 +103,10 @@ def test_two_runs_at_once(world: Any, clean: Any) -> None:
     assert_like(world, clean)
 
 
-def test_stopped_by_ctrl_c_keeps_what_is_finished(world: Any, clean: Any, tools: Any) -> None:
+def test_stopped_by_ctrl_c_keeps_what_is_finished(world: Any, clean: Any) -> None:
     config = world.config(commit={"fragments": 1000, "seconds": 1000.0}, batch_tokens=16)
     job = world.start("embed", "--config", config)
-    tools.stop_when(lambda: len(world.data_files()) >= 4, job)
+    processes.stop_when(lambda: len(world.data_files()) >= 4, job)
     job.send_signal(signal.SIGINT)
     job.send_signal(signal.SIGCONT)
     result = world.finish(job, expect=130)

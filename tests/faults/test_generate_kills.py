@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.support import processes
+
 pytestmark = pytest.mark.faults
 
 PROMPTS, ROWS_PER_FRAGMENT = 48, 4
@@ -38,7 +40,7 @@ def has_image(world: Any) -> bool:
     return "image" in world.table.schema.names
 
 
-def test_driver_and_actor_are_killed(world: Any, tools: Any, command: tuple[Any, ...]) -> None:
+def test_driver_and_actor_are_killed(world: Any, command: tuple[Any, ...]) -> None:
     clean = world.folder / "clean"
     assert (
         world.run(*command, "--store", world.folder / "clean_store", "--out", clean).summary["counts"]["files"]
@@ -48,18 +50,18 @@ def test_driver_and_actor_are_killed(world: Any, tools: Any, command: tuple[Any,
     out = world.folder / "out"
     for done in (2, 5):
         job = world.start(*command, "--store", world.store, "--out", out)
-        tools.stop_when(lambda least=done: committed(world) >= least, job)
-        below = tools.descendants(job.pid)
+        processes.stop_when(lambda least=done: committed(world) >= least, job)
+        below = processes.descendants(job.pid)
         job.kill()
         for pid in below:
-            if tools.running(pid):
+            if processes.running(pid):
                 os.kill(pid, signal.SIGKILL)
         job.communicate()
     assert not out.exists(), "files are written when all images are there"
     before = committed(world)
     job = world.start(*command, "--store", world.store, "--out", out)
-    tools.stop_when(lambda: committed(world) > before, job)
-    tools.send(signal.SIGKILL, tools.unit_actors(job.pid)[:1])
+    processes.stop_when(lambda: committed(world) > before, job)
+    processes.send(signal.SIGKILL, processes.unit_actors(job.pid)[:1])
     job.send_signal(signal.SIGCONT)
     summary = world.finish(job).summary
     assert summary["ok"] and summary["rows"] < PROMPTS

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support import processes
+
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 SHARDS, ROWS, SIDE = 18, 30, 320  # images of some 30 kB: a shard takes its worker a good part of a second
@@ -79,16 +81,16 @@ def assert_clean(world: Any, shards: dict[str, Any]) -> None:
     ("kind", "moment"),
     [("webdataset", "between write and commit"), ("webdataset", "after a commit"), ("parquet", "after a commit")],
 )
-def test_driver_killed(world: Any, shards: dict[str, Any], tools: Any, kind: str, moment: str) -> None:
+def test_driver_killed(world: Any, shards: dict[str, Any], kind: str, moment: str) -> None:
     job = world.start("ingest", *flags(world, shards[kind]))
     if moment == "after a commit":
-        tools.stop_when(lambda: count(world) > 0, job)
+        processes.stop_when(lambda: count(world) > 0, job)
     else:
-        tools.stop_when(lambda: len(files(world)) >= 3, job)
-    actors = tools.unit_actors(job.pid)
+        processes.stop_when(lambda: len(files(world)) >= 3, job)
+    actors = processes.unit_actors(job.pid)
     job.send_signal(signal.SIGKILL)
     job.communicate()
-    tools.wait_until(lambda: not any(map(tools.running, actors)))
+    processes.wait_until(lambda: not any(map(processes.running, actors)))
     before = count(world)
     assert before < SHARDS * ROWS, "the job was over before it was killed"
     assert before % ROWS == 0, "a unit is there whole or not at all"
@@ -102,12 +104,14 @@ def test_driver_killed(world: Any, shards: dict[str, Any], tools: Any, kind: str
     assert_clean(world, shards)
 
 
-def test_actors_killed(world: Any, shards: dict[str, Any], tools: Any) -> None:
+def test_actors_killed(world: Any, shards: dict[str, Any]) -> None:
     """Twice, in the middle of their units: Ray begins these again, and no row is there twice."""
     job = world.start("ingest", *flags(world, shards["webdataset"]))
     for files_written in (4, 50):
-        tools.stop_when(lambda wanted=files_written: len(files(world)) >= wanted and tools.unit_actors(job.pid), job)
-        tools.send(signal.SIGKILL, tools.unit_actors(job.pid))
+        processes.stop_when(
+            lambda wanted=files_written: len(files(world)) >= wanted and processes.unit_actors(job.pid), job
+        )
+        processes.send(signal.SIGKILL, processes.unit_actors(job.pid))
         assert count(world) < SHARDS * ROWS
         job.send_signal(signal.SIGCONT)
     summary = world.finish(job).summary
@@ -117,7 +121,7 @@ def test_actors_killed(world: Any, shards: dict[str, Any], tools: Any) -> None:
     assert world.run("ingest", *flags(world, shards["webdataset"])).summary["counts"] == {"shards_done_before": SHARDS}
 
 
-def test_memory_stays_flat_with_bombs(world: Any, zoo: Any, photo: Callable[..., bytes], tools: Any) -> None:
+def test_memory_stays_flat_with_bombs(world: Any, zoo: Any, photo: Callable[..., bytes]) -> None:
     """Thirty images that claim 900 million pixels each, among good ones: not one is decoded."""
     with tarfile.open(world.folder / "0.tar", "w") as tar:
         for number in range(60):
@@ -129,7 +133,7 @@ def test_memory_stays_flat_with_bombs(world: Any, zoo: Any, photo: Callable[...,
                       "--filters.near_duplicates", 0)  # fmt: skip
     peak = 0
     while not ended(job):
-        for pid in tools.unit_actors(job.pid):
+        for pid in processes.unit_actors(job.pid):
             try:
                 status = Path(f"/proc/{pid}/status").read_text()
             except OSError:
@@ -141,7 +145,7 @@ def test_memory_stays_flat_with_bombs(world: Any, zoo: Any, photo: Callable[...,
 
 
 @pytest.mark.parametrize("moment", ["commit", "write"])
-def test_driver_killed_in_an_update(world: Any, photo: Callable[..., bytes], tools: Any, moment: str) -> None:
+def test_driver_killed_in_an_update(world: Any, photo: Callable[..., bytes], moment: str) -> None:
     """The same command again takes the rest: every picture once, with its new bytes, under its old id."""
     folder = world.folder / "set"
     folder.mkdir()
@@ -155,13 +159,13 @@ def test_driver_killed_in_an_update(world: Any, photo: Callable[..., bytes], too
         (folder / f"{number}.txt").write_text(f"new {number}")
     job = world.start("ingest", *update, "--update", "true")
     if moment == "commit":
-        tools.stop_when(lambda: world.table.version > version, job)
+        processes.stop_when(lambda: world.table.version > version, job)
     else:
-        tools.stop_when(lambda: len(files(world)) >= written + 3, job)
-    actors = tools.unit_actors(job.pid)
+        processes.stop_when(lambda: len(files(world)) >= written + 3, job)
+    actors = processes.unit_actors(job.pid)
     job.send_signal(signal.SIGKILL)
     job.communicate()
-    tools.wait_until(lambda: not any(map(tools.running, actors)))
+    processes.wait_until(lambda: not any(map(processes.running, actors)))
     assert (world.table.version > version) == (moment == "commit") and world.rows().keys() == before.keys()
     result = world.run("ingest", *update, "--update", "true").summary
     left = 90 if moment == "write" else 90 - 32 * (world.table.version > version)

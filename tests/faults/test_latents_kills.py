@@ -19,6 +19,8 @@ from pipelines.engine.pool import ActorsConfig
 from pipelines.engine.stage import CommitConfig, run_stage
 from pipelines.engine.table import ColumnFileWriter, Table
 from pipelines.latents import EncodeLatents, LatentsConfig
+from tests.support import processes
+from tests.support.stores import World
 
 pytestmark = pytest.mark.faults
 
@@ -29,9 +31,9 @@ NEVER = ("--commit.fragments", 1000, "--commit.seconds", 1000)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, llms: Any, make_world: Any) -> Any:
+def made(tmp_path_factory: pytest.TempPathFactory, llms: Any) -> Any:
     """A store of scenes, and the rows that an unbroken run makes of it."""
-    world = make_world(tmp_path_factory.mktemp("clean"), llms)
+    world = World(tmp_path_factory.mktemp("clean"), llms)
     rows = ("--rows-per-fragment", ROWS // FRAGMENTS)
     world.run("ingest", "--store", world.store, "--source", f"scenes:{ROWS}", *rows)
     shutil.copytree(world.store, world.folder / "ingested")
@@ -79,32 +81,32 @@ def assert_like(world: Any, clean: dict[str, dict[str, Any]]) -> None:
     ("moment", "flags"),
     [pytest.param("between write and commit", NEVER, marks=pytest.mark.slow), ("after a commit", EAGER)],
 )
-def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, flags: Any) -> None:
+def test_driver_killed(world: Any, clean: Any, moment: str, flags: Any) -> None:
     conditions = {
         "between write and commit": lambda: column_files(world) >= 3,
         "after a commit": lambda: committed(world) >= 2,
     }
     job = world.start("latents", "--store", world.store, *FLAGS, *flags)
-    tools.stop_when(conditions[moment], job)
-    actors = tools.unit_actors(job.pid)
+    processes.stop_when(conditions[moment], job)
+    actors = processes.unit_actors(job.pid)
     job.send_signal(signal.SIGKILL)
     job.communicate()
     done_before = committed(world)
     assert done_before < FRAGMENTS, "the job was over before it was killed"
     assert (done_before > 0) == (moment == "after a commit")
-    tools.wait_until(lambda: not any(map(tools.running, actors)))
+    processes.wait_until(lambda: not any(map(processes.running, actors)))
     again = world.run("latents", "--store", world.store, *FLAGS)
     assert again.summary["fragments"] == FRAGMENTS - done_before
     assert_like(world, clean)
 
 
 @pytest.mark.slow
-def test_actor_killed_in_the_middle_of_a_fragment(world: Any, clean: Any, tools: Any) -> None:
+def test_actor_killed_in_the_middle_of_a_fragment(world: Any, clean: Any) -> None:
     job = world.start("latents", "--store", world.store, *FLAGS, *EAGER)
-    tools.stop_when(lambda: committed(world) >= 1, job)
-    actors = tools.unit_actors(job.pid)
+    processes.stop_when(lambda: committed(world) >= 1, job)
+    actors = processes.unit_actors(job.pid)
     assert actors, "no actor found"
-    tools.send(signal.SIGKILL, actors)
+    processes.send(signal.SIGKILL, actors)
     assert committed(world) < FRAGMENTS
     job.send_signal(signal.SIGCONT)
     result = world.finish(job)

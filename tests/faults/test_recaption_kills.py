@@ -18,6 +18,8 @@ from pipelines.engine.pool import ActorsConfig
 from pipelines.engine.table import ColumnFileWriter, Table, field_ids, missing_in
 from pipelines.recaption import RecaptionConfig
 from pipelines.sources.base import IMAGE_FIELDS
+from tests.support import processes
+from tests.support.stores import World
 
 pytestmark = pytest.mark.faults
 
@@ -45,9 +47,9 @@ def scene_bytes(count: int) -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, llms: Any, make_world: Any) -> Any:
+def made(tmp_path_factory: pytest.TempPathFactory, llms: Any) -> Any:
     """A world whose store holds the rows, and what an unbroken run makes of them."""
-    world = make_world(tmp_path_factory.mktemp("clean"), llms)
+    world = World(tmp_path_factory.mktemp("clean"), llms)
     image_rows(world.store, scene_bytes(ROWS), ROWS // FRAGMENTS)
     shutil.copytree(world.store, world.folder / "ingested")
     world.run("recaption", "--store", world.store, *FLAGS, 1)
@@ -78,33 +80,33 @@ def column_files(world: Any) -> list[Path]:
     ("moment", "commit_fragments"),
     [pytest.param("between write and commit", 1000, marks=pytest.mark.slow), ("after a commit", 1)],
 )
-def test_driver_killed(world: Any, clean: Any, tools: Any, moment: str, commit_fragments: int) -> None:
+def test_driver_killed(world: Any, clean: Any, moment: str, commit_fragments: int) -> None:
     """Captions are drawn at a temperature, and still equal the unbroken run's: the draws belong to the rows."""
     reached = {
         "between write and commit": lambda: len(column_files(world)) >= 2,
         "after a commit": lambda: described(world) >= 2,
     }[moment]
     job = world.start("recaption", "--store", world.store, *FLAGS[:-1], *FLAGS[-1:], commit_fragments)
-    tools.stop_when(reached, job)
-    actors = tools.unit_actors(job.pid)
+    processes.stop_when(reached, job)
+    actors = processes.unit_actors(job.pid)
     job.send_signal(signal.SIGKILL)
     job.communicate()
     done_before = described(world)
     assert done_before < FRAGMENTS, "the job was over before it was killed"
     assert (done_before > 0) == (moment == "after a commit")
-    tools.wait_until(lambda: not any(map(tools.running, actors)))
+    processes.wait_until(lambda: not any(map(processes.running, actors)))
     again = world.run("recaption", "--store", world.store, *FLAGS, 1)
     assert again.summary["fragments"] == FRAGMENTS - done_before
     assert world.rows() == clean and world.orphans() == set()
 
 
 @pytest.mark.slow
-def test_actor_killed(world: Any, clean: Any, tools: Any) -> None:
+def test_actor_killed(world: Any, clean: Any) -> None:
     job = world.start("recaption", "--store", world.store, *FLAGS, 1)
-    tools.stop_when(lambda: described(world) >= 1, job)
-    actors = tools.unit_actors(job.pid)
+    processes.stop_when(lambda: described(world) >= 1, job)
+    actors = processes.unit_actors(job.pid)
     assert actors, "no actor found"
-    tools.send(signal.SIGKILL, actors)
+    processes.send(signal.SIGKILL, actors)
     assert described(world) < FRAGMENTS
     job.send_signal(signal.SIGCONT)
     result = world.finish(job)

@@ -13,6 +13,8 @@ import pytest
 from lidit.runtime.lease import Lease, LeaseHeld
 from lidit.store.codec import decode_bytes
 from pipelines.engine.table import Table
+from tests.support import cluster, s3_proxy
+from tests.support.stores import World
 
 pytestmark = pytest.mark.faults
 
@@ -22,16 +24,14 @@ COLUMN = "caption_embeds_one"
 
 
 @pytest.fixture(scope="module")
-def bad_day(
-    s3: Any, cloud: Any, s3_proxy: Any, make_world: Any, llms: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Any:
+def bad_day(s3: Any, llms: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A world whose store is on S3 by way of the proxy, and what an unbroken run on a disk makes of the same prompts."""
-    world = make_world(tmp_path_factory.mktemp("bad_day"), llms)
+    world = World(tmp_path_factory.mktemp("bad_day"), llms)
     world.ingest(world.prompts(ROWS), ROWS // FRAGMENTS)
     world.run("embed", "--config", world.config())
     s3.filesystem().mkdir("faults")
     proxy = s3_proxy.S3Proxy(s3.port)
-    with cloud.environment(s3.env(proxy.url)):
+    with cluster.environment(s3.env(proxy.url)):
         yield SimpleNamespace(world=world, proxy=proxy, clean=world.rows(), runs=0)
     proxy.stop()
 

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from pipelines.engine.table import Table
+from tests.support import cluster, training
 from trainer.config import CheckpointConfig
 
 pytestmark = pytest.mark.faults
@@ -29,23 +30,23 @@ STEPS = 24
 
 
 @pytest.fixture
-def switched(cloud: Any, tmp_path: Path) -> Any:
+def switched(tmp_path: Path) -> Any:
     """An S3 server that can be stopped; its environment is this test's."""
-    server = Switched(cloud, tmp_path)
+    server = Switched(tmp_path)
     server.filesystem().mkdir("away")
-    with cloud.environment(server.env()):
+    with cluster.environment(server.env()):
         yield server
     server.service.stop()
 
 
-def Switched(cloud: Any, folder: Path) -> Any:
-    """`cloud.S3Server` on `tests/s3_switch.py`."""
+def Switched(folder: Path) -> Any:
+    """`cluster.S3Server` on `tests/support/s3_switch.py`."""
 
-    class Server(cloud.S3Server):  # type: ignore[misc, name-defined]
+    class Server(cluster.S3Server):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
-            self.port, self.secret = cloud.free_port(), "x" * 40
-            command = [sys.executable, str(ROOT / "tests" / "s3_switch.py"), str(self.port)]
-            self.service = cloud.Service(command, folder / "s3.log", {**os.environ})
+            self.port, self.secret = cluster.free_port(), "x" * 40
+            command = [sys.executable, str(ROOT / "tests" / "support" / "s3_switch.py"), str(self.port)]
+            self.service = cluster.Service(command, folder / "s3.log", {**os.environ})
             self.url = f"http://127.0.0.1:{self.port}"
             self.service.wait_for(self.url)
 
@@ -112,9 +113,9 @@ def test_preprocessing(switched: Any, world: Any, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("seconds", SECONDS)
-def test_training(switched: Any, world: Any, training: Any, cloud: Any, seconds: float) -> None:
+def test_training(switched: Any, world: Any, seconds: float) -> None:
     """Interrupted at a save, and in the middle of the steps: it loses no step, and needs no second start."""
-    with cloud.environment(training.ENVIRONMENT):
+    with cluster.environment(training.ENVIRONMENT):
         store = training.make_store("s3://away/store", codec="fp32")
         config = training.make_config(store, "s3://away/runs", checkpoint=CheckpointConfig(every_steps=4))
         config = dataclasses.replace(training.steps(config, STEPS), max_failures=0)

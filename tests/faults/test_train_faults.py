@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support import processes, training
 from trainer import train
 from trainer.config import CheckpointConfig, TrainConfig
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, training: Any) -> Any:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A store, and what a run that nothing happens to gives."""
     folder = tmp_path_factory.mktemp("faults")
     store = training.make_store(folder / "store", codec="fp32")
@@ -47,7 +48,7 @@ def no_remains(config: TrainConfig) -> bool:
     return all((path / "manifest.json").exists() for path in folder.iterdir())
 
 
-def test_killed_in_forward_step_and_save(world: Any, training: Any, ray_for_training: Any) -> None:
+def test_killed_in_forward_step_and_save(world: Any, ray_for_training: Any) -> None:
     """Kill -9 of one rank: in the forward pass of step 7, in the optimizer step of 10, among the shards of the save at 12, when
     all shards are there but no manifest at 16, while files are moved to their place at 20. One run outlives them all."""
     folder = world.folder
@@ -74,7 +75,7 @@ def test_killed_in_forward_step_and_save(world: Any, training: Any, ray_for_trai
 
 
 @pytest.mark.slow
-def test_sigterm_of_a_rank_saves_and_goes_on(world: Any, training: Any, ray_for_training: Any) -> None:
+def test_sigterm_of_a_rank_saves_and_goes_on(world: Any, ray_for_training: Any) -> None:
     config = dataclasses.replace(world.config, name="terminated")
     at = training.Terminate("step", 6, 1, str(world.folder / "terminated-marker"))
     summary = train.main(config, observe=at)
@@ -85,7 +86,7 @@ def test_sigterm_of_a_rank_saves_and_goes_on(world: Any, training: Any, ray_for_
 
 
 @pytest.mark.slow
-def test_more_failures_than_allowed(world: Any, training: Any, ray_for_training: Any) -> None:
+def test_more_failures_than_allowed(world: Any, ray_for_training: Any) -> None:
     config = dataclasses.replace(world.config, name="doomed", max_failures=0)
     at = training.At("forward", 6, 0, str(world.folder / "doomed-marker"))
     with pytest.raises(RuntimeError, match=r"failed more than max_failures 0 times, at last with rank 0: .*goes on"):
@@ -96,7 +97,7 @@ def test_more_failures_than_allowed(world: Any, training: Any, ray_for_training:
 
 
 @pytest.mark.slow
-def test_full_disk_while_saving(world: Any, training: Any, ray_for_training: Any, tmp_path: Path) -> None:
+def test_full_disk_while_saving(world: Any, ray_for_training: Any, tmp_path: Path) -> None:
     """On a file system with room for one checkpoint: the second one stops the run, the first one is whole; with room again
     the same command finishes."""
     disk = tmp_path / "disk"
@@ -150,12 +151,12 @@ class Driver:
 
 
 @pytest.mark.slow
-def test_driver_told_to_stop_then_killed(world: Any, training: Any, tools: Any, tmp_path: Path) -> None:
+def test_driver_told_to_stop_then_killed(world: Any, tmp_path: Path) -> None:
     """SIGTERM saves and ends with status 1; the next start goes on; kill -9 of it; the third one finishes."""
     config = dataclasses.replace(world.config, name="driven", storage=str(tmp_path))
     slow = training.steps(config, 4000)
     with Driver(slow, tmp_path, training.ENVIRONMENT) as driver:
-        tools.wait_until(lambda: driver.steps() >= 3, driver.process)
+        processes.wait_until(lambda: driver.steps() >= 3, driver.process)
         second = subprocess.run(
             [sys.executable, str(ROOT / "trainer" / "train.py"), "--config", str(tmp_path / "driven.yaml")],
             cwd=tmp_path, capture_output=True, text=True,
@@ -168,12 +169,12 @@ def test_driver_told_to_stop_then_killed(world: Any, training: Any, tools: Any, 
     assert training.checkpoints(config)[-1] == stopped and not Path(tmp_path, "driven", "stop").exists()
 
     with Driver(slow, tmp_path, training.ENVIRONMENT) as driver:
-        tools.wait_until(lambda: training.checkpoints(config)[-1] >= stopped + 4, driver.process)
-        workers = [pid for pid, name in tools.descendants(driver.process.pid).items() if "RayTrainWorker" in name]
+        processes.wait_until(lambda: training.checkpoints(config)[-1] >= stopped + 4, driver.process)
+        workers = [pid for pid, name in processes.descendants(driver.process.pid).items() if "RayTrainWorker" in name]
         driver.process.send_signal(signal.SIGKILL)
         driver.end()
-    tools.wait_until(
-        lambda: not any(map(tools.running, workers)), seconds=15
+    processes.wait_until(
+        lambda: not any(map(processes.running, workers)), seconds=15
     )  # before another driver has begun to write
     reached = training.checkpoints(config)[-1]
 

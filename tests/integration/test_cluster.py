@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from tests.support import cluster, processes
+from tests.support.stores import World
+
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 ROWS, FRAGMENTS = 1440, 24
@@ -23,14 +26,14 @@ TEXT = ("--text", '["caption_original"]')
 
 
 @pytest.fixture(scope="module")
-def nodes(cloud: Any, s3: Any, make_world: Any, llms: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def nodes(s3: Any, llms: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A head and a worker, and the demo's table on S3, with scenes in it."""
-    world = make_world(tmp_path_factory.mktemp("laptop"), llms)
+    world = World(tmp_path_factory.mktemp("laptop"), llms)
     s3.filesystem().mkdir("cluster")
-    with cloud.environment(s3.env()):
+    with cluster.environment(s3.env()):
         source = ("--source", f"scenes:{ROWS}", "--rows-per-fragment", ROWS // FRAGMENTS)
         world.run("ingest", "--store", STORE, *source)
-    made = cloud.RayNodes(s3.env(), head_cpus=1)
+    made = cluster.RayNodes(s3.env(), head_cpus=1)
     try:
         worker = made.add_worker(cpus=2)
         yield SimpleNamespace(ray=made, worker=worker, world=world)
@@ -38,10 +41,10 @@ def nodes(cloud: Any, s3: Any, make_world: Any, llms: Any, tmp_path_factory: pyt
         made.stop()
 
 
-def table(cloud: Any, s3: Any) -> Any:
+def table(s3: Any) -> Any:
     from pipelines.engine.table import Table
 
-    with cloud.environment(s3.env()):
+    with cluster.environment(s3.env()):
         return Table(f"{STORE}/samples.lance").open()
 
 
@@ -51,15 +54,15 @@ def column_files(s3: Any) -> int:
     return sum("/embed-" in path for path in files)
 
 
-def test_nobody_submits_without_the_token(nodes: Any, cloud: Any, s3: Any) -> None:
-    version = table(cloud, s3).version
+def test_nobody_submits_without_the_token(nodes: Any, s3: Any) -> None:
+    version = table(s3).version
     entrypoint = ("python", "pipelines/embed.py", "--store", STORE, *TEXT)
     for env in (nodes.ray.base | {"RAY_AUTH_MODE": "disabled"}, nodes.ray.env | {"RAY_AUTH_TOKEN": "f" * 64}):
         submitted = nodes.ray.submit(*entrypoint, env=env)
         said, _ = submitted.communicate(timeout=120)
         assert submitted.returncode != 0, said
         assert re.search("401|403|[Uu]nauthorized|[Uu]nauthenticated|[Ii]nvalid.*token|[Aa]uthentication", said), said
-    assert table(cloud, s3).version == version
+    assert table(s3).version == version
 
 
 LOCAL = """
@@ -105,22 +108,22 @@ def test_preflight_looks_at_both_nodes(nodes: Any) -> None:
     assert together["found"].startswith("2 ranks, gloo: ")
 
 
-def test_a_node_dies_in_the_middle_of_a_job(nodes: Any, cloud: Any, s3: Any, tools: Any) -> None:
+def test_a_node_dies_in_the_middle_of_a_job(nodes: Any, s3: Any) -> None:
     flags = ("--actors.min", 2, "--actors.max", 2, "--batch-tokens", 16, "--commit.fragments", 1, "--commit.seconds", 0)
     job = nodes.ray.submit("python", "pipelines/embed.py", "--store", STORE, *TEXT, *flags)
-    tools.wait_until(lambda: column_files(s3) >= 2, job, 300)
-    below = tools.descendants(nodes.worker.process.pid)
+    processes.wait_until(lambda: column_files(s3) >= 2, job, 300)
+    below = processes.descendants(nodes.worker.process.pid)
     (raylet,) = [pid for pid, name in below.items() if "/raylet/raylet " in name]
-    assert tools.unit_actors(raylet), "the worker node has an actor"
+    assert processes.unit_actors(raylet), "the worker node has an actor"
     os.kill(raylet, signal.SIGKILL)
     assert column_files(s3) < FRAGMENTS - 2, "the job was nearly over when the node died"
     said, _ = job.communicate(timeout=300)
     assert job.returncode == 0, said[-6000:]
     assert '"ok": true' in said and "succeeded" in said
 
-    with cloud.environment(s3.env()):
+    with cluster.environment(s3.env()):
         verified = nodes.world.run("verify", "--store", STORE, "--sample", 64).summary
-        dataset = table(cloud, s3)
+        dataset = table(s3)
         assert (
             dataset.count_rows(f"caption_original IS NOT NULL AND {COLUMN} IS NULL OR embed_error IS NOT NULL") == 0
             and dataset.count_rows() == ROWS

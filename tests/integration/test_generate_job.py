@@ -9,6 +9,7 @@ import pytest
 
 from demo import report
 from demo.world.prompts import exam_prompts
+from tests.support.stores import World
 
 pytestmark = pytest.mark.integration
 
@@ -17,9 +18,9 @@ FLAGS = ("--sampler.num_inference_steps", 2, "--sampler.guidance_scale", 2, "--r
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, llms: Any, make_world: Any, scene_weights: Any) -> Any:
+def made(tmp_path_factory: pytest.TempPathFactory, llms: Any, scene_weights: Any) -> Any:
     """A world with pictures of the exam, laid out and scored."""
-    world = make_world(tmp_path_factory.mktemp("generate"), llms)
+    world = World(tmp_path_factory.mktemp("generate"), llms)
     world.exam = world.folder / "exam.jsonl"
     world.exam.write_text("".join(json.dumps(record) + "\n" for record in exam_prompts(PROMPTS)))
     world.out = world.folder / "geneval"

@@ -28,6 +28,7 @@ from pipelines.engine.table import ColumnFileWriter, Table
 from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
 from pipelines.verify import VerifyConfig
+from tests.support.stores import World
 
 ONE = ActorsConfig(min=1, max=1, num_gpus=0)
 
@@ -88,10 +89,10 @@ def test_scenes_with_the_demo_autoencoder(world: Any, config: LatentsConfig) -> 
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory, make_world: Any, data: Path, llms: Any) -> Any:
+def photos(tmp_path_factory: pytest.TempPathFactory, data: Path, llms: Any) -> Any:
     """A store of the 35 photographs, five rows each, with TAEF2's latents in the centre square and in wide buckets."""
     torch.set_num_threads(1)
-    world = make_world(tmp_path_factory.mktemp("photos"), llms)
+    world = World(tmp_path_factory.mktemp("photos"), llms)
     assert put(world, f"coco:{data / 'coco-mini-cc'}", 175).rows == 175
     square = LatentsConfig(
         store=str(world.store), model=str(data / "taef2"), resolution=256, step=32, max_aspect=1.0, actors=ONE

@@ -23,6 +23,7 @@ from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
 from pipelines.preprocess import PreprocessConfig
 from pipelines.recaption import RecaptionConfig
+from tests.support import processes
 
 pytestmark = pytest.mark.integration
 
@@ -122,12 +123,12 @@ def test_new_shards_between_runs(world: Any) -> None:
     assert_whole(world, 3)
 
 
-def test_a_second_one_leaves_while_the_first_works(world: Any, tools: Any) -> None:
+def test_a_second_one_leaves_while_the_first_works(world: Any) -> None:
     """By the command line, as two schedules would start it; the first is stopped politely and gives the lease back."""
     write_shard(world, 0)
     path = as_yaml(world, config_of(world))
     first = world.start("preprocess", "--config", path)
-    tools.wait_until(lambda: (world.store / "preprocess" / "lease-00000001").exists(), first)
+    processes.wait_until(lambda: (world.store / "preprocess" / "lease-00000001").exists(), first)
     second = world.run("preprocess", "--config", path)
     assert (second.summary["status"], second.summary["ok"], second.summary["stages"]) == ("busy", True, [])
     assert f"worked on by process {first.pid} on" in second.summary["error"]
@@ -149,18 +150,18 @@ def begun(world: Any, stage: str) -> bool:
 
 
 @pytest.mark.faults
-def test_killed_in_every_stage_and_finished_by_the_next(world: Any, tools: Any) -> None:
+def test_killed_in_every_stage_and_finished_by_the_next(world: Any) -> None:
     for number in range(3):
         write_shard(world, number)
     path = as_yaml(world, config_of(world))
     for stage in preprocess.STAGES:
         job = world.start("preprocess", "--config", path)
-        tools.stop_when(lambda stage=stage: begun(world, stage), job)
-        actors = tools.unit_actors(job.pid)
+        processes.stop_when(lambda stage=stage: begun(world, stage), job)
+        actors = processes.unit_actors(job.pid)
         job.send_signal(signal.SIGKILL)
         job.communicate()
         assert not (world.store / "preprocess" / "last.json").exists(), f"it was over before {stage} was killed"
-        tools.wait_until(lambda actors=actors: not any(map(tools.running, actors)))
+        processes.wait_until(lambda actors=actors: not any(map(processes.running, actors)))
     result = world.run("preprocess", "--config", path)
     assert result.summary["ok"] and result.summary["status"] == "done"
     assert_whole(world, 3)

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
+from tests.support import cluster, processes
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 
 @pytest.fixture(scope="module")
-def head(cloud: Any) -> Any:
-    made = cloud.RayNodes({}, head_cpus=1)
+def head() -> Any:
+    made = cluster.RayNodes({}, head_cpus=1)
     try:
         yield made
     finally:
@@ -34,6 +36,8 @@ def driver(folder: Path) -> tuple[str, str, str]:
     """A command that notes its start, and ends when it is told to."""
     code = f"""
 import os, pathlib, time
+from tests.support import cluster
+from tests.support import processes
 folder = pathlib.Path({str(folder)!r})
 (folder / f"started-{{os.getpid()}}").touch()
 print("at work", flush=True)
@@ -47,22 +51,22 @@ def started(folder: Path) -> list[int]:
     return [int(path.name.partition("-")[2]) for path in folder.glob("started-*")]
 
 
-def test_the_pods_end_stops_the_driver(head: Any, tmp_path: Path, tools: Any) -> None:
+def test_the_pods_end_stops_the_driver(head: Any, tmp_path: Path) -> None:
     pod = submit(head, "night-1", *driver(tmp_path))
-    tools.wait_until(lambda: len(started(tmp_path)) == 1, pod, 120)
+    processes.wait_until(lambda: len(started(tmp_path)) == 1, pod, 120)
     (pid,) = started(tmp_path)
     pod.send_signal(signal.SIGTERM)
     said, _ = pod.communicate(timeout=90)
     assert pod.returncode == 143, said
-    assert not tools.running(pid), f"the driver runs on: {said}"
+    assert not processes.running(pid), f"the driver runs on: {said}"
     again = submit(head, "night-1", "python", "-c", "print('once more')")
     said, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and "once more" in said and "night-1-try2: SUCCEEDED" in said
 
 
-def test_a_second_pod_follows_the_first_ones_driver(head: Any, tmp_path: Path, tools: Any) -> None:
+def test_a_second_pod_follows_the_first_ones_driver(head: Any, tmp_path: Path) -> None:
     first = submit(head, "night-2", *driver(tmp_path))
-    tools.wait_until(lambda: len(started(tmp_path)) == 1, first, 120)
+    processes.wait_until(lambda: len(started(tmp_path)) == 1, first, 120)
     first.kill()  # its machine is gone: nothing stops the driver
     first.communicate(timeout=30)
     second = submit(head, "night-2", *driver(tmp_path))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lidit.weights import load_weights
+from tests.support import training
 from trainer.config import (
     CheckpointConfig,
     PhaseConfig,
@@ -28,7 +29,7 @@ ONE_SAVE = CheckpointConfig(every_steps=1000)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, training: Any) -> Any:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A store, and what 20 plain steps on it give."""
     folder = tmp_path_factory.mktemp("engine")
     store = training.make_store(folder / "store", codec="fp32")
@@ -51,7 +52,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_every_stage_equals_a_plain_loop(world: Any, training: Any, world_size: int) -> None:
+def test_every_stage_equals_a_plain_loop(world: Any, world_size: int) -> None:
     """Losses, gradient norms, exported weights and average, with and without gradient accumulation."""
     configs = [
         dataclasses.replace(
@@ -76,7 +77,7 @@ def test_every_stage_equals_a_plain_loop(world: Any, training: Any, world_size: 
     assert max(apart) > 1e-3, "else the average would not be told from the weights"
 
 
-def test_stages_agree_in_bf16(world: Any, training: Any) -> None:
+def test_stages_agree_in_bf16(world: Any) -> None:
     """Two ranks, accumulation: the same losses at every stage, to what bf16 gradients allow, and close to those of fp32."""
     configs = [
         dataclasses.replace(
@@ -91,7 +92,7 @@ def test_stages_agree_in_bf16(world: Any, training: Any) -> None:
         assert_close(exported(config, "raw", world.folder), world.plain.weights, atol=0.05)
 
 
-def test_muon_equals_a_plain_loop(world: Any, training: Any) -> None:
+def test_muon_equals_a_plain_loop(world: Any) -> None:
     """Two ranks, accumulation; in bf16, DeepSpeed puts fp32 masters in the weights' place."""
     muon = dataclasses.replace(world.config.optimizer, name="muon")
     base = dataclasses.replace(world.config, optimizer=muon, zero=ZeroConfig(stage=0), microbatch_size=2)
@@ -108,9 +109,7 @@ def test_muon_equals_a_plain_loop(world: Any, training: Any) -> None:
 
 
 @pytest.mark.parametrize(("how", "precision"), [("nan", "fp32"), ("inf", "bf16")])
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
-    world: Any, training: Any, how: str, precision: str
-) -> None:
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(world: Any, how: str, precision: str) -> None:
     spoilt = (4, 5, 11)
     config = training.steps(dataclasses.replace(world.config, precision=precision, microbatch_size=2), 14)
     plain = training.reference(config, spoil=lambda step, model: step in spoilt)
@@ -126,7 +125,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
         assert_close(exported(run, "ema", world.folder), plain.average, atol=1e-4 if precision == "fp32" else 0.02)
 
 
-def test_too_many_skipped_steps_in_a_row_stop_the_run(world: Any, training: Any) -> None:
+def test_too_many_skipped_steps_in_a_row_stop_the_run(world: Any) -> None:
     optimizer = dataclasses.replace(world.config.optimizer, max_skipped_steps=3)
     config = dataclasses.replace(world.config, name="hopeless", optimizer=optimizer)
     outcomes = training.run_ranks(2, "train_spoilt", config, "nan", 0, range(5, 20))
@@ -134,7 +133,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(world: Any, training: Any)
     assert "step 7" in outcomes[0]["error"] and "3th in a row" in outcomes[0]["error"]
 
 
-def test_ranks_with_only_dropped_prompts_stay_in_step(training: Any, tmp_path: Path) -> None:
+def test_ranks_with_only_dropped_prompts_stay_in_step(tmp_path: Path) -> None:
     """The empty prompt has no token at all here, and most microbatches of one sample have no other."""
     store = training.make_store(tmp_path / "store", codec="fp32", null_tokens=0)
     config = training.make_config(store, tmp_path / "runs", checkpoint=ONE_SAVE, microbatch_size=1)
@@ -144,7 +143,7 @@ def test_ranks_with_only_dropped_prompts_stay_in_step(training: Any, tmp_path: P
     np.testing.assert_allclose(training.losses(config), plain.losses, atol=1e-4)
 
 
-def test_counts_that_do_not_divide(training: Any, tmp_path: Path) -> None:
+def test_counts_that_do_not_divide(tmp_path: Path) -> None:
     """23 rows in two buckets, 8 a step, three epochs: no hang, no row lost; a batch that ranks cannot share is refused."""
     store = training.make_store(tmp_path / "store", rows=(11, 5, 7), codec="fp32")
     config = training.steps(training.make_config(store, tmp_path / "runs", checkpoint=ONE_SAVE), 9)
@@ -157,7 +156,7 @@ def test_counts_that_do_not_divide(training: Any, tmp_path: Path) -> None:
         dataclasses.replace(config, num_workers=3)
 
 
-def test_phases_change_batch_size_and_accumulation(training: Any, tmp_path: Path) -> None:
+def test_phases_change_batch_size_and_accumulation(tmp_path: Path) -> None:
     """Optimizer and average go on; images are counted through; a resumed second phase equals an unbroken one."""
     store = training.make_store(tmp_path / "store", codec="fp32")
     phases = (
@@ -172,7 +171,7 @@ def test_phases_change_batch_size_and_accumulation(training: Any, tmp_path: Path
     assert [line["phase"] for line in training.lines(config).values()] == [0] * 4 + [1] * 5
 
 
-def test_a_damaged_data_file_stops_the_run_saved_and_it_goes_on_once_mended(training: Any, tmp_path: Path) -> None:
+def test_a_damaged_data_file_stops_the_run_saved_and_it_goes_on_once_mended(tmp_path: Path) -> None:
     store = training.make_store(tmp_path / "store", codec="fp32")
     config = training.steps(training.make_config(store, tmp_path / "runs", checkpoint=ONE_SAVE), 60)
     table = lance.dataset(f"{store}/samples.lance")

@@ -14,6 +14,7 @@ import torch
 
 import lidit
 from lidit.weights import read_config
+from tests.support import training
 from trainer import train
 from trainer.config import CheckpointConfig, TrainConfig, ValidationConfig
 from trainer.export import ExportConfig
@@ -24,7 +25,7 @@ STEPS = 30
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, training: Any, ray_for_training: Any) -> Any:
+def world(tmp_path_factory: pytest.TempPathFactory, ray_for_training: Any) -> Any:
     """A store, and a run of 30 steps on it that was never stopped."""
     folder = tmp_path_factory.mktemp("job")
     store = training.make_store(folder / "store", codec="fp32")
@@ -40,7 +41,7 @@ def weights(config: TrainConfig, kind: str, folder: Path) -> dict[str, torch.Ten
     return lidit.from_pretrained(out).state_dict()
 
 
-def test_an_unbroken_run(world: Any, training: Any) -> None:
+def test_an_unbroken_run(world: Any) -> None:
     """Trains as a plain loop does, writes what it says, leaves two checkpoints, and its weights know where they are from."""
     summary, config = world.summary, world.config
     assert (summary.ok, summary.status, summary.step, summary.images_seen) == (True, "done", STEPS, 240)
@@ -69,7 +70,7 @@ def test_an_unbroken_run(world: Any, training: Any) -> None:
     assert about["objective"]["name"] == "flow" and about["image_size"] == [64, 64]
 
 
-def test_stopped_in_the_middle_of_an_epoch_and_resumed_is_the_same_to_the_bit(world: Any, training: Any) -> None:
+def test_stopped_in_the_middle_of_an_epoch_and_resumed_is_the_same_to_the_bit(world: Any) -> None:
     stopped = dataclasses.replace(world.config, name="resumed", stop_after_steps=13)
     first = train.main(stopped)
     assert (first.ok, first.step) == (True, 13)
@@ -83,7 +84,7 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed_is_the_same_to_the_bit(wo
 
 
 @pytest.mark.slow
-def test_two_ranks_then_one_then_two(world: Any, training: Any) -> None:
+def test_two_ranks_then_one_then_two(world: Any) -> None:
     """Through DeepSpeed's universal checkpoint, by itself: losses, order and average as on two ranks all along."""
     config = dataclasses.replace(world.config, name="resharded")
     for ranks, stop in ((2, 9), (1, 19), (2, None)):

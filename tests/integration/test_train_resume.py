@@ -14,6 +14,7 @@ import torch
 
 from lidit.store import columns
 from lidit.weights import load_weights
+from tests.support import training
 from trainer.config import CheckpointConfig, ZeroConfig
 from trainer.export import ExportConfig
 from trainer.export import main as export
@@ -23,7 +24,7 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, training: Any) -> Any:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("resume")
     store = training.make_store(folder / "store", codec="fp32")
     config = training.make_config(store, folder / "runs", checkpoint=CheckpointConfig(every_steps=4, keep_last=3))
@@ -38,7 +39,7 @@ def average(config: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_stage_on_two_ranks_then_one_then_two(world: Any, training: Any, precision: str) -> None:
+def test_every_stage_on_two_ranks_then_one_then_two(world: Any, precision: str) -> None:
     """Both: resumed on as many ranks, to the bit; on another number, to rounding. Losses and average."""
     tolerance = 1e-4 if precision == "fp32" else 0.02
     base = dataclasses.replace(world.config, precision=precision)
@@ -67,7 +68,7 @@ def test_every_stage_on_two_ranks_then_one_then_two(world: Any, training: Any, p
             torch.testing.assert_close(found[name], value, atol=tolerance, rtol=0)
 
 
-def test_muon_and_compiled_blocks_resume_to_the_bit(world: Any, training: Any) -> None:
+def test_muon_and_compiled_blocks_resume_to_the_bit(world: Any) -> None:
     base = dataclasses.replace(
         world.config,
         precision="bf16",
@@ -84,7 +85,7 @@ def test_muon_and_compiled_blocks_resume_to_the_bit(world: Any, training: Any) -
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_the_newest_valid_checkpoint_is_taken(world: Any, training: Any) -> None:
+def test_the_newest_valid_checkpoint_is_taken(world: Any) -> None:
     """Shards cut short, of 0 bytes, changed in place, missing, and an edited manifest: skipped, each with the file's name."""
     config = dataclasses.replace(world.config, name="damaged", checkpoint=CheckpointConfig(every_steps=2, keep_last=9))
     training.run_ranks(2, "train_all", [config])
@@ -113,7 +114,7 @@ def test_the_newest_valid_checkpoint_is_taken(world: Any, training: Any) -> None
     assert training.run_ranks(2, "train_all", [config])[0][0]["resumed_from"] == STEPS
 
 
-def test_writers_and_clean_up_change_nothing(world: Any, training: Any, tmp_path: Path) -> None:
+def test_writers_and_clean_up_change_nothing(world: Any, tmp_path: Path) -> None:
     """Rows appended, fragments compacted and old versions removed while the run goes on: it reads its own version."""
     quiet = dataclasses.replace(world.config, name="quiet", num_workers=1)
     training.run_ranks(1, "train_all", [quiet])
@@ -127,7 +128,7 @@ def test_writers_and_clean_up_change_nothing(world: Any, training: Any, tmp_path
         lance.dataset(f"{busy_store}/{columns.SAMPLES_TABLE}", version=2)
 
 
-def test_what_does_not_belong_to_the_checkpoint_is_refused(world: Any, training: Any, tmp_path: Path) -> None:
+def test_what_does_not_belong_to_the_checkpoint_is_refused(world: Any, tmp_path: Path) -> None:
     config = dataclasses.replace(world.config, name="refused", stop_after_steps=4)
     other_encoder = training.make_store(tmp_path / "other", codec="fp32", model="another")
     more_rows = training.make_store(tmp_path / "more", rows=(20, 10, 30, 1, 30), codec="fp32")

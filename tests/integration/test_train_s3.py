@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.support import cluster, processes, training
+from tests.support.stores import World
 from trainer.config import CheckpointConfig, TrainConfig
 from trainer.storage import Storage
 
@@ -25,13 +27,11 @@ STEPS = 24
 
 
 @pytest.fixture(scope="module")
-def world(
-    s3: Any, cloud: Any, training: Any, make_world: Any, llms: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Any:
+def world(s3: Any, llms: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A store on S3, a config to train on it, and the losses of a plain loop."""
     s3.filesystem().mkdir("train")
-    made = make_world(tmp_path_factory.mktemp("train"), llms)
-    with cloud.environment({**s3.env(), **training.ENVIRONMENT}):
+    made = World(tmp_path_factory.mktemp("train"), llms)
+    with cluster.environment({**s3.env(), **training.ENVIRONMENT}):
         store = training.make_store("s3://train/store", codec="fp32")
         config = training.make_config(store, "s3://train/runs", checkpoint=CheckpointConfig(every_steps=4))
         config = training.steps(config, STEPS)
@@ -73,11 +73,11 @@ def manifests(world: Any, name: str) -> int:
     return sum(path.endswith("manifest.json") for path in fs.find(f"train/runs/{name}"))
 
 
-def test_a_rank_is_killed(world: Any, tools: Any) -> None:
+def test_a_rank_is_killed(world: Any) -> None:
     config = dataclasses.replace(world.config, name="killed", max_failures=2)
     job = start(world, config, "one")
-    tools.wait_until(lambda: manifests(world, "killed") >= 1, job, 300)
-    ranks = [pid for pid, name in tools.descendants(job.pid).items() if "RayTrainWorker" in name]
+    processes.wait_until(lambda: manifests(world, "killed") >= 1, job, 300)
+    ranks = [pid for pid, name in processes.descendants(job.pid).items() if "RayTrainWorker" in name]
     assert len(ranks) == 2
     os.kill(ranks[0], signal.SIGKILL)
     summary = world.world.finish(job).summary

@@ -18,7 +18,7 @@ from pipelines.ingestion.dedup import Known
 from pipelines.ingestion.work import Work
 from pipelines.ingestion.worker import IngestWorker
 from pipelines.sources.registry import open_source
-from tests.table_rows import EMBEDS, ERROR, KEY, LENGTH, ROWS, write_rows
+from tests.support.table_rows import EMBEDS, ERROR, KEY, LENGTH, ROWS, write_rows
 
 
 @pytest.fixture(scope="session", autouse=True)

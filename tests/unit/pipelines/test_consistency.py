@@ -1,13 +1,13 @@
 """Randomised schedules of hosts that share a store: whatever is paused, cut off, killed or lost, no promise is broken.
 
-docs/consistency.md says what is promised; `tests/consistency_world.py` how a schedule is made of a seed.
+docs/consistency.md says what is promised; `tests/support/consistency_world.py` how a schedule is made of a seed.
 """
 
 import pytest
 
 from pipelines.engine.runs import Run
 from pipelines.engine.table import Table
-from tests.consistency_jobs import run_schedule
+from tests.support.consistency_jobs import run_schedule
 
 pytestmark = pytest.mark.unit
 

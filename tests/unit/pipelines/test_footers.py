@@ -63,7 +63,7 @@ def test_a_footer_that_ends_a_process_is_left_to_a_worker(tmp_path):
     assert content.count(optional) == 1
     (tmp_path / "a.parquet").write_bytes(content.replace(optional, required))
     program = (
-        "import sys; from pipelines.sources.base import open_source; print(len(open_source(sys.argv[1]).pieces()))"
+        "import sys; from pipelines.sources.registry import open_source; print(len(open_source(sys.argv[1]).pieces()))"
     )
     done = subprocess.run([sys.executable, "-c", program, f"parquet:{tmp_path}"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

@@ -9,7 +9,7 @@ from pipelines.sources.archives import PlainFiles, WebDataset
 from pipelines.sources.base import USUAL_NAMES
 from pipelines.sources.registry import open_source
 from pipelines.sources.tables import Parquet
-from tests.ingest_rows import IMAGES, put_files
+from tests.support.ingest_rows import IMAGES, put_files
 
 pytestmark = pytest.mark.unit
 

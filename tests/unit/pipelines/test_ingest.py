@@ -18,7 +18,7 @@ from pipelines.ingestion.filters import FiltersConfig
 from pipelines.ingestion.work import Work, options_of, packed
 from pipelines.sources.base import ColumnsConfig, Record, error_row
 from pipelines.sources.registry import open_source
-from tests.ingest_rows import total, write
+from tests.support.ingest_rows import total, write
 
 pytestmark = pytest.mark.unit
 ERROR = columns.error("ingest")

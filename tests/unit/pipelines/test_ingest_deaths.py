@@ -8,7 +8,7 @@ from pipelines import ingest
 from pipelines.engine.summary import Summary
 from pipelines.ingestion import worker as ingest_worker
 from pipelines.ingestion.work import Work
-from tests.ingest_rows import write
+from tests.support.ingest_rows import write
 
 pytestmark = pytest.mark.unit
 ERROR = columns.error("ingest")

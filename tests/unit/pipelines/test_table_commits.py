@@ -14,7 +14,7 @@ from pipelines.engine.table import (
     Table,
     data_file_uri,
 )
-from tests.table_rows import (
+from tests.support.table_rows import (
     EMBEDS,
     ERROR,
     KEY,

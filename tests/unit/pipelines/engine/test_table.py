@@ -18,7 +18,7 @@ from pipelines.engine.table import (
     field_ids,
     file_digests,
 )
-from tests.table_rows import (
+from tests.support.table_rows import (
     EMBEDS,
     ERROR,
     KEY,

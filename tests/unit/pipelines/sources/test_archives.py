@@ -15,7 +15,7 @@ from pipelines.sources import archives as sources_grouped
 from pipelines.sources.archives import DamagedShard, grouped, tar_files
 from pipelines.sources.base import USUAL_NAMES, ColumnsConfig
 from pipelines.sources.registry import open_source
-from tests.ingest_rows import IMAGES, put_files
+from tests.support.ingest_rows import IMAGES, put_files
 
 pytestmark = pytest.mark.unit
 

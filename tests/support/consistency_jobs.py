@@ -11,8 +11,8 @@ import pyarrow as pa
 from lidit.runtime.lease import Lease, check_number
 from pipelines.engine.runs import Run
 from pipelines.engine.table import ColumnFileWriter, Table
-from tests.consistency_ground import ground
-from tests.consistency_world import Host, World
+from tests.support.consistency_ground import ground
+from tests.support.consistency_world import Host, World
 
 ROWS = pa.schema([pa.field("id", pa.string())])
 FEATURE = pa.schema([pa.field("feature", pa.int64())])

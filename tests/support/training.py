@@ -1,11 +1,10 @@
 """A small world to train in: a feature store with random values, tiny configs, a plain torch loop to compare with, and
-observers that kill or spoil a rank at a given point. Tests get this module through the fixture `training`.
+observers that kill or spoil a rank at a given point.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import signal
 import socket
@@ -17,7 +16,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ import torch
 from lidit.config import LIDiTConfig
 from lidit.diffusion import loss_per_sample
 from lidit.model import LIDiT
+from tests.support.features import Writer
 from trainer.config import (
     CheckpointConfig,
     DataConfig,
@@ -42,20 +41,9 @@ from trainer.engine.optimizer import build_optimizer
 from trainer.monitor.metrics import read_lines
 from trainer.storage import Storage
 
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"depth": 2, "width": 32, "heads": 2}
 ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_raylet_start_wait_time_s": "180"}
-
-
-def load_module(path: Path, name: str) -> ModuleType:
-    """A file of the tests as a module; the same one for everybody who asks."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
 
 
 def make_store(
@@ -65,13 +53,12 @@ def make_store(
 
     `model`: what the encoders' fingerprints say, instead of their names.
     """
-    base = load_module(TESTS / "unit" / "trainer" / "conftest.py", "feature_store").Writer
 
-    class Writer(base):  # type: ignore[misc, valid-type]
+    class Named(Writer):
         def fingerprint(self, name: str) -> str:
             return super().fingerprint(name if model is None else model)
 
-    writer = Writer(str(folder), **options)
+    writer = Named(str(folder), **options)
     for count in rows:
         writer.fragment(["64x64" if row % 3 else "48x80" for row in range(count)])
     return str(folder)
@@ -221,9 +208,9 @@ class RankGroup:
             own = {**common, "RANK": rank, "LOCAL_RANK": rank, "DS_ACCELERATOR": "cpu"}
             environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
             mine, its = Pipe()
-            command, inherited = [sys.executable, __file__, str(its.fileno())], (its.fileno(),)
+            command, inherited = [sys.executable, "-m", "tests.support.training", str(its.fileno())], (its.fileno(),)
             process = subprocess.Popen(
-                command, pass_fds=inherited, stdout=self.errors, stderr=self.errors, env=environment, cwd=TESTS.parent
+                command, pass_fds=inherited, stdout=self.errors, stderr=self.errors, env=environment, cwd=ROOT
             )
             its.close()
             self.processes.append(process)

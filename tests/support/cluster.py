@@ -1,4 +1,4 @@
-"""A cloud on one machine: a server of S3's own protocol, and Ray nodes that share nothing but it. Fixture `cloud`.
+"""A cloud on one machine: a server of S3's own protocol, and Ray nodes that share nothing but it.
 
 Everything listens on loopback, on ports of its own, and is ended by its own process group: other Rays on the machine are not
 touched (`ray stop` would end them too).
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 ACCESS_KEY = "AKIAPLANTED0ACCESS0K"
 START_SECONDS = 120.0

@@ -27,7 +27,7 @@ import lidit.runtime.lease
 import lidit.runtime.outage
 import pipelines.engine.runs
 import pipelines.engine.table
-from tests.consistency_world import Process, Task, World
+from tests.support.consistency_world import Process, Task, World
 
 HEARTBEAT = 300.0  # a third of what it takes to be taken for dead, and not less, for speed
 MODULES = (
