@@ -5,6 +5,7 @@ python infra/layout.py
 
 from __future__ import annotations
 
+import ast
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -42,8 +43,29 @@ def circle(imports: set[tuple[str, str]], depth: int) -> list[str]:
     return []
 
 
+def tree() -> str:
+    """A line for every file: its name, and the first sentence of its docstring. Families begin with what they say."""
+    lines = []
+    for package in (*FLOORS, "infra"):
+        for folder in sorted({path.parent for path in (ROOT / package).rglob("*.py")}):
+            files = sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
+            face = folder / "__init__.py"
+            says = f": {_first_sentence(face)}" if face.exists() and _first_sentence(face) else ""
+            lines += [f"**{folder.relative_to(ROOT)}/**{says}", ""]
+            lines += [*(f"- `{path.name}`: {_first_sentence(path)}" for path in files), ""]
+    return "\n".join(lines)
+
+
+def _first_sentence(path: Path) -> str:
+    paragraph = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split())
+    return paragraph.partition(". ")[0].removesuffix(".")
+
+
 def main() -> int:
     """Prints the figures; 1 where there is a circle or an arrow that points up."""
+    if sys.argv[1:] == ["--tree"]:
+        print(tree())
+        return 0
     for package in FLOORS:
         lengths = sorted(len(path.read_text().splitlines()) for path in (ROOT / package).rglob("*.py"))
         print(f"{package:10} {len(lengths):4} files {sum(lengths):6,} lines, the longest {lengths[-1]}")

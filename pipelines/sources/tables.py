@@ -1,4 +1,4 @@
-"""Sources that are tables: Parquet files and Lance tables; `sources_saved` has the folders of Hugging Face `datasets`.
+"""Sources that are tables: Parquet files and Lance tables; `saved.py` has the folders of Hugging Face `datasets`.
 
 They are cut by row group or fragment, and read a few rows at a time: memory does not depend on how large a
 row group or a fragment is, nor on how often a large value is repeated.

@@ -31,3 +31,8 @@ def test_up_arrows():
     fine = {("demo.a", "lidit.b"), ("pipelines.a", "lidit.b"), ("lidit.a", "lidit.b"), ("trainer.a", "lidit.b")}
     bad = [("lidit.a", "demo.b"), ("pipelines.a", "trainer.b"), ("trainer.a", "demo.b")]
     assert layout.up_arrows(fine | set(bad)) == bad
+
+
+def test_the_page_has_a_line_for_every_file():
+    page = (layout.ROOT / "docs" / "architecture.md").read_text()
+    assert page.endswith(layout.tree().rstrip() + "\n"), "python infra/layout.py --tree prints what it must end with"
