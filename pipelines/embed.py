@@ -23,9 +23,10 @@ from lidit.frozen.text import DEMO_ENCODERS, EncoderConfig, PromptEncoder
 from lidit.store import columns
 from lidit.store.codec import bytes_per_token, decode_bytes, excess
 from lidit.store.fingerprints import comparable
+from pipelines.engine.column_file import UNCOMPRESSED
 from pipelines.engine.stage import StageConfig, run_stage
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import UNCOMPRESSED, Table, encoders_of
+from pipelines.engine.table import Table, encoders_of
 from pipelines.engine.worker import READS, Columns
 
 WINDOW_BYTES = 512 << 20  # of embeddings that one window may make, at `TYPICAL_TOKENS` a prompt

@@ -29,9 +29,10 @@ from lidit.runtime.places import settled
 from lidit.sampler import SamplerConfig
 from lidit.store import columns
 from lidit.weights import FILES, read_config, resolve_weights
+from pipelines.engine.column_file import UNCOMPRESSED
 from pipelines.engine.stage import StageConfig, run_stage
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import UNCOMPRESSED, samples_of
+from pipelines.engine.table import samples_of
 from pipelines.engine.worker import ALSO_READS, READS, Columns
 from pipelines.generation.layouts import LAYOUTS, check_folder, image_files, write_layout
 from pipelines.generation.prompt_sets import Picture, Prompt, add_rows, pictures, read_prompts

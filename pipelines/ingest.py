@@ -24,11 +24,12 @@ from lidit.cli import run
 from lidit.runtime.outage import outlast
 from lidit.runtime.places import settled
 from lidit.store import columns
+from pipelines.engine.column_file import ColumnFile
 from pipelines.engine.pool import resolve_actors, run_units, start_ray_data, start_tracker
 from pipelines.engine.progress import JobProgress
 from pipelines.engine.runs import Run
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import ColumnFile, Table, samples_of
+from pipelines.engine.table import Table, samples_of
 from pipelines.ingestion.config import IngestConfig
 from pipelines.ingestion.dedup import LEANING, REFUSED, start_known
 from pipelines.ingestion.filters import FiltersConfig

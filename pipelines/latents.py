@@ -29,9 +29,9 @@ from lidit.frozen.vae import DTYPES, VAE
 from lidit.images.pixels import MAX_PIXELS, RULES, ImageError, bucket_pixels, open_image, to_unit_range, upright_size
 from lidit.store import codec, columns
 from lidit.store.buckets import Bucket, bucket_name, make_buckets, nearest_bucket
+from pipelines.engine.column_file import UNCOMPRESSED
 from pipelines.engine.stage import StageConfig, run_stage
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import UNCOMPRESSED
 from pipelines.engine.worker import READS, Columns
 
 DEMO_VAE = "demo/vae"

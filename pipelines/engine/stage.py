@@ -25,13 +25,14 @@ from lidit.runtime.uris import check_config
 from lidit.store import columns
 from lidit.store.checksum import is_ours
 from lidit.store.stale import stale_columns
+from pipelines.engine.column_file import ColumnFile
 from pipelines.engine.field_prints import field_differences, unrecorded_keys
 from pipelines.engine.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
 from pipelines.engine.progress import JobProgress
 from pipelines.engine.runs import Run
 from pipelines.engine.stamp import stamp
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import ColumnFile, Guard, Table, samples_of
+from pipelines.engine.table import Guard, Table, samples_of
 from pipelines.engine.versions import check_versions
 from pipelines.engine.worker import EXAMPLES, MAY_BE_NULL, READS, FragmentWorker, Stage, add_examples, columns_read
 

@@ -23,9 +23,10 @@ from lidit.runtime.watchdog import arm
 from lidit.store import columns
 from lidit.store.checksum import no_panic
 from lidit.store.stale import made_from
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.field_prints import field_differences
 from pipelines.engine.pool import Attempt, read_ahead
-from pipelines.engine.table import READ_BUFFER_BYTES, ColumnFileWriter, Table, column_holder, field_ids, missing_in
+from pipelines.engine.table import READ_BUFFER_BYTES, Table, column_holder, field_ids, missing_in
 from pipelines.engine.versions import check_versions, made_with
 
 READS, ALSO_READS = columns.META_READS, columns.META_ALSO_READS

@@ -17,8 +17,9 @@ import pyarrow as pa
 
 from lidit.runtime.files import check_regular
 from lidit.store import columns
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.runs import Run
-from pipelines.engine.table import ColumnFileWriter, samples_of
+from pipelines.engine.table import samples_of
 from pipelines.ingestion.work import new_items
 from pipelines.sources.files import Prompts
 

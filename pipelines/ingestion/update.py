@@ -20,11 +20,12 @@ import ray
 
 from lidit.runtime.uris import shown
 from lidit.store import columns
+from pipelines.engine.column_file import ColumnFile, ColumnFileWriter
 from pipelines.engine.pool import run_units, start_ray_data, start_tracker
 from pipelines.engine.progress import JobProgress
 from pipelines.engine.runs import Run
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import READ_BUFFER_BYTES, ColumnFile, ColumnFileWriter, Table, column_holder, field_ids
+from pipelines.engine.table import READ_BUFFER_BYTES, Table, column_holder, field_ids
 from pipelines.ingestion.compare import Difference
 from pipelines.ingestion.config import IngestConfig
 from pipelines.ingestion.worker import DIED, EXAMPLES, IngestWorker, Unforeseen, _Task

@@ -23,9 +23,10 @@ from lidit.runtime.outage import is_away, outlast
 from lidit.runtime.uris import shown
 from lidit.runtime.watchdog import arm
 from lidit.store import columns
+from pipelines.engine.column_file import ColumnFile, ColumnFileWriter
 from pipelines.engine.pool import Attempt, read_ahead
 from pipelines.engine.runs import runs_folder
-from pipelines.engine.table import ColumnFile, ColumnFileWriter, Table
+from pipelines.engine.table import Table
 from pipelines.ingestion.config import IngestConfig
 from pipelines.ingestion.dedup import IN_RUN, IN_TABLE, NEW, REPEATED, UNKNOWN
 from pipelines.sources.base import ERROR_FIELD, Record, Source, error_row, make_row, writable

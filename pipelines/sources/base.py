@@ -31,7 +31,7 @@ import pyarrow as pa
 from lidit.images.pixels import HAS_HEIF
 from lidit.runtime.uris import shown
 from lidit.store import columns
-from pipelines.engine.table import UNCOMPRESSED
+from pipelines.engine.column_file import UNCOMPRESSED
 from pipelines.sources.image_check import check_image, digest
 from pipelines.sources.locations import too_large
 

@@ -87,7 +87,8 @@ def plain(kind: str, folder: str) -> dict[str, float]:
 
 def bare(kind: str, folder: str, check: str, store: str) -> dict[str, float]:
     """What an actor does to a row, one thing after the other."""
-    from pipelines.engine.table import ColumnFileWriter, Table
+    from pipelines.engine.column_file import ColumnFileWriter
+    from pipelines.engine.table import Table
     from pipelines.ingestion.worker import WINDOW_ROWS
     from pipelines.sources.base import make_row
     from pipelines.sources.registry import open_source
@@ -125,7 +126,8 @@ def job(kind: str, folder: str, check: str, store: str) -> dict[str, float]:
 
 def known(rows: int, store: str) -> dict[str, float]:
     """The keeper of a table with so many rows: time to load, rows/s of asking for them all, memory beyond its start."""
-    from pipelines.engine.table import ColumnFileWriter, Table
+    from pipelines.engine.column_file import ColumnFileWriter
+    from pipelines.engine.table import Table
     from pipelines.ingestion.dedup import Known
     from pipelines.sources.base import ID_FIELD
 

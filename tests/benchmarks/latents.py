@@ -39,8 +39,9 @@ from lidit.images.pixels import bucket_pixels, to_unit_range
 from lidit.store import columns
 from lidit.store.buckets import make_buckets
 from lidit.store.codec import encode_latents
+from pipelines.engine.column_file import UNCOMPRESSED, ColumnFileWriter
 from pipelines.engine.pool import ActorsConfig
-from pipelines.engine.table import UNCOMPRESSED, ColumnFileWriter, Table
+from pipelines.engine.table import Table
 from pipelines.latents import EncodeLatents, LatentsConfig
 
 TARGET = 0.9

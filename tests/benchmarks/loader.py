@@ -78,7 +78,8 @@ def write_lance(rows: Rows, folder: Path) -> None:
 
     from lidit.store import columns
     from pipelines.embed import ENCODERS_SCHEMA
-    from pipelines.engine.table import UNCOMPRESSED, ColumnFileWriter, Table
+    from pipelines.engine.column_file import UNCOMPRESSED, ColumnFileWriter
+    from pipelines.engine.table import Table
 
     made = {columns.META_CODEC: "bf16", columns.META_FINGERPRINT: "{}", **UNCOMPRESSED}
     shape = {columns.META_CHANNELS: str(LATENTS[0]), columns.META_DOWNSCALE: "8"}

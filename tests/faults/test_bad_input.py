@@ -58,7 +58,8 @@ def config(world: Any, ray_here: Any) -> EmbedConfig:
 
 def write_rows(world: Any, texts: list[str | None]) -> None:
     """Puts texts straight into a table, also such as no source would give."""
-    from pipelines.engine.table import ColumnFileWriter, Table
+    from pipelines.engine.column_file import ColumnFileWriter
+    from pipelines.engine.table import Table
     from pipelines.sources.base import CAPTION_FIELD, ID_FIELD
 
     table, schema = Table(str(world.store / "samples.lance")), pa.schema([ID_FIELD, CAPTION_FIELD])

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from pipelines import recaption
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.pool import ActorsConfig
-from pipelines.engine.table import ColumnFileWriter, Table, field_ids, missing_in
+from pipelines.engine.table import Table, field_ids, missing_in
 from pipelines.recaption import RecaptionConfig
 from pipelines.sources.base import IMAGE_FIELDS
 from tests.support import processes

@@ -22,9 +22,10 @@ from lidit.store.buckets import make_buckets
 from lidit.store.codec import decode_latents
 from pipelines import embed, ingest, latents, verify
 from pipelines.embed import EmbedConfig
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.pool import ActorsConfig
 from pipelines.engine.stage import CommitConfig
-from pipelines.engine.table import ColumnFileWriter, Table
+from pipelines.engine.table import Table
 from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
 from pipelines.verify import VerifyConfig

@@ -25,6 +25,7 @@ import lidit.runtime.files
 import lidit.runtime.heartbeat
 import lidit.runtime.lease
 import lidit.runtime.outage
+import pipelines.engine.column_file
 import pipelines.engine.runs
 import pipelines.engine.table
 from tests.support.consistency_world import Process, Task, World
@@ -36,6 +37,7 @@ MODULES = (
     lidit.runtime.lease,
     lidit.runtime.outage,
     pipelines.engine.runs,
+    pipelines.engine.column_file,
     pipelines.engine.table,
 )
 SCRIPTED = ("time", "threading", "random", "secrets", "uuid", "datetime", "ThreadPoolExecutor")
@@ -108,7 +110,7 @@ def _script_lance(world: World, patch: pytest.MonkeyPatch) -> None:
     )
     for name in ("all_files", "tracked_files", "add_columns"):
         patch.setattr(whole, name, asked_for(getattr(whole, name), name, writes=name == "add_columns"))
-    patch.setattr(pipelines.engine.table, "LanceFileWriter", lambda *args, **kw: _Writer(world, *args, **kw))
+    patch.setattr(pipelines.engine.column_file, "LanceFileWriter", lambda *args, **kw: _Writer(world, *args, **kw))
 
 
 class _Writer:

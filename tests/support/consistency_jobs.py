@@ -9,8 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from lidit.runtime.lease import Lease, check_number
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.runs import Run
-from pipelines.engine.table import ColumnFileWriter, Table
+from pipelines.engine.table import Table
 from tests.support.consistency_ground import ground
 from tests.support.consistency_world import Host, World
 

@@ -15,7 +15,8 @@ from lidit.store import columns
 from lidit.store.buckets import parse_bucket
 from lidit.store.codec import decode_bytes, encode
 from pipelines.embed import ENCODERS_SCHEMA
-from pipelines.engine.table import UNCOMPRESSED, ColumnFileWriter, Table
+from pipelines.engine.column_file import UNCOMPRESSED, ColumnFileWriter
+from pipelines.engine.table import Table
 
 CHANNELS, DOWNSCALE = 4, 8
 PREFIX = {"one": 3, "two": 5}  # instruction tokens of each encoder

@@ -5,7 +5,7 @@ import threading
 
 import pyarrow as pa
 
-from pipelines.engine.table import UNCOMPRESSED, ColumnFileWriter
+from pipelines.engine.column_file import UNCOMPRESSED, ColumnFileWriter
 
 KEY = "lidit:fingerprint"
 ROWS = pa.schema([pa.field("id", pa.string()), pa.field("text", pa.string())])

@@ -12,8 +12,9 @@ import pytest
 
 from demo import report
 from lidit.store import columns
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.runs import Run
-from pipelines.engine.table import ColumnFileWriter, Table
+from pipelines.engine.table import Table
 from pipelines.sources.base import ERROR_FIELD, ID_FIELD, IMAGE_FIELDS, Record, make_row
 
 pytestmark = pytest.mark.unit

@@ -10,8 +10,9 @@ import torch
 import transformers
 
 from lidit.store import columns
+from pipelines.engine.column_file import ColumnFile, ColumnFileWriter
 from pipelines.engine.pool import Tracker
-from pipelines.engine.table import ColumnFile, ColumnFileWriter, Table
+from pipelines.engine.table import Table
 from pipelines.ingest import IngestConfig
 from pipelines.ingestion import worker as ingest_worker
 from pipelines.ingestion.dedup import Known

@@ -12,8 +12,9 @@ from lidit.store import columns
 from lidit.store.codec import decode
 from pipelines import verify
 from pipelines.embed import WINDOW_ROWS, EmbedConfig, EmbedPrompts, window_rows
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.pool import ActorsConfig
-from pipelines.engine.table import ColumnFileWriter, Table
+from pipelines.engine.table import Table
 from pipelines.engine.worker import READS
 
 pytestmark = pytest.mark.unit

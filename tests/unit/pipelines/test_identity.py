@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from lidit.store import columns
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import ColumnFileWriter, Table
+from pipelines.engine.table import Table
 from pipelines.ingest import IngestConfig
 from pipelines.ingestion.work import Work
 from pipelines.sources.registry import open_source

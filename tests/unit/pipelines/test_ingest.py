@@ -9,8 +9,9 @@ import pytest
 
 from lidit.store import columns
 from pipelines import ingest
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import ColumnFileWriter, Table
+from pipelines.engine.table import Table
 from pipelines.ingest import IngestConfig
 from pipelines.ingestion import worker as ingest_worker
 from pipelines.ingestion.done_pieces import DonePieces

@@ -17,8 +17,9 @@ from PIL import Image
 
 from lidit.store import columns
 from pipelines import inspection
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.runs import Run
-from pipelines.engine.table import ColumnFileWriter, Table
+from pipelines.engine.table import Table
 from pipelines.inspection import InspectConfig
 from pipelines.report import samples as inspect_samples
 from pipelines.report.charts import bars, histogram

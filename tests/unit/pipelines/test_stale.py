@@ -10,9 +10,10 @@ from lance.file import LanceFileReader
 from lidit.store import columns, stale
 from lidit.store.stale import MADE_FROM, made_from, stale_columns
 from pipelines.engine import worker
+from pipelines.engine.column_file import ColumnFile, ColumnFileWriter
 from pipelines.engine.pool import ActorsConfig, Tracker
 from pipelines.engine.stage import StageConfig, _overwrite, _units
-from pipelines.engine.table import ColumnFile, ColumnFileWriter, column_holder, field_ids
+from pipelines.engine.table import column_holder, field_ids
 from pipelines.engine.worker import READS, Columns, FragmentWorker
 from pipelines.report.facts import stale_facts
 from tests.unit.pipelines.conftest import Near

@@ -9,11 +9,8 @@ import pytest
 from lance.commit import CommitConflictError
 
 import pipelines.engine.table
-from pipelines.engine.table import (
-    ColumnFileWriter,
-    Table,
-    data_file_uri,
-)
+from pipelines.engine.column_file import ColumnFileWriter
+from pipelines.engine.table import Table, data_file_uri
 from tests.support.table_rows import (
     EMBEDS,
     ERROR,

@@ -13,7 +13,8 @@ import pytest
 
 from lidit.runtime.durable import flush, flushed_commit, make_folders, publish
 from lidit.store.features import Features
-from pipelines.engine.table import UNFINISHED, ColumnFileWriter, Table
+from pipelines.engine.column_file import UNFINISHED, ColumnFileWriter
+from pipelines.engine.table import Table
 
 pytestmark = pytest.mark.unit
 

@@ -18,9 +18,10 @@ from ray import cloudpickle
 from lidit.runtime import heartbeat as alive
 from lidit.runtime.heartbeat import DEAD_AFTER_SECONDS
 from pipelines.engine import runs
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.pool import _UnitCaller
 from pipelines.engine.runs import Fenced, Run
-from pipelines.engine.table import ColumnFileWriter, Table
+from pipelines.engine.table import Table
 
 pytestmark = pytest.mark.unit
 

@@ -9,6 +9,7 @@ import pytest
 
 from lidit.store import columns
 from pipelines.engine import stage
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.pool import ActorsConfig
 from pipelines.engine.runs import Fenced, Run
 from pipelines.engine.stage import (
@@ -23,7 +24,6 @@ from pipelines.engine.stage import (
     _units,
 )
 from pipelines.engine.summary import Summary
-from pipelines.engine.table import ColumnFileWriter
 from pipelines.engine.worker import MAY_BE_NULL, READS
 
 pytestmark = pytest.mark.unit

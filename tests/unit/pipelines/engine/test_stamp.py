@@ -17,9 +17,10 @@ from lidit.store import columns
 from pipelines import verify
 from pipelines.captioning.transformers_engine import VlmConfig
 from pipelines.embed import EmbedConfig, EmbedPrompts
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.pool import ActorsConfig
 from pipelines.engine.stage import run_stage
-from pipelines.engine.table import ColumnFileWriter, Table
+from pipelines.engine.table import Table
 from pipelines.recaption import Recaption, RecaptionConfig
 
 pytestmark = pytest.mark.unit

@@ -7,17 +7,9 @@ import pyarrow as pa
 import pytest
 
 from lidit.store.checksum import ColumnDigest, is_ours
+from pipelines.engine.column_file import ColumnFile, ColumnFileWriter, file_digests
 from pipelines.engine.field_prints import field_differences
-from pipelines.engine.table import (
-    TOMBSTONE,
-    ColumnFile,
-    ColumnFileWriter,
-    Table,
-    column_holder,
-    data_file_uri,
-    field_ids,
-    file_digests,
-)
+from pipelines.engine.table import TOMBSTONE, Table, column_holder, data_file_uri, field_ids
 from tests.support.table_rows import (
     EMBEDS,
     ERROR,

@@ -10,9 +10,9 @@ from lance.file import LanceFileReader
 from lidit.store import columns
 from lidit.store.checksum import data_file_uri
 from pipelines.embed import EmbedConfig, EmbedPrompts
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.pool import ActorsConfig
 from pipelines.engine.stage import run_stage
-from pipelines.engine.table import ColumnFileWriter
 from pipelines.engine.versions import MADE_WITH, check_versions, made_with
 from pipelines.engine.worker import FragmentWorker
 from pipelines.latents import EncodeLatents, LatentsConfig

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from lidit.store import columns
-from pipelines.engine.table import ColumnFileWriter
+from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.worker import ALSO_READS, EXAMPLES, READS, Columns, Unavailable, _Task, add_examples, columns_read
 
 pytestmark = pytest.mark.unit

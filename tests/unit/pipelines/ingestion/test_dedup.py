@@ -3,7 +3,8 @@
 import pytest
 
 from lidit.store import columns
-from pipelines.engine.table import ColumnFileWriter, Table
+from pipelines.engine.column_file import ColumnFileWriter
+from pipelines.engine.table import Table
 from pipelines.ingestion.dedup import ALONE, IN_RUN, IN_TABLE, LEANING, REFUSED, UNKNOWN, Known
 from pipelines.sources.base import ID_FIELD, IMAGE_FIELDS
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from lidit.store import columns
-from pipelines.engine.table import ColumnFileWriter, Table
+from pipelines.engine.column_file import ColumnFileWriter
+from pipelines.engine.table import Table
 from pipelines.ingestion.work import new_items
 from pipelines.sources import files as sources_listed
 from pipelines.sources.base import ERROR_FIELD

@@ -15,7 +15,8 @@ from lance.file import LanceFileReader
 
 from lidit.store import checksum, columns
 from lidit.store.checksum import is_ours
-from pipelines.engine.table import UNCOMPRESSED, ColumnFileWriter, Table
+from pipelines.engine.column_file import UNCOMPRESSED, ColumnFileWriter
+from pipelines.engine.table import Table
 from pipelines.verify import VerifyConfig, main
 
 pytestmark = pytest.mark.unit
@@ -123,7 +124,7 @@ def test_deleted_rows_and_replaced_columns_change_nothing(store: Store) -> None:
 
 def test_files_without_notes_cannot_be_checked(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of an older lidit: digests, but no place."""
-    monkeypatch.setattr("pipelines.engine.table.MADE_FOR", "other")
+    monkeypatch.setattr("pipelines.engine.column_file.MADE_FOR", "other")
     store.add_rows(3)
     store.add_column(3)
     exchange(*store.made[:2])

@@ -17,7 +17,8 @@ from lidit.runtime.places import settled
 from lidit.store import columns
 from lidit.store.features import Features
 from lidit.store.stale import made_from
-from pipelines.engine.table import ColumnFileWriter, Table, column_holder, field_ids
+from pipelines.engine.column_file import ColumnFileWriter
+from pipelines.engine.table import Table, column_holder, field_ids
 from tests.support import training
 from trainer.config import TrainConfig
 from trainer.data.tables import Tables, pinned_versions, write_versions
