@@ -103,7 +103,7 @@ class GenerateConfig(StageConfig):
 
     @property
     def first_seed(self) -> int:
-        """Of each prompt's first image."""
+        """Seed of each prompt's first image."""
         return LAYOUTS[self.layout].seed if self.seed is None else self.seed
 
     def folder(self) -> Path:
@@ -222,7 +222,7 @@ def _encoder_print(config: GenerateConfig, name: str, saved: Mapping[str, Any]) 
 
 
 def check_input(config: GenerateConfig, prompts: Sequence[Prompt]) -> int:
-    """What would go wrong is said before any work; loads tokenizers and configs, no weights. Returns how many prompts are cut.
+    """Says before any work what would go wrong; loads tokenizers and configs, no weights. Returns how many prompts are cut.
 
     Raises:
         ValueError: encoders or VAE are not those of training, the size cannot be made, or prompts are too long.

@@ -108,7 +108,7 @@ class PreprocessConfig:
 
 @dataclass
 class Result:
-    """What a run did. `ok` unless a stage failed or found something wrong."""
+    """Result of a run. `ok` unless a stage failed or found something wrong."""
 
     store: str
     run: str = ""

@@ -37,7 +37,7 @@ MOST_CLASSES = 64
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """What is read from which states."""
+    """The probe job: labels of texts, and the states that they are read from."""
 
     texts: str
     """File of texts and their truth: .jsonl or .parquet."""
@@ -96,7 +96,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Line:
-    """What is read from one way to use an encoder, by one pooling of its tokens."""
+    """Scores of one way to use an encoder, by one pooling of its tokens."""
 
     way: Way
     pooling: str
@@ -116,7 +116,7 @@ class Line:
 
 @dataclass
 class ProbeSummary:
-    """What the job found out."""
+    """Result of the probe job."""
 
     texts: str
     rows: int

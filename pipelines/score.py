@@ -72,7 +72,7 @@ class ScoreConfig(StageConfig):
 
     @property
     def of_images(self) -> list[type[Metric]]:
-        """Those of the metrics that measure single images."""
+        """The metrics that measure single images."""
         return [resolve(name, {**METRICS, FID: ""}, Metric, "metrics") for name in self.metrics if name != FID]
 
 
@@ -140,7 +140,7 @@ class ScoreImages:
 
 @dataclass
 class Scores:
-    """What was measured."""
+    """Result of the score job."""
 
     store: str
     scores: dict[str, Any]

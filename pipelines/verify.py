@@ -278,7 +278,7 @@ def _compare_rows(
 
 
 class PlainEncoder:
-    """The same states by the longest way: the whole model with its head, one text at a time, prefix and prompt together."""
+    """Computes the same states the long way: the whole model with its head, one text at a time, prefix and prompt together."""
 
     def __init__(self, config: EncoderConfig, download: bool = False):
         self.config = config

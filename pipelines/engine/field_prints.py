@@ -1,4 +1,4 @@
-"""Whether two columns of one name were made alike: compares types and the JSON in their metadata, entry by entry."""
+"""Compares columns of one name: their types, and the JSON in their metadata, entry by entry."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lidit.store.fingerprints import flat
 
 
 def field_differences(present: pa.Field, wanted: pa.Field, key: str) -> list[str]:
-    """What makes two fields different columns: type, then every entry of the JSON under `key`; empty if nothing.
+    """Lists what makes two fields different columns: type, then every entry of the JSON under `key`; empty if nothing.
 
     Nested entries are named with dots, `gate.min_words`.
     """
@@ -38,7 +38,7 @@ def _entries(stored: pa.Field, key: str) -> dict[str, Any]:
 
 
 def made_before(wanted: pa.Field, uri: str, keys: list[str]) -> str:
-    """What to say of a column that lacks these entries alone: how to bring it up to date."""
+    """Words the refusal of a column that lacks these entries alone: how to bring it up to date."""
     stage = (wanted.metadata or {}).get(columns.META_STAGE.encode(), b"JOB").decode()
     return (
         f"column {wanted.name!r} of {uri} was made before {', '.join(keys)} was recorded: run the same `lidit {stage}` command "

@@ -1,4 +1,4 @@
-"""What a job's tracker counts, as Prometheus counters that Ray exports on the node's metrics port.
+"""Prometheus counters of a job, exported by Ray on the node's metrics port.
 
     ray_lidit_rows_total, ray_lidit_errors_total, ray_lidit_tokens_total, ray_lidit_slots_total, ray_lidit_images_total
 

@@ -63,7 +63,7 @@ class ActorsConfig:
 
 @dataclass
 class Attempt:
-    """What an actor must know before it begins a unit."""
+    """Tells an actor what it must know before it begins a unit."""
 
     careful: list[tuple[int, int]]  # row ranges to take row by row
     quarantined: list[int]  # rows to leave out
@@ -88,7 +88,7 @@ class _UnitState:
 
 
 class Tracker:
-    """Which unit's which rows are in hand, and how far all is. One small actor beside the driver.
+    """Tracks which rows of which unit are in hand, and how far all is. One small actor beside the driver.
 
     `job`: under whose name the counts are exported as metrics; none: not at all.
     """

@@ -1,4 +1,4 @@
-"""What a person sees while a job runs: a bar with rate and ETA on a terminal, a line now and then in a log."""
+"""Progress of a job for a person: a bar with rate and ETA on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 

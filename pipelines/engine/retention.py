@@ -1,4 +1,4 @@
-"""Which old versions of a store's tables stay readable: young ones, the newest, and every one that a reader has tagged."""
+"""Retention of old versions of a store's tables: young ones, the newest, and every one that a reader has tagged."""
 
 from __future__ import annotations
 

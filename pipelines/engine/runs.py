@@ -80,7 +80,7 @@ class Run:
 
     @property
     def seen(self) -> Callable[[], None]:
-        """What a worker calls first: `check_seen` of this run, from this machine."""
+        """Gives what a worker calls first: `check_seen` of this run, from this machine."""
         return functools.partial(check_seen, self.store, self.id, socket.gethostname())
 
     def check(self) -> None:
@@ -138,7 +138,7 @@ class Run:
         }
 
     def state(self, run_id: str) -> State:
-        """What a run may still do: `dead` looks so, and is not fenced or its commits in flight are not yet excluded."""
+        """Tells what a run may still do: `dead` looks so, and is not fenced or its commits in flight are not yet excluded."""
         return self._state(run_id, outlast(lambda: self._marks(run_id), "looking after a run").get(run_id, set()))
 
     def _state(self, run_id: str, marks: set[str]) -> State:
@@ -185,7 +185,7 @@ class Run:
 
 
 def check_seen(store: str, run_id: str, driver: str = "") -> None:
-    """Whether this process sees the folder that a run's driver has made in the store: whether it is the same place for both.
+    """Tells whether this process sees the folder that a run's driver has made in the store: the same place for both.
 
     Args:
         store, run_id: of the run.

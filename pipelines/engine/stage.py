@@ -58,7 +58,7 @@ class CommitConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What every stage's config has."""
+    """Fields that every stage's config has."""
 
     store: str = "./store"
     """Folder or URI of the feature store; the table is `<store>/samples.lance`."""

@@ -1,4 +1,4 @@
-"""What a run did: for a person on stderr, for a machine as JSON on stdout and in the run's folder."""
+"""Summary of a run: for a person on stderr, for a machine as JSON on stdout and in the run's folder."""
 
 from __future__ import annotations
 

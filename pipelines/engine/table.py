@@ -43,7 +43,7 @@ Guard = Callable[[], None]
 
 @dataclass
 class Attached:
-    """What became of some column files: attached, not needed (somebody was first), or to be done again."""
+    """Outcome of attaching column files: attached, not needed (somebody was first), or to be done again."""
 
     done: list[ColumnFile] = field(default_factory=list)
     duplicate: list[ColumnFile] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Table:
         self.uri = uri
 
     def exists(self) -> bool:
-        """Whether there is a table at the URI."""
+        """Tells whether there is a table at the URI."""
         fs, path = fsspec.core.url_to_fs(f"{self.uri}/_versions")
 
         def look() -> bool:
@@ -361,7 +361,7 @@ def field_ids(dataset: lance.LanceDataset) -> dict[str, int]:
 
 
 def missing_in(fragment: lance.LanceFragment, names: Sequence[str], ids: dict[str, int]) -> list[str]:
-    """Those of the columns that one fragment has no file for."""
+    """Lists those of the columns that one fragment has no file for."""
     held = {field_id for file in fragment.metadata.files for field_id in file.fields}
     return [name for name in names if ids.get(name) not in held]
 

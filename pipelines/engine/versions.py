@@ -20,7 +20,7 @@ MADE_WITH = "lidit:made_with"  # key of a data file's own metadata: JSON, librar
 
 
 def made_with(fields: Sequence[pa.Field], config: Any) -> dict[str, str]:
-    """What a worker notes in its files: the versions, here, of the libraries that the fields name, and the kind of device."""
+    """Gives a worker's note for its files: versions, here, of the libraries that the fields name, and the kind of device."""
     names = sorted({name for f in fields for name in _recorded(f)})
     on_gpu = config.actors.num_gpus != 0 and torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else f"cpu {platform.machine()}"

@@ -1,4 +1,4 @@
-"""What a stage's actor does with one fragment: read, compute, write, overlapping, and nothing visible until committed."""
+"""An actor of a stage: reads, computes and writes one fragment, overlapping, and nothing visible until committed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EXAMPLES = 5  # errors of a fragment that are shown in the summary
 
 @dataclass
 class Columns:
-    """What a stage makes of a window: one array per wanted column, in the window's row order."""
+    """Result of a stage for a window: one array per wanted column, in the window's row order."""
 
     arrays: dict[str, pa.Array]
     errors: dict[int, str] = field(default_factory=dict)  # row of the window -> why its values are null

@@ -29,7 +29,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Reading:
-    """How well one label is read."""
+    """Score of one label: how well it is read."""
 
     right: np.ndarray
     """(test rows,) bool."""

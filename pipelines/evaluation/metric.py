@@ -1,4 +1,4 @@
-"""What a metric of the score job is: your own is a subclass, named `package.module:Class` in `--metrics`."""
+"""Metrics of the score job: your own is a subclass, named `package.module:Class` in `--metrics`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Metric(ABC):
     @classmethod
     @abstractmethod
     def fingerprint(cls, config: Any) -> dict[str, Any]:
-        """What the values depend on besides image and text. Raises ValueError where the config lacks something."""
+        """Names what the values depend on besides image and text. Raises ValueError where the config lacks something."""
 
     @abstractmethod
     def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str | None]) -> dict[str, list[Any]]:

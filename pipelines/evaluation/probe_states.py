@@ -52,7 +52,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Pooled:
-    """What a way gives of all texts: pooling -> (N, E) float32 on the CPU."""
+    """States of all texts, used in one way: pooling -> (N, E) float32 on the CPU."""
 
     way: Way
     vectors: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""What the generate job reads and leaves: prompt sets, and the folders that benchmarks expect.
+"""Prompt sets that the generate job reads, and the folders that benchmarks expect of it.
 
 In: prompt files. Out: rows to draw, pictures as files. May import `lidit`, and pipelines' families for tables and sources.
 """

@@ -1,4 +1,4 @@
-"""Where the public benchmarks' scorers expect generated images: file names, and nothing beside them.
+"""Layouts of public benchmarks: the file names at which their scorers expect generated images, and nothing beside them.
 
 | layout           | files                                                                    | images a prompt, seeds |
 |------------------|--------------------------------------------------------------------------|------------------------|
@@ -33,7 +33,7 @@ GRID = 2  # images along a side of DPG-Bench's
 
 @dataclass(frozen=True)
 class Layout:
-    """How a benchmark wants its images."""
+    """Describes how a benchmark wants its images."""
 
     images_per_prompt: int
     seed: int
@@ -78,7 +78,7 @@ def image_files(layout: str, wanted: Sequence[Picture], images_per_prompt: int) 
 
 
 def text_files(layout: str, wanted: Sequence[Picture], images_per_prompt: int) -> dict[str, str]:
-    """What a scorer reads beside the images: file -> content."""
+    """Gives what a scorer reads beside the images: file -> content."""
     if layout == "geneval":
         return {
             f"{one.prompt.index:05d}/metadata.jsonl": json.dumps(one.prompt.record, ensure_ascii=False) + "\n"

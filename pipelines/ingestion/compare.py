@@ -1,4 +1,4 @@
-"""Which rows of a listed source have another caption or image there than in the table.
+"""Compares a listed source with the table: rows that have another caption or image there now.
 
 Captions that the listing knows (metadata files, captions.json) are compared in full: the table's captions are one small
 column. Captions in files beside the images cost a request each, and images their bytes: of the first at most `CAPTION_FILES`
@@ -48,13 +48,13 @@ class Difference:
 
     @property
     def is_named(self) -> bool:
-        """Whether the row's id says where in the source it comes from, and not only in a source of such a name."""
+        """Tells whether the row's id says where in the source it comes from, and not only in a source of such a name."""
         return self.image_id == self.item["image_id"]
 
 
 @dataclass
 class Comparison:
-    """What was compared, and what differs."""
+    """Result of a comparison: what was compared, and what differs."""
 
     captions: int = 0
     images: int = 0
@@ -65,7 +65,7 @@ class Comparison:
 
     @property
     def to_update(self) -> list[Difference]:
-        """Those whose row an update may replace."""
+        """Selects those whose row an update may replace."""
         return [one for one in [*self.differ, *self.failed] if one.is_named]
 
 
@@ -143,11 +143,11 @@ class _Look:
         return True, True, Difference(*about, image=other) if differs else None
 
     def caption_differs(self, item: Item, old: str | None, caption: str | None) -> bool:
-        """Whether an item's caption is another one, as far as it can be known: metadata may be damaged now."""
+        """Tells whether an item's caption is another one, as far as it can be known: metadata may be damaged now."""
         return not item.get("text_unsure") and self.differs(old, caption)
 
     def differs(self, old: str | None, caption: str | None) -> bool:
-        """Whether a row would have another caption if it were ingested now."""
+        """Tells whether a row would have another caption if it were ingested now."""
         if self.filters.caption(caption) is not None:
             caption = old if self.filters.bad_caption == "drop" else None
         return caption != old

@@ -56,5 +56,5 @@ class IngestConfig:
 
     @property
     def compares_all(self) -> bool:
-        """Whether every row that is there is held against its source."""
+        """Tells whether every row that is there is compared with its source."""
         return self.compare == "all" or (self.compare == "auto" and self.update)

@@ -1,4 +1,4 @@
-"""What a table holds already, and what the workers of an ingest have in hand: the one place that says "this is new".
+"""Deduplicates rows across the workers of an ingest and the table: the one place that says "this is new".
 
 `Known` is a small actor beside the driver. A worker shows it the identities (and digests, and perceptual hashes) of a window
 of rows and is told which to keep; what it keeps is claimed for its unit. A unit that is begun again, because its worker died,

@@ -1,4 +1,4 @@
-"""Which pieces of sources a table has taken in whole: notes that spare reading them again.
+"""Notes of the pieces of sources that a table has taken in whole, which spare reading them again.
 
 A note is written after the piece's rows are committed, and lies in the table's own folder. It is never needed: without it the
 piece is read again, and its rows are found to be there already. It holds as long as the piece's stamp, the source's spec

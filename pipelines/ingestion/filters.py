@@ -1,7 +1,6 @@
-"""Which rows are wanted. Every filter is off unless asked for, and counts what it takes away.
+"""Filters of rows. Each is off unless asked for, and counts what it takes away.
 
-A caption that is no caption does not spoil its image: by default it becomes null (`bad_caption: null`), the image stays,
-and a VLM may write a better one.
+A rejected caption becomes null by default (`bad_caption: null`); its image is kept, and a VLM may write a better one.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ SENTENCE_WORDS = (  # they hold a sentence together; a tag has none
 
 @dataclass(frozen=True)
 class FiltersConfig:
-    """Which rows are wanted; all of it is off by default. What is taken away is counted in the summary."""
+    """Filters of rows, all of them off by default. What is taken away is counted in the summary."""
 
     min_side: int | None = None
     """Shorter side in pixels at least."""
@@ -99,7 +98,7 @@ class FiltersConfig:
         return "no_score" if score is None else "min_score"
 
     def caption(self, caption: str | None) -> str | None:
-        """What is bad about a caption, None if nothing is; no caption is no bad one."""
+        """Names what is bad about a caption, None if nothing is; no caption is no bad one."""
         if caption is None:
             return None
         length = len(caption.strip())

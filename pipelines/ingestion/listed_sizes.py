@@ -1,4 +1,4 @@
-"""How large the files of a table's images were in their folder when they were last known to be the same.
+"""Notes of file sizes: how large a table's images were in their folder when they were last known to be the same.
 
 Notes in the table's own folder, a Parquet file per run. They are never needed and never believed: an image whose file has
 another size now is read and its digest compared. Of an image without a note nothing is known.
@@ -24,7 +24,7 @@ SCHEMA = pa.schema([pa.field("key", pa.binary(16)), pa.field("bytes", pa.int64()
 
 
 def read_sizes(table_uri: str, image_ids: list[str]) -> dict[str, int]:
-    """Those of the rows whose file's size is noted -> that size, by the newest note."""
+    """Reads the noted sizes: rows whose file's size is noted -> that size, by the newest note."""
     fs, folder = _folder(table_uri)
     if not image_ids or not is_there(fs, folder):
         return {}

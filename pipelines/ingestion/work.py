@@ -1,4 +1,4 @@
-"""What an ingest has to do: which items or pieces of a source are due, in units of about a fragment's rows."""
+"""Plans an ingest: the items or pieces of a source that are due, in units of about a fragment's rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TYPICAL_BYTES = 16_384  # of a sample, where a shard does not tell how many it h
 
 @dataclass
 class Work:
-    """What is to be done: units, each `{"name", "parts"}`."""
+    """Work that is to be done: units, each `{"name", "parts"}`."""
 
     units: list[dict[str, Any]]
     rows: int | None  # to be read; None: a tar does not tell
@@ -115,7 +115,7 @@ def packed(parts: list[Item] | list[Piece], rows: int) -> list[dict[str, Any]]:
 
 
 def options_of(config: IngestConfig) -> dict[str, Any]:
-    """What decides which rows a piece gives."""
+    """Collects the options that decide which rows a piece gives."""
     kind, _ = parse_spec(config.source)
     return {"kind": kind, **plain({name: asdict(config)[name] for name in ("columns", "filters", "check")})}
 

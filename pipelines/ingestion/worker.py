@@ -1,4 +1,4 @@
-"""What an ingest actor does with one unit: read, look, filter, claim, write, overlapping; nothing visible until committed."""
+"""An ingest actor: reads, checks, filters, claims and writes one unit, overlapping; nothing visible until committed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pipelines.ingestion.dedup import IN_RUN, IN_TABLE, NEW, REPEATED, UNKNOWN
 from pipelines.sources.base import ERROR_FIELD, Record, Source, error_row, make_row, writable
 from pipelines.sources.registry import open_source
 
-WINDOW_ROWS = 256  # of one look, claim and write: bounds an actor's memory, together with
+WINDOW_ROWS = 256  # rows that are checked, claimed and written together; with WINDOW_BYTES bounds an actor's memory
 WINDOW_BYTES = 32 << 20
 EXAMPLES = 5  # errors of a unit that are shown in the summary
 NOT_NEW = {IN_TABLE: "already_there", IN_RUN: "repeated", REPEATED: "repeated"}  # what `Known` says -> count

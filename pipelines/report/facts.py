@@ -1,4 +1,4 @@
-"""What there is to know of a store without reading its large columns: from the table's metadata, and its small columns.
+"""Facts of a store without reading its large columns: from the table's metadata, and its small columns.
 
 Bytes per column and which fragments have which column come from Lance's own metadata. Reasons of errors and histograms are
 read, from small columns only; none of it looks at images, embeddings or latents.
@@ -140,7 +140,7 @@ def gather(store: str, version: int | None = None) -> Facts:
 
 
 def stale_facts(dataset: lance.LanceDataset, stale: Mapping[int, Sequence[str]]) -> list[StaleFacts]:
-    """What is stale (fragment id -> columns), by stage."""
+    """Sums up what is stale (fragment id -> columns), by stage."""
     found: dict[str, StaleFacts] = {}
     stages = {f.name: metadata_of(f).get(columns.META_STAGE) for f in dataset.schema}
     rows = {fragment.fragment_id: fragment.count_rows() for fragment in dataset.get_fragments()}
@@ -172,7 +172,7 @@ def numbers(dataset: lance.LanceDataset, name: str, most_rows: int) -> np.ndarra
 
 
 def labels(dataset: lance.LanceDataset, name: str, most_rows: int) -> Counter[str]:
-    """How often each value of a column of short texts comes, of the first rows."""
+    """Counts each value of a column of short texts, in the first rows."""
     counts: Counter[str] = Counter()
     rows = 0
     for batch in dataset.to_batches(columns=[name], batch_size=READ_ROWS, batch_readahead=2):

@@ -1,4 +1,4 @@
-"""Some rows to look at: thumbnails of their images, both captions, and their latents decoded back.
+"""Samples to look at: thumbnails of their images, both captions, and their latents decoded back.
 
 Only what is shown is read: a few rows by their place in the table.
 """

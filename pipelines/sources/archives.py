@@ -146,7 +146,7 @@ class PlainFiles(Grouped):
 
 
 def open_img2dataset(argument: str, names: ColumnsConfig = USUAL_NAMES) -> Sharded:
-    """What img2dataset left in a folder, by its output format: webdataset, parquet or files.
+    """Opens what img2dataset left in a folder, by its output format: webdataset, parquet or files.
 
     Raises:
         ValueError: no such folder, or TFRecord, or nothing downloaded yet.
@@ -170,7 +170,7 @@ def open_img2dataset(argument: str, names: ColumnsConfig = USUAL_NAMES) -> Shard
 
 
 class SampleNames:
-    """Which file of a sample is what."""
+    """Names of a sample's files: which one is image, caption, score."""
 
     def __init__(self, names: ColumnsConfig):
         self.image = None if names.image is None else names.image.lower().lstrip(".")
@@ -183,7 +183,7 @@ class SampleNames:
         self._named = {what: name for what, name in named.items() if name}
 
     def is_image(self, extension: str) -> bool:
-        """Whether a file with this extension is the sample's image."""
+        """Tells whether a file with this extension is the sample's image."""
         return extension in IMAGE_ENDINGS if self.image is None else extension == self.image
 
     def image_words(self) -> str:
@@ -195,7 +195,7 @@ class SampleNames:
         return MAX_IMAGE_BYTES if self.is_image(extension) else self._most.get(extension, 0)
 
     def knows(self, extension: str) -> bool:
-        """Whether a file with this extension is used, or counted as an image that is not."""
+        """Tells whether a file with this extension is used, or counted as an image that is not."""
         return bool(self.wanted(extension)) or extension in IMAGE_ENDINGS or _is_dotted_image(extension)
 
     def needed_to_check(self, extension: str) -> int:
@@ -233,7 +233,7 @@ class SampleNames:
                 )
 
     def more_images(self, sample: Sample) -> int:
-        """How many images of a sample are passed over, because it has one already and none was named."""
+        """Counts the images of a sample that are passed over, because it has one already and none was named."""
         if self.image is not None or not any(map(self.is_image, sample.parts)):
             return 0
         return sum(extension in IMAGE_ENDINGS or _is_dotted_image(extension) for extension in sample.parts) - 1
@@ -368,7 +368,7 @@ def grouped(files: Iterable[tuple[str, bytes | str]]) -> Iterator[Sample]:
 
 
 def folder_files(uri: str, wanted: Any, left_out: Counter[str] | None = None) -> Iterator[tuple[str, bytes | str]]:
-    """What `tar_files` gives, of the files of a folder. Links to texts elsewhere are left out, too."""
+    """Gives the files of a folder as `tar_files` does those of a tar. Links to texts elsewhere are left out, too."""
     elsewhere = links_elsewhere(uri)
     for entry in list_folder(uri):
         name = posixpath.basename(entry["name"])

@@ -1,4 +1,4 @@
-"""Where rows come from. A source is cut into units, small and JSON-able; a worker reads a unit record by record.
+"""Sources of rows. A source is cut into units, small and JSON-able; a worker reads a unit record by record.
 
 | spec                | rows                                                          | fills                             |
 |---------------------|---------------------------------------------------------------|-----------------------------------|
@@ -63,7 +63,7 @@ Piece = dict[str, Any]  # of a sharded source: what it can read by itself; JSON-
 
 @dataclass(frozen=True)
 class ColumnsConfig:
-    """Which column of a table, or which file of a tar's samples, holds what. Unset: the usual names are tried."""
+    """Names of columns of a table, or of files of a tar's samples. Unset: the usual names are tried."""
 
     image: str | None = None
     """The image's encoded bytes: a column (also a struct with `bytes`), or a file name extension such as `jpg`."""
@@ -81,7 +81,7 @@ USUAL_NAMES = ColumnsConfig()
 
 @dataclass
 class Record:
-    """What a source found at one place, as it came: not looked at yet, not filtered."""
+    """A sample as a source found it at one place: not looked at yet, not filtered."""
 
     place: str  # shard and key, or file: tells a person where it came from; the same every time
     image: bytes | None = None
@@ -137,7 +137,7 @@ class Source(ABC):
 
     @cached_property
     def left_out(self) -> Counter[str]:
-        """What was passed over while the source was listed or read, by name: counts for the summary."""
+        """Counts what was passed over while the source was listed or read, by name: counts for the summary."""
         return Counter()
 
     @cached_property

@@ -46,7 +46,7 @@ def decompressed(raw: Any) -> Any:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether an error of reading what `decompressed` gave is about the content, not the storage."""
+    """Tells whether an error of reading what `decompressed` gave is about the content, not the storage."""
     return isinstance(error, DAMAGE) or (isinstance(error, OSError) and str(error) == BZIP2_DAMAGE)
 
 

@@ -33,7 +33,7 @@ PHASH_PIXELS = 32
 
 @dataclass
 class ImageCheck:
-    """What is known of an image."""
+    """Result of a check: size and perceptual hash."""
 
     height: int  # pixels, upright (after EXIF rotation)
     width: int
@@ -101,7 +101,7 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def has_end(data: bytes, format: str) -> bool:
-    """Whether the mark that ends a JPEG or PNG is there, and all that the header of a WebP announces; True for others.
+    """Tells whether the mark that ends a JPEG or PNG is there, and all that the header of a WebP announces; True for others.
 
     In a JPEG's scan 0xFF is always followed by 0 or a restart mark: the end mark after the last scan's begin is the end.
     """
@@ -115,7 +115,7 @@ def has_end(data: bytes, format: str) -> bool:
 
 
 def what_it_is(data: bytes) -> str:
-    """A few words on bytes that are no image, as the web serves them; "" where nothing can be said.
+    """Describes bytes that are no image in a few words, as the web serves them; "" where nothing can be said.
 
     Nothing of the bytes is quoted: a file that is no image may be anything.
     """

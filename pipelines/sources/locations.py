@@ -93,7 +93,7 @@ def expand_braces(text: str) -> list[str]:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file, or a folder on the way to it, is what programs leave for themselves: `._a.png`, `.ipynb_checkpoints`.
+    """Tells whether a file, or a folder on its way, is what programs leave for themselves: `._a.png`, `.ipynb_checkpoints`.
 
     The one rule for folders, buckets and tars. `path`: below the folder or in the tar; `./` and `../` hide nothing.
     """
@@ -136,7 +136,7 @@ def links_elsewhere(uri: str) -> Callable[[str], bool]:
 
 
 def is_regular(path: str) -> bool:
-    """Whether a path of this machine is no pipe, socket or device; True where it leads nowhere: reading it says so."""
+    """Tells whether a path of this machine is no pipe, socket or device; True where it leads nowhere: reading it says so."""
     try:
         check_regular(path)
     except NoRegularFile:
@@ -168,7 +168,7 @@ def find_files(spec: str, suffixes: Sequence[str], kind: str, left_out: Counter[
 
 
 def list_folder(uri: str) -> list[dict[str, Any]]:
-    """What lies directly in a folder, by name: dictionaries with `name`, `size`, `type` (`file` or `directory`)."""
+    """Lists what lies directly in a folder, by name: dictionaries with `name`, `size`, `type` (`file` or `directory`)."""
     fs, path = filesystem_at(uri)
     entries = [entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path.rstrip("/")]
     return sorted(entries, key=lambda entry: entry["name"])
@@ -210,13 +210,13 @@ def _below(fs: Any, root: str) -> list[dict[str, Any]]:
 
 
 def is_folder(uri: str) -> bool:
-    """Whether there is a folder (or a prefix with objects below it)."""
+    """Tells whether there is a folder (or a prefix with objects below it)."""
     fs, path = filesystem_at(uri)
     return fs.isdir(path)
 
 
 def is_local(uri: str) -> bool:
-    """Whether the URI is a path of this machine."""
+    """Tells whether the URI is a path of this machine."""
     return isinstance(filesystem_at(uri)[0], LocalFileSystem)
 
 
@@ -261,7 +261,7 @@ def too_large(size: int, most: int) -> str:
 
 
 def leads_outside(path: str) -> bool:
-    """Whether a path that a file of the source names might lead out of its folder, or to another storage."""
+    """Tells whether a path that a file of the source names might lead out of its folder, or to another storage."""
     plain = path.replace("\\", "/")
     return plain.startswith("/") or ".." in plain.split("/") or ":/" in plain or "::" in plain
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 
 class Spelling:
-    """Some names, to be found by other spellings."""
+    """Names that are found by other spellings, too."""
 
     def __init__(self, names: Iterable[str]):
         self._ways: list[dict[str, set[str]]] = [{}, {}, {}]

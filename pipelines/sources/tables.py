@@ -187,7 +187,7 @@ def table_names(schema: pa.Schema, names: ColumnsConfig) -> tuple[str, str | Non
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether a reader's error is about the file's content, and not about the storage; Arrow has OSErrors for both."""
+    """Tells whether a reader's error is about the file's content, and not about the storage; Arrow has OSErrors for both."""
     if is_away(error) or not isinstance(error, OSError):
         return not is_away(error)
     is_arrow_s = type(error) is OSError and error.errno is None

@@ -142,7 +142,7 @@ class _Headers:
         return self.file.read(size)
 
     def tell(self) -> int:
-        """Where the next bytes are."""
+        """Position of the next bytes."""
         return self.file.tell()
 
 

@@ -18,7 +18,7 @@ BYTE_ORDER_MARKS = re.compile("^\ufeff+", re.MULTILINE)  # files that were joine
 
 
 def is_unreadable(error: BaseException | None) -> bool:
-    """Whether an error is this file's own fault, not the storage's: not there, refused, a folder, or links in a circle."""
+    """Tells whether an error is the file's own fault, not the storage's: not there, refused, a folder, or links in a circle."""
     return isinstance(error, UNREADABLE) or (isinstance(error, OSError) and error.errno == errno.ELOOP)
 
 
@@ -77,7 +77,7 @@ def csv_lines(uri: str) -> list[list[str]]:
 
 
 def ragged(uri: str, number: int, expected: int, received: int) -> str:
-    """What is wrong with a row of a table that has fields too few or too many."""
+    """Names what is wrong with a row of a table that has fields too few or too many."""
     what = f"{uri}, row {number}: expected {expected} fields, received {received}"
     if received < expected:
         return what

@@ -1,4 +1,4 @@
-"""What verify finds by reading data files as they lie there: content that is not what was written, files in the wrong place."""
+"""Checks data files as they lie there: content that is not what was written, files in the wrong place."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Unchecked:
         return sum(self._files.values())
 
     def sentences(self) -> list[str]:
-        """What cannot be checked of the stages' columns, and what to do.
+        """Words what cannot be checked of the stages' columns, and what to do.
 
         Files that hold none of them need no digest.
         """

@@ -1,4 +1,4 @@
-"""What `lidit verify` checks of latents: sizes fit the buckets, nulls have a reason, no NaN or Inf; row by row."""
+"""Checks latents for `lidit verify`: sizes fit the buckets, nulls have a reason, no NaN or Inf; row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of a table a verification looks at: all of it, or the fragments that have changed since a version."""
+"""Scope of a verification: all of it, or the fragments that have changed since a version."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scan(
 def fresh_in(
     fragments: Sequence[lance.LanceFragment], name: str, stale: Mapping[int, Sequence[str]]
 ) -> list[lance.LanceFragment]:
-    """Those of the fragments in which the column is not stale (fragment id -> its stale columns)."""
+    """Selects the fragments in which the column is not stale (fragment id -> its stale columns)."""
     return [fragment for fragment in fragments if name not in stale.get(fragment.fragment_id, ())]
 
 
