@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from lidit.images.pixels import open_image
 from lidit.store import columns
-from pipelines.engine.table import Table
+from pipelines.engine.table import samples_of
 from pipelines.report.charts import curves, intervals
 from pipelines.report.page import fill, human
 from pipelines.report.samples import Picture, thumbnail
@@ -141,7 +141,7 @@ def loss_chart(lines: Sequence[dict[str, Any]]) -> Markup:
 
 def drawn(samples: str, count: int = PICTURES) -> list[Drawn]:
     """Pictures of every task, as many of each, one per prompt."""
-    table = Table(f"{samples.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    table = samples_of(samples)
     if not table.exists():
         return []
     dataset = table.open()
@@ -204,7 +204,7 @@ def render(store: str, run: str, samples: Sequence[str], commands: Sequence[str]
     lines = metrics_of(run)
     steps = flow(store, samples[0] if samples else "", lines)
     scores = {place: _scores(place) for place in samples}
-    rows = Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}").open().count_rows()
+    rows = samples_of(store).open().count_rows()
     overall = next((one["overall"]["value"] for one in scores.values() if "overall" in one), None)
     tiles = [
         (f"{rows:,}", "scenes in the table"),
@@ -229,7 +229,7 @@ def render(store: str, run: str, samples: Sequence[str], commands: Sequence[str]
 
 def _rows(store: str) -> list[tuple[Picture, dict[str, str | None]]] | None:
     """A few rows of the feature table: image and both texts; None where it has no images."""
-    dataset = Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}").open()
+    dataset = samples_of(store).open()
     texts = [name for name in (columns.CAPTION, columns.CAPTION_ORIGINAL) if name in dataset.schema.names]
     if columns.IMAGE not in dataset.schema.names:
         return None

@@ -10,12 +10,12 @@ No weights are made or read: the model is laid out without memory.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from lidit.cli import run
 from lidit.config import SIZES, LIDiTConfig
 from lidit.flops import Flops, model_flops
 from lidit.model import LIDiT
@@ -138,6 +138,4 @@ def main(config: InfoConfig) -> Info:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["info", *sys.argv[1:]]))
+    run("info")

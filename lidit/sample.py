@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lidit.cli import run
 from lidit.runtime.uris import check_config
 from lidit.sampler import SamplerConfig
 
@@ -134,6 +135,4 @@ def _check_ending(out: str) -> None:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["sample", *sys.argv[1:]]))
+    run("sample")

@@ -11,7 +11,6 @@ images they were made of, examples of errors. Nothing in the store is changed, a
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 
+from lidit.cli import run
 from lidit.runtime.printable import one_line, printable
 from lidit.runtime.uris import check_config
 from lidit.store import columns
@@ -197,6 +197,4 @@ def _cut(text: str) -> str:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["inspect", *sys.argv[1:]]))
+    run("inspect")

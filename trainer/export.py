@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lidit.cli import run
 from lidit.config import LIDiTConfig
 from lidit.model import LIDiT
 from lidit.runtime.model_files import split_revision
@@ -271,6 +271,4 @@ def _extra(state: Mapping[str, Any], kind: str, vae: str | None) -> dict[str, An
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["export", *sys.argv[1:]]))
+    run("export")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lidit.cli import run
 from lidit.runtime.heartbeat import HEARTBEAT_SECONDS
 from lidit.runtime.lease import Lease, LeaseHeld, LeaseLost
 from lidit.runtime.outage import is_away
@@ -361,6 +362,4 @@ def _plan(config: TrainConfig) -> list[str]:
 
 
 if __name__ == "__main__":
-    from lidit.cli import main as command_line
-
-    sys.exit(command_line(["train", *sys.argv[1:]]))
+    run("train")

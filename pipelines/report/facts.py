@@ -24,7 +24,7 @@ from lidit.runtime.uris import shown
 from lidit.store import columns
 from lidit.store.stale import stale_columns
 from pipelines.engine.runs import Run, runs_folder
-from pipelines.engine.table import Table, field_ids
+from pipelines.engine.table import encoders_of, field_ids, samples_of
 
 READ_ROWS = 65_536
 MOST_REASONS = 10_000  # distinct ones that are counted; the rest goes under one name
@@ -113,7 +113,7 @@ def gather(store: str, version: int | None = None) -> Facts:
     Raises:
         ValueError: there is no table, or not that version.
     """
-    table = Table(f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}")
+    table = samples_of(store)
     dataset = table.open()
     if version is not None and version != dataset.version:
         try:
@@ -264,7 +264,7 @@ def _reasons(dataset: lance.LanceDataset) -> list[Reason]:
 
 def _encoders(store: str) -> list[dict[str, Any]]:
     """Rows of the encoders table, states as counts of tokens."""
-    table = Table(f"{store.rstrip('/')}/{columns.ENCODERS_TABLE}")
+    table = encoders_of(store)
     if not table.exists():
         return []
     facts = []
