@@ -1,13 +1,12 @@
 """`TrainConfig`: everything that decides a training run. Its parts: config_parts.py; recipes that return one: recipes.py.
 
-Batch sizes are counted over all GPUs and do not change with their number: `PhaseConfig.split` says what a rank makes of them.
+Batch sizes are counted over all GPUs and do not change with their number: `RunPhase.split` says what a rank makes of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lidit.diffusion import DDPM, Flow, Objective
@@ -37,6 +36,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PhaseConfig",
+    "RunPhase",
     "TrainConfig",
     "ValidationConfig",
     "ZeroConfig",
@@ -44,6 +44,10 @@ __all__ = [
 
 Precision = Literal["fp32", "bf16"]
 ResumeMode = Literal["auto", "never", "must"]
+FIXED = ("model", "objective", "flow", "ddpm", "precision", "seed")
+"""Fields of a run that no later start may change."""
+NOT_COMPARED = ("phases", "dry_run", "stop_after_steps", "resume", "num_workers", "hardware", "name", "storage")
+"""Fields whose change is no news: checked in another way, or of this start alone."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,23 @@ class PhaseConfig:
         if self.flow_shift <= 0:
             raise ValueError(f"phases: expected flow_shift > 0, received {self.flow_shift}")
 
-    def split(self, world_size: int, microbatch_size: int) -> tuple[int, int]:
+
+@dataclass(frozen=True)
+class RunPhase(PhaseConfig):
+    """A phase with what it leaves to the run filled in, as `TrainConfig.run_phases` gives it to the trainer's parts."""
+
+    store: str = ""
+    """Feature store of this phase."""
+    version: int | None = None
+    """Version of its table; null: the newest."""
+    microbatch_size: int = 1
+    """Largest number of samples in a GPU's forward pass."""
+    objective: Objective = Flow()
+    """Training objective, with this phase's shift."""
+    order_seed: int = 0
+    """Seed of the order of its rows: phases do not repeat each other's order."""
+
+    def split(self, world_size: int) -> tuple[int, int]:
         """(microbatch_size, grad_accum_steps) of a rank: the largest microbatch that its share of the batch divides into.
 
         Raises:
@@ -86,8 +106,7 @@ class PhaseConfig:
                 f"GPUs that divides it, so that every rank takes the same number of steps"
             )
         share = self.global_batch_size // world_size
-        limit = min(share, self.microbatch_size or microbatch_size)
-        micro = next(size for size in range(limit, 0, -1) if share % size == 0)
+        micro = next(size for size in range(min(share, self.microbatch_size), 0, -1) if share % size == 0)
         return micro, share // micro
 
 
@@ -184,8 +203,25 @@ class TrainConfig:
             raise ValueError(
                 f"zero.hpz_partition_size {self.zero.hpz_partition_size} does not divide num_workers {self.num_workers}"
             )
-        for phase in self.phases:
-            phase.split(self.num_workers, self.microbatch_size)
+        for phase in self.run_phases:
+            phase.split(self.num_workers)
+
+    @property
+    def run_phases(self) -> tuple[RunPhase, ...]:
+        """The phases with what they leave to the run filled in."""
+        return tuple(
+            RunPhase(
+                **{
+                    **vars(phase),
+                    "store": phase.store or self.store,
+                    "version": self.data.version if phase.store in (None, self.store) else None,
+                    "microbatch_size": phase.microbatch_size or self.microbatch_size,
+                    "objective": self.ddpm if self.objective == "ddpm" else replace(self.flow, shift=phase.flow_shift),
+                    "order_seed": (self.seed + 0x9E3779B97F4A7C15 * number) % 2**64,
+                }
+            )
+            for number, phase in enumerate(self.phases)
+        )
 
     @property
     def total_steps(self) -> int:
@@ -206,14 +242,6 @@ class TrainConfig:
             images += phase.steps * phase.global_batch_size
         raise AssertionError("a run has phases")
 
-    def order_seed(self, phase: int) -> int:
-        """Seed of the plan of the phase of that number: phases do not repeat each other's order."""
-        return (self.seed + 0x9E3779B97F4A7C15 * phase) % 2**64
-
-    def phase_objective(self, phase: PhaseConfig) -> Objective:
-        """The objective with the phase's shift."""
-        return dataclasses.replace(self.flow, shift=phase.flow_shift) if self.objective == "flow" else self.ddpm
-
     def to_dict(self) -> dict[str, Any]:
         """All fields as values of JSON and YAML."""
         return to_plain(self)
@@ -222,3 +250,33 @@ class TrainConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Builds a config from what `to_dict` gave, or a reader of JSON or YAML. Raises ValueError naming an unknown field."""
         return from_plain(cls, values, "config")
+
+    def check_resumable(self, saved: Mapping[str, Any]) -> list[str]:
+        """Checks that a checkpoint's run may go on with this config; returns the settings that changed and may.
+
+        Args:
+            saved: state.json of the checkpoint.
+
+        Raises:
+            ValueError: something that its steps or its state depend on is different; says what.
+        """
+        before, now = saved["config"], self.to_dict()
+        pairs = {name: (before[name], now[name]) for name in FIXED}
+        pairs["zero.stage"] = (before["zero"]["stage"], self.zero.stage)
+        pairs["optimizer.name"] = (before["optimizer"].get("name", "adamw"), self.optimizer.name)
+        pairs["data.encoders"] = (list(before["data"]["encoders"]), list(self.data.encoders))
+        pairs["images that the phases have seen by then"] = (saved["images_seen"], self.phase_at(saved["step"])[2])
+        wrong = [f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new]
+        if wrong:
+            raise ValueError(
+                f"run {self.name!r} has a checkpoint at step {saved['step']:,} that was made otherwise: {'; '.join(wrong)}. "
+                f"Set it back, or train under another `name`"
+            )
+        compared = [name for name in before if name not in (*FIXED, *NOT_COMPARED)]
+        return [change for name in compared for change in _changes(name, before[name], now.get(name))]
+
+
+def _changes(name: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [change for key in old for change in _changes(f"{name}.{key}", old[key], new.get(key))]
+    return [] if old == new else [f"{name}: {old} -> {new}"]

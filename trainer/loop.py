@@ -97,7 +97,12 @@ class Loop:
         asked_to_stop: Callable[[], bool],
         observe: Observe,
     ):
-        self.config, self.ranks, self.tables, self.model_config = config, ranks, tables, tables.model_config()
+        self.config, self.ranks, self.tables, self.model_config = (
+            config,
+            ranks,
+            tables,
+            tables.model_config(config.model),
+        )
         self.engine, self.ema, self.progress = state.engine, state.ema, state.progress
         self.checkpoints, self.report, self.asked_to_stop, self.observe = checkpoints, report, asked_to_stop, observe
         self.last_step = min(config.total_steps, config.stop_after_steps or config.total_steps)
@@ -197,8 +202,8 @@ class Loop:
         """Opens the phase that the next step is in, its batches from that step on."""
         config, ranks, step = self.config, self.ranks, self.progress.step
         number, step_in_phase, images_seen = config.phase_at(step)
-        phase, table = config.phases[number], self.tables.phase(number)
-        microbatch_size, grad_accum_steps = phase.split(ranks.world_size, config.microbatch_size)
+        phase, table = config.run_phases[number], self.tables.phase(number)
+        microbatch_size, grad_accum_steps = phase.split(ranks.world_size)
         last_step = min(phase.steps, step_in_phase + self.last_step - step)
         instruction_tokens = {name: len(v.instruction_embeds) for name, v in table.features.encoders.items()}
         tflops = config.hardware.gpu_tflops if ranks.device.type == "cuda" else None

@@ -35,6 +35,11 @@ class Storage:
         self.root = root.rstrip("/")
 
     @property
+    def name(self) -> str:
+        """The last part of the URI: of a run's folder the name of the run."""
+        return self.uri.rpartition("/")[2]
+
+    @property
     def local(self) -> bool:
         """Whether it is a folder that this machine reads and writes directly."""
         return isinstance(self.fs, LocalFileSystem)

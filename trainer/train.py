@@ -108,7 +108,7 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
     _check_resume_mode(config, storage)
     with only_driver(storage) as lease:
         pinned = pinned_versions(storage)
-        tables = Tables(config, pinned)
+        tables = Tables(config.run_phases, config.data, pinned)
         write_versions(storage, tables, pinned)
         warnings = _told([*tables.pin(storage, pinned), *tables.stale()])
         storage.remove(STOP)
@@ -351,10 +351,9 @@ def _plan(config: TrainConfig) -> list[str]:
     from trainer.planner.estimate import estimate
 
     tables, unknown = {}, []
-    for number, phase in enumerate(config.phases):
+    for number, phase in enumerate(config.run_phases):
         try:
-            alone = dataclasses.replace(config, phases=(phase,))
-            features = Tables(alone, {}).features(0)
+            features = Tables((phase,), config.data, {}).features(0)
             tables[number] = (features, survey(features, config.data.holdout))
         except ValueError as error:
             unknown.append(f"note       phase {number}: {error}")

@@ -10,7 +10,7 @@ from trainer.checkpoints.resume import Found, Layout, Resume, load_engine
 from trainer.checkpoints.save import Checkpoints, Observe, SaveFailed
 from trainer.config import TrainConfig
 from trainer.data.check import DamagedData, DataCheck
-from trainer.data.tables import Tables, check_resumable
+from trainer.data.tables import Tables
 from trainer.engine.ema import EMA
 from trainer.engine.engine import build_engine, prepare_process
 from trainer.engine.ranks import Ranks, told_to_ranks
@@ -50,13 +50,13 @@ def train(
 ) -> dict[str, Any]:
     """A rank's whole run, in a process group that is there already. Returns the same on all ranks but for figures."""
     ranks, storage = Ranks.here(), Storage(f"{config.storage}/{config.name}")
-    tables = Tables(config, versions)
+    tables = Tables(config.run_phases, config.data, versions)
     checkpoints = Checkpoints(storage, ranks, config.checkpoint, observe, lease)
     ranks.from_first(checkpoints.clean_up)
     resume = Resume(storage, ranks, Layout(ranks.world_size, config.zero.stage))
     with resume.newest() as found:
         changes = ranks.from_first(lambda: _check(config, found, tables, ranks))
-        engine = build_engine(config, tables.model_config(), ranks, universal=found is not None and found.universal)
+        engine = build_engine(config, tables.model_config(config.model), ranks, found is not None and found.universal)
         state = _restore(found, engine, with_average=config.ema.decay > 0)
     progress = state.progress
     with contextlib.ExitStack() as stack:
@@ -95,12 +95,16 @@ def train(
 
 def _check(config: TrainConfig, found: Found | None, tables: Tables, ranks: Ranks) -> list[str]:
     """Checks, on rank 0, that the run may begin or go on from a checkpoint; returns the settings that changed since."""
-    number = config.phase_at(found.step if found else 0)[0]
+    number, step_in_phase, _ = config.phase_at(found.step if found else 0)
     try:
         table = tables.phase(number)
         if config.validation.every_steps:
             Validation(table, config.validation, config.data, config.vae, config.microbatch_size, ranks)
-        return check_resumable(config, found.state, tables, table) if found is not None else []
+        if found is None:
+            return []
+        changes = config.check_resumable(found.state)
+        tables.check_trained(found.state, number, begun=step_in_phase > 0)
+        return changes
     except ValueError as error:
         raise WrongInput(str(error)) from error
 

@@ -131,7 +131,7 @@ def recipe(args: Namespace, stage: int, folder: str) -> TrainConfig:
 def run_trainer(config: TrainConfig) -> tuple[list[dict[str, float]], list[float]]:
     """(its lines of metrics, seconds of each step but the first ones): from one step's beginning to the next one's."""
     begun: list[float] = []
-    per_step = config.phases[0].split(1, config.microbatch_size)[1]
+    per_step = config.run_phases[0].split(1)[1]
 
     def observe(part: str) -> None:
         if part == "data":
@@ -145,10 +145,10 @@ def run_trainer(config: TrainConfig) -> tuple[list[dict[str, float]], list[float
 
 def run_bare(config: TrainConfig, with_engine: bool) -> tuple[list[float], list[float]]:
     """(losses, seconds of each step but the first ones)."""
-    tables = Tables(config, {})
+    tables = Tables(config.run_phases, config.data, {})
     batches, objective = in_memory(config, tables), tables.phase(0).objective
     model, step_taken = bare_engine(config, tables) if with_engine else bare_model(config, tables)
-    per_step = config.phases[0].split(1, config.microbatch_size)[1]
+    per_step = config.run_phases[0].split(1)[1]
     losses, begun = [], []
     for step in range(config.total_steps):
         begun.append(time.perf_counter())
@@ -170,7 +170,7 @@ Step = Callable[[torch.Tensor, float, bool], None]
 def bare_model(config: TrainConfig, tables: Tables) -> tuple[LIDiT, Step]:
     """The model, and how it learns with torch alone."""
     torch.manual_seed(config.seed)
-    model = LIDiT(tables.model_config())
+    model = LIDiT(tables.model_config(config.model))
     optimizer = build_optimizer(model, config.optimizer)
 
     def step(loss: torch.Tensor, learning_rate: float, last: bool) -> None:
@@ -187,7 +187,7 @@ def bare_model(config: TrainConfig, tables: Tables) -> tuple[LIDiT, Step]:
 
 def bare_engine(config: TrainConfig, tables: Tables) -> tuple[Any, Step]:
     """DeepSpeed's engine around the model, and how it learns."""
-    engine = build_engine(config, tables.model_config(), Ranks.here())
+    engine = build_engine(config, tables.model_config(config.model), Ranks.here())
 
     def step(loss: torch.Tensor, learning_rate: float, last: bool) -> None:
         engine.set_gradient_accumulation_boundary(last)
@@ -201,12 +201,12 @@ def bare_engine(config: TrainConfig, tables: Tables) -> tuple[Any, Step]:
 
 def in_memory(config: TrainConfig, tables: Tables) -> list[Batch]:
     """All microbatches of the run, made beforehand."""
-    table, phase = tables.phase(0), config.phases[0]
+    table, phase = tables.phase(0), config.run_phases[0]
     loader = Batches(
         table,
         config.data,
         config.seed,
-        BatchSlice(phase.split(1, config.microbatch_size)[0]),
+        BatchSlice(phase.split(1)[0]),
         range(phase.steps),
     )
     with loader as batches:

@@ -135,10 +135,10 @@ def reference(
 ) -> Reference:
     """Trains on the whole batch at once. `spoil(step, model)`: true where the step's gradient is to be forgotten."""
     torch.set_num_threads(1)
-    tables = Tables(config, {})
+    tables = Tables(config.run_phases, config.data, {})
     table = tables.phase(0)
     torch.manual_seed(config.seed)
-    model = LIDiT(tables.model_config()).to(dtype)
+    model = LIDiT(tables.model_config(config.model)).to(dtype)
     optimizer = build_optimizer(model, config.optimizer)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     made = Reference([], [], {}, average)
@@ -168,7 +168,7 @@ def reference(
 
 def model_of(config: TrainConfig) -> LIDiTConfig:
     """The model's shape."""
-    return Tables(config, {}).model_config()
+    return Tables(config.run_phases, config.data, {}).model_config(config.model)
 
 
 # -- ranks without Ray ------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def train_while_others_write(config: TrainConfig) -> dict[str, Any]:
 
     from trainer.worker import train_worker
 
-    tables = Tables(config, {})
+    tables = Tables(config.run_phases, config.data, {})
     tables.pin(Storage(f"{config.storage}/{config.name}"), {})
     seen = {"step": 0}
 
@@ -320,7 +320,7 @@ def train_spoilt(config: TrainConfig, how: str, rank: int, spoilt_steps: Sequenc
     honest, counted = loop.loss_per_sample, {"calls": 0}
 
     def spoil(objective: Any, prediction: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        accumulate = config.phases[0].split(torch.distributed.get_world_size(), config.microbatch_size)[1]
+        accumulate = config.run_phases[0].split(torch.distributed.get_world_size())[1]
         step = counted["calls"] // accumulate
         counted["calls"] += 1
         if step not in spoilt_steps or torch.distributed.get_rank() != rank:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from lidit.store.buckets import parse_bucket
 from lidit.store.features import Features
 from lidit.store.fingerprints import comparable, warn_unrecorded
 from lidit.store.stale import stale_columns
-from trainer.config import TrainConfig
+from trainer.config import DataConfig, ModelConfig, RunPhase
 from trainer.data.plan import Plan
 from trainer.data.survey import Survey, survey
 from trainer.storage import Storage
@@ -49,27 +49,23 @@ class Tables:
     """The feature tables of all phases.
 
     Args:
-        config: the run.
+        phases: of the run.
+        data: which encoders and texts are read, and what is held out.
         versions: store -> version; a store that is not in it is opened at its newest.
 
     Raises:
         ValueError: a table, version or column is not there, or the phases' tables do not belong to one model.
     """
 
-    def __init__(self, config: TrainConfig, versions: Mapping[str, int]):
-        self.config = config
-        self.versions = dict(versions)
-        if config.data.version is not None:
-            self.versions.setdefault(config.store, config.data.version)
-        self._stores = [phase.store or config.store for phase in config.phases]
+    def __init__(self, phases: Sequence[RunPhase], data: DataConfig, versions: Mapping[str, int]):
+        self.phases, self.data, self.versions = phases, data, dict(versions)
         self._features: dict[int, Features] = {}
         self._surveyed: tuple[int, PhaseTable] | None = None
-        data = config.data
-        for number, (store, phase) in enumerate(zip(self._stores, config.phases)):
-            version = self.versions.get(store)
-            features = Features(store, data.encoders, data.text_mix, phase.latents, phase.bucket, version)
+        for number, phase in enumerate(phases):
+            version = self.versions.get(phase.store, phase.version)
+            features = Features(phase.store, data.encoders, data.text_mix, phase.latents, phase.bucket, version)
             self._features[number] = features
-            self.versions.setdefault(store, features.version)
+            self.versions.setdefault(phase.store, features.version)
         self._check_alike()
 
     def features(self, number: int) -> Features:
@@ -80,19 +76,18 @@ class Tables:
         """Surveys a phase's table, which reads the small columns of every row, and plans the phase; the latest is kept."""
         if self._surveyed is not None and self._surveyed[0] == number:
             return self._surveyed[1]
-        phase, data, features = self.config.phases[number], self.config.data, self._features[number]
+        phase, data, features = self.phases[number], self.data, self._features[number]
         found = survey(features, data.holdout)
         features.check_resolution(found.rows.buckets, phase.resolution)
-        seed = self.config.order_seed(number)
-        plan = Plan(found.rows, phase.global_batch_size, seed, data.block_rows, data.block_steps)
-        self._surveyed = number, PhaseTable(features, found, plan, self.config.phase_objective(phase))
+        plan = Plan(found.rows, phase.global_batch_size, phase.order_seed, data.block_rows, data.block_steps)
+        self._surveyed = number, PhaseTable(features, found, plan, phase.objective)
         return self._surveyed[1]
 
-    def model_config(self) -> LIDiTConfig:
+    def model_config(self, model: ModelConfig) -> LIDiTConfig:
         """Builds the config of the model that fits the tables."""
         first = self._features[0]
         widths = {name: states.width for name, states in first.encoders.items()}
-        return self.config.model.build(widths, first.latents.channels)
+        return model.build(widths, first.latents.channels)
 
     def pin(self, storage: Storage, known: Mapping[str, int]) -> list[str]:
         """Tags the versions, so that no clean-up of the store takes them away while the run is unfinished.
@@ -107,9 +102,9 @@ class Tables:
         Raises:
             ValueError: the run's tag keeps another version than this one, and no earlier start has written that down.
         """
-        tag, warnings = tag_of(storage, self.config.name), []
+        tag, warnings = tag_of(storage), []
         for number, features in self._features.items():
-            problem = features.pin(tag, move=known.get(self._stores[number]) == features.version)
+            problem = features.pin(tag, move=known.get(self.phases[number].store) == features.version)
             if problem is not None:
                 warnings.append(f"{problem}: a clean-up of old versions there may end this run")
         return list(dict.fromkeys(warnings))
@@ -130,7 +125,7 @@ class Tables:
 
     def unpin(self, storage: Storage) -> list[str]:
         """Takes this run's tags away, and nobody else's. Returns warnings: stores that keep theirs, or one that may be ours."""
-        tag, shared, warnings = tag_of(storage, self.config.name), f"{TAG}{self.config.name}", []
+        tag, shared, warnings = tag_of(storage), f"{TAG}{storage.name}", []
         for features in self._features.values():
             if (problem := features.unpin(tag)) is not None:
                 warnings.append(problem)
@@ -140,6 +135,27 @@ class Tables:
                     f"if no other run needs version {features.version}"
                 )
         return list(dict.fromkeys(warnings))
+
+    def check_trained(self, saved: Mapping[str, Any], number: int, begun: bool) -> None:
+        """Checks that a checkpoint's run may go on with these tables.
+
+        Args:
+            saved: state.json of the checkpoint.
+            number: of the phase that the next step is in.
+            begun: whether that phase has taken a step, so that its order is fixed.
+
+        Raises:
+            ValueError: the features were made otherwise, or their rows would come in another order; says what.
+        """
+        trained = saved["table"]
+        self.features(min(trained["phase"], number)).check_same(trained["features"])
+        plan = self.phase(number).plan.fingerprint()
+        if trained["phase"] == number and begun and trained["plan"] != plan:
+            differing = ", ".join(sorted(key for key in plan if trained["plan"].get(key) != plan[key]))
+            raise ValueError(
+                f"checkpoint at step {saved['step']:,}: the order of rows would be another one ({differing} changed). Set "
+                f"data.* and the phase back, or train under another `name`"
+            )
 
     def _check_alike(self) -> None:
         first = self._features[0]
@@ -159,7 +175,7 @@ class Tables:
                 )
 
 
-def tag_of(storage: Storage, name: str) -> str:
+def tag_of(storage: Storage) -> str:
     """The tag of a run, and of no other one: runs of the same name in another folder, or on another machine, have their own.
 
     A token is kept in the run's folder; with the folder's URI it makes the tag, so that a copy of a run is another run.
@@ -167,7 +183,7 @@ def tag_of(storage: Storage, name: str) -> str:
     with contextlib.suppress(FileExistsError):
         storage.create(TOKEN, secrets.token_hex(8).encode())
     token = storage.read(TOKEN).decode()
-    return f"{TAG}{name}-{hashlib.sha256(f'{token} {storage.uri}'.encode()).hexdigest()[:10]}"
+    return f"{TAG}{storage.name}-{hashlib.sha256(f'{token} {storage.uri}'.encode()).hexdigest()[:10]}"
 
 
 def pinned_versions(storage: Storage) -> dict[str, int]:
@@ -206,48 +222,3 @@ def describe(tables: Tables, number: int, table: PhaseTable) -> dict[str, Any]:
         "image_size": list(parse_bucket(table.bucket)),
         "plan": table.plan.fingerprint(),
     }
-
-
-def check_resumable(config: TrainConfig, saved: Mapping[str, Any], tables: Tables, table: PhaseTable) -> list[str]:
-    """Checks that a checkpoint's run may go on with this config; returns the settings that changed and may.
-
-    Args:
-        config: of the run as it is started now.
-        saved: state.json of the checkpoint.
-        tables: as they are now.
-        table: of the phase that the next step is in.
-
-    Raises:
-        ValueError: something that its steps or its state depend on is different; says what.
-    """
-    before, now = saved["config"], config.to_dict()
-    fixed = ("model", "objective", "flow", "ddpm", "precision", "seed")
-    pairs = {name: (before[name], now[name]) for name in fixed}
-    pairs["zero.stage"] = (before["zero"]["stage"], config.zero.stage)
-    pairs["optimizer.name"] = (before["optimizer"].get("name", "adamw"), config.optimizer.name)
-    pairs["data.encoders"] = (list(before["data"]["encoders"]), list(config.data.encoders))
-    phase, step_in_phase, images_seen = config.phase_at(saved["step"])
-    pairs["images that the phases have seen by then"] = (saved["images_seen"], images_seen)
-    wrong = [f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new]
-    if wrong:
-        raise ValueError(
-            f"run {config.name!r} has a checkpoint at step {saved['step']:,} that was made otherwise: {'; '.join(wrong)}. Set "
-            f"it back, or train under another `name`"
-        )
-    trained = saved["table"]
-    tables.features(min(trained["phase"], phase)).check_same(trained["features"])
-    plan = table.plan.fingerprint()
-    if trained["phase"] == phase and step_in_phase and trained["plan"] != plan:
-        differing = ", ".join(sorted(key for key in plan if trained["plan"].get(key) != plan[key]))
-        raise ValueError(
-            f"run {config.name!r}, checkpoint at step {saved['step']:,}: the order of rows would be another one ({differing} "
-            f"changed). Set data.* and the phase back, or train under another `name`"
-        )
-    ignored = {*fixed, "phases", "dry_run", "stop_after_steps", "resume", "num_workers", "hardware", "name", "storage"}
-    return [change for name in before if name not in ignored for change in _changes(name, before[name], now.get(name))]
-
-
-def _changes(name: str, old: Any, new: Any) -> list[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return [change for key in old for change in _changes(f"{name}.{key}", old[key], new.get(key))]
-    return [] if old == new else [f"{name}: {old} -> {new}"]

@@ -36,7 +36,15 @@ def build_engine(config: TrainConfig, model_config: LIDiTConfig, ranks: Ranks, u
         universal: a checkpoint of another world size will be loaded (see universal.py).
     """
     deepspeed = _import_deepspeed(ranks.device)
-    settings = deepspeed_config(config, model_config, config.phases[0], ranks.world_size)
+    settings = deepspeed_config(
+        config.zero,
+        model_config,
+        config.run_phases,
+        ranks.world_size,
+        precision=config.precision,
+        grad_clip=config.optimizer.grad_clip,
+        on_gpu=config.use_gpu is not False,
+    )
     if universal:
         settings["checkpoint"] = {"load_universal": True}
     torch.manual_seed(config.seed)

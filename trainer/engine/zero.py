@@ -1,4 +1,4 @@
-"""TrainConfig -> DeepSpeed's dictionary, purely. What the config does not ask for is derived from the model's width.
+"""The config of ZeRO -> DeepSpeed's dictionary, purely. What the config does not ask for is derived from the model's width.
 
 Sizes are in elements. A DiT block has about 25 D^2 weights (9 modulation, 4 self-attention, 4 cross-attention, 8 feed-forward),
 its largest matrix, the modulation, 9 D^2.
@@ -12,10 +12,11 @@ its largest matrix, the modulation, 9 D^2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lidit.config import LIDiTConfig
-from trainer.config import PhaseConfig, TrainConfig, ZeroConfig
+from trainer.config import Precision, RunPhase, ZeroConfig
 
 BLOCK = 25  # D^2 weights of a DiT block with ffn_ratio 4
 LARGEST = 9  # D^2 weights of its largest matrix
@@ -25,30 +26,46 @@ SMALLEST_BUCKET = 1 << 20  # elements; below it a collective is all latency
 GATHERED = 10**9  # weights that may be gathered at once: 2 GB in bf16, DeepSpeed's own default
 
 
-def deepspeed_config(config: TrainConfig, model: LIDiTConfig, phase: PhaseConfig, world_size: int) -> dict[str, Any]:
-    """Builds the dictionary for `deepspeed.initialize(config=...)`, with the batch sizes of one phase.
+def deepspeed_config(
+    zero: ZeroConfig,
+    model: LIDiTConfig,
+    phases: Sequence[RunPhase],
+    world_size: int,
+    *,
+    precision: Precision,
+    grad_clip: float,
+    on_gpu: bool,
+) -> dict[str, Any]:
+    """Builds the dictionary for `deepspeed.initialize(config=...)`, with the batch sizes of the first phase.
 
     Raises:
-        ValueError: the phase's batch, or the secondary partitions, do not divide among the ranks.
+        ValueError: a phase's batch, or the secondary partitions, do not divide among the ranks.
     """
-    microbatch_size, grad_accum_steps = phase.split(world_size, config.microbatch_size)
+    microbatch_size, grad_accum_steps = phases[0].split(world_size)
     made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": microbatch_size,
         "gradient_accumulation_steps": grad_accum_steps,
-        "train_batch_size": phase.global_batch_size,
-        "gradient_clipping": config.optimizer.grad_clip,
+        "train_batch_size": phases[0].global_batch_size,
+        "gradient_clipping": grad_clip,
         # Only the loop decides whether a step is taken: DeepSpeed looks for overflow at some stages, not at others.
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
-        "zero_optimization": zero_optimization(config.zero, model, world_size, on_gpu=config.use_gpu is not False),
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
+        "zero_optimization": zero_optimization(zero, model, world_size, on_gpu),
         "zero_allow_untested_optimizer": True,  # torch's; DeepSpeed's own must be compiled
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,  # our own metrics
         "wall_clock_breakdown": False,
     }
-    if config.precision == "bf16" and config.zero.stage > 0 and _accumulates(config, world_size):
-        # Sums of bf16 gradients lose the small ones; stage 0 has no such option.
+    if accumulates_in_fp32(zero, precision, phases, world_size):
         made["data_types"] = {"grad_accum_dtype": "fp32"}
     return made
+
+
+def accumulates_in_fp32(zero: ZeroConfig, precision: Precision, phases: Sequence[RunPhase], world_size: int) -> bool:
+    """Whether any phase sums gradients of several microbatches in fp32: in bf16 the small ones are lost in the sum.
+
+    DeepSpeed makes the buffers once, for all phases, and has no such option at stage 0.
+    """
+    return precision == "bf16" and zero.stage > 0 and any(phase.split(world_size)[1] > 1 for phase in phases)
 
 
 def zero_optimization(zero: ZeroConfig, model: LIDiTConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:
@@ -88,8 +105,3 @@ def persistent_elements(zero: ZeroConfig, model: LIDiTConfig) -> int:
         return zero.persistent_elements
     widest = max(MODULATION_VECTORS, model.ffn_ratio) * model.width
     return max(widest, *model.encoders.values())
-
-
-def _accumulates(config: TrainConfig, world_size: int) -> bool:
-    """Whether any phase does: the buffers are made once for all of them."""
-    return any(phase.split(world_size, config.microbatch_size)[1] > 1 for phase in config.phases)

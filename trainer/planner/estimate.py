@@ -238,8 +238,8 @@ def _phase_estimate(
     world_size: int,
     table: tuple[Features, Survey] | None,
 ) -> PhaseEstimate:
-    phase = config.phases[number]
-    microbatch_size, grad_accum_steps = phase.split(world_size, config.microbatch_size)
+    phase = config.run_phases[number]
+    microbatch_size, grad_accum_steps = phase.split(world_size)
     share, data = phase.global_batch_size // world_size, config.data
     counts = None
     steps, buckets = data.block_steps, 1
@@ -248,7 +248,7 @@ def _phase_estimate(
     else:
         shapes = Shapes.of(*table, microbatch_size, data.pad_multiple)
         rows = table[1].rows
-        plan = Plan(rows, phase.global_batch_size, config.order_seed(number), data.block_rows, data.block_steps)
+        plan = Plan(rows, phase.global_batch_size, phase.order_seed, data.block_rows, data.block_steps)
         counts = plan.count(phase.steps)
         steps, buckets = read_steps(data, table[1], share), int((rows.counts > 0).sum())
     activations = saved_activations(
@@ -268,7 +268,7 @@ def _phase_estimate(
         microbatch_size,
         grad_accum_steps,
         shapes,
-        memory_of(config, model, phase, world_size, activations),
+        memory_of(config, model, world_size, activations),
         flops,
         config.hardware.gpu_tflops * 1e12 * config.hardware.expected_mfu / flops.total,
         rows_ahead * shapes.sample_bytes,

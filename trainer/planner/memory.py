@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from lidit.config import LIDiTConfig
 from lidit.model import LIDiT
-from trainer.config import PhaseConfig, TrainConfig
-from trainer.engine.zero import deepspeed_config
+from trainer.config import TrainConfig
+from trainer.engine.zero import accumulates_in_fp32, zero_optimization
 
 ADAM_BYTES = 8  # of a weight: two fp32 moments
 MASTER_BYTES = 4  # fp32
@@ -93,20 +93,19 @@ def _for_depth(model: LIDiTConfig, count: Callable[[LIDiTConfig], np.ndarray]) -
 def memory_of(
     config: TrainConfig,
     model: LIDiTConfig,
-    phase: PhaseConfig,
     world_size: int,
     activations: float,
 ) -> Memory:
-    """Estimates a GPU's memory in a phase, as DeepSpeed uses it at the config's ZeRO stage.
+    """Estimates a GPU's memory, as DeepSpeed uses it at the config's ZeRO stage.
 
     Weights in the run's precision; fp32 master weights and AdamW's two moments (Muon's one is counted as two); EMA in fp32;
     buckets twice where communication overlaps; at stage 3 also the weights that are gathered at a time.
     """
-    zero, made = config.zero, deepspeed_config(config, model, phase, world_size)
-    sharding: dict[str, Any] = made["zero_optimization"]
+    zero = config.zero
+    sharding = zero_optimization(zero, model, world_size, on_gpu=config.use_gpu is not False)
     parameters, persistent = count_parameters(model, sharding.get("stage3_param_persistence_threshold", 0))
     width = 2 if config.precision == "bf16" else 4
-    gradient_width = 4 if "data_types" in made else width
+    gradient_width = 4 if accumulates_in_fp32(zero, config.precision, config.run_phases, world_size) else width
     shard = parameters / world_size
     weights = float(width * parameters)
     if zero.stage == 3:

@@ -52,13 +52,15 @@ def parse(*argv: str) -> TrainConfig:
 def test_a_rank_takes_the_largest_microbatch_that_divides_its_share(
     world_size: int, limit: int, expected: tuple[int, int]
 ) -> None:
-    micro, accumulation = PHASE.split(world_size, limit)
+    (phase,) = TrainConfig(phases=(PHASE,), microbatch_size=limit).run_phases
+    micro, accumulation = phase.split(world_size)
     assert (micro, accumulation) == expected
     assert micro * accumulation * world_size == 24
 
 
 def test_a_phase_may_have_a_microbatch_of_its_own() -> None:
-    assert replace(PHASE, microbatch_size=6).split(1, 100) == (6, 4)
+    (phase,) = TrainConfig(phases=(replace(PHASE, microbatch_size=6),), microbatch_size=100).run_phases
+    assert phase.split(1) == (6, 4)
 
 
 def test_batches_that_do_not_divide_among_the_ranks_are_refused_before_anything_starts() -> None:
@@ -136,14 +138,21 @@ def test_steps_of_the_run_belong_to_phases() -> None:
         (1, 1, 28),
         (1, 2, 32),  # the end
     ]
-    assert config.order_seed(0) != config.order_seed(1)
+    first, second = config.run_phases
+    assert first.order_seed != second.order_seed
 
 
 def test_the_shift_is_the_phases() -> None:
-    phase = replace(PHASE, flow_shift=3.0)
-    config = TrainConfig(flow=Flow(logit_mean=0.5), ddpm=DDPM(prediction_type="v"))
-    assert config.phase_objective(phase) == Flow(shift=3.0, logit_mean=0.5)
-    assert replace(config, objective="ddpm").phase_objective(phase) == DDPM(prediction_type="v")
+    phases = (PHASE, replace(PHASE, flow_shift=3.0))
+    config = TrainConfig(phases=phases, flow=Flow(logit_mean=0.5), ddpm=DDPM(prediction_type="v"))
+    assert [phase.objective for phase in config.run_phases] == [Flow(logit_mean=0.5), Flow(shift=3.0, logit_mean=0.5)]
+    assert replace(config, objective="ddpm").run_phases[1].objective == DDPM(prediction_type="v")
+
+
+def test_a_version_is_one_of_the_runs_store() -> None:
+    phases = (PHASE, replace(PHASE, store="./store"), replace(PHASE, store="./other"))
+    run_phases = TrainConfig(store="./store", phases=phases, data=DataConfig(version=3)).run_phases
+    assert [(phase.store, phase.version) for phase in run_phases] == [("./store", 3), ("./store", 3), ("./other", None)]
 
 
 def test_learning_rates() -> None:

@@ -10,16 +10,14 @@ import pytest
 
 TRAINER = Path(__file__).resolve().parents[3] / "trainer"
 MOST_ARGUMENTS = 8
-# The run's own modules, and those that answer for it as a whole: its tables, its engine, what it will need.
+# The run's own modules, and those that answer for it as a whole: its engine, what it will need.
 WHOLE_RUN = {
     "config.py",
     "recipes.py",
     "train.py",
     "worker.py",
     "loop.py",
-    "data/tables.py",
     "engine/engine.py",
-    "engine/zero.py",
     "planner/estimate.py",
     "planner/memory.py",
 }

@@ -237,7 +237,7 @@ def test_little_memory_gives_the_same_batches(store: Any) -> None:
 def test_phases_have_orders_of_their_own(store: Any) -> None:
     phase = PhaseConfig(steps=5, global_batch_size=64, resolution=64)
     config = TrainConfig(store=store.uri, data=DATA, phases=(phase, phase), seed=3)
-    tables = Tables(config, {})
+    tables = Tables(config.run_phases, config.data, {})
     first, second = (tables.phase(number).plan for number in range(2))
     assert first.seed == 3 and not np.array_equal(first.batch(0).rows, second.batch(0).rows)
     assert first.block_steps == config.data.block_steps

@@ -37,7 +37,7 @@ def begin(store: str, runs: Path) -> tuple[TrainConfig, Storage, Tables, list[st
     config = training.make_config(store, runs, name="first")
     storage = Storage(f"{config.storage}/{config.name}")
     known = pinned_versions(storage)
-    tables = Tables(config, known)
+    tables = Tables(config.run_phases, config.data, known)
     write_versions(storage, tables, known)
     return config, storage, tables, tables.pin(storage, known)
 
@@ -96,7 +96,7 @@ def test_a_run_that_was_tagged_by_an_earlier_lidit_goes_on(store: str, tmp_path:
     """Its tag may be another run's of that name, too: it stays, and one is told."""
     config = training.make_config(store, tmp_path, name="first")
     storage = Storage(f"{config.storage}/{config.name}")
-    tables = Tables(config, {})
+    tables = Tables(config.run_phases, config.data, {})
     write_versions(storage, tables, {})
     tables.features(0).table.tags.create("lidit-train-first", tables.versions[store])
     append(store)
@@ -129,7 +129,7 @@ def test_a_run_keeps_its_version_however_an_earlier_start_wrote_the_store_down(
     before = set(tables.versions.values())
     append(store)
     known = pinned_versions(storage)
-    again = Tables(settled(config), known)
+    again = Tables(settled(config).run_phases, config.data, known)
     assert set(again.versions) == {store} and set(again.versions.values()) == before
 
 

@@ -20,9 +20,20 @@ PHASE = PhaseConfig(steps=10, global_batch_size=64)
 MODEL = SIZES["1b"](None, in_channels=16)
 
 
+def dictionary(config: TrainConfig, model: LIDiTConfig = MODEL, world_size: int = 4) -> dict[str, Any]:
+    return deepspeed_config(
+        config.zero,
+        model,
+        config.run_phases,
+        world_size,
+        precision=config.precision,
+        grad_clip=config.optimizer.grad_clip,
+        on_gpu=config.use_gpu is not False,
+    )
+
+
 def made(world_size: int = 4, phase: PhaseConfig = PHASE, **changes: Any) -> dict[str, Any]:
-    config = TrainConfig(phases=(phase,), **{"microbatch_size": 8, **changes})
-    return deepspeed_config(config, MODEL, phase, world_size)
+    return dictionary(TrainConfig(phases=(phase,), **{"microbatch_size": 8, **changes}), world_size=world_size)
 
 
 def test_batch_sizes_are_the_phases_split() -> None:
@@ -51,9 +62,7 @@ def test_gradients_are_summed_in_fp32_only_where_they_are_summed() -> None:
     assert "data_types" not in made(8)
     later = PhaseConfig(steps=1, global_batch_size=128)
     config = TrainConfig(phases=(PHASE, later), microbatch_size=8)
-    assert deepspeed_config(config, MODEL, PHASE, 8)["data_types"] == {
-        "grad_accum_dtype": "fp32"
-    }  # for the later phase
+    assert dictionary(config, world_size=8)["data_types"] == {"grad_accum_dtype": "fp32"}  # for the later phase
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "1b", "10b"])
@@ -77,7 +86,7 @@ def test_sizes_follow_the_width() -> None:
     for size in ("1b", "10b"):
         model = SIZES[size](None, in_channels=16)
         config = TrainConfig(phases=(PHASE,))
-        sharding = deepspeed_config(config, model, PHASE, 1)["zero_optimization"]
+        sharding = dictionary(config, model, 1)["zero_optimization"]
         with torch.device("meta"):
             blocks = LIDiT(replace(model, depth=1)).blocks[0]
         weights = [value.numel() for value in blocks.parameters()]
@@ -108,7 +117,7 @@ def test_deepspeed_knows_every_key(name: str, monkeypatch: pytest.MonkeyPatch) -
     config = RECIPES[name]()
     model = config.model.build(dict.fromkeys(config.data.encoders, 4096), 16)
     for phase in config.phases:
-        result = deepspeed_config(config, model, phase, config.num_workers)
+        result = dictionary(replace(config, phases=(phase,)), model, config.num_workers)
         taken = DeepSpeedZeroConfig(**result["zero_optimization"])
         assert taken.stage == config.zero.stage
         assert taken.param_persistence_threshold == persistent_elements(config.zero, model)

@@ -75,7 +75,7 @@ def test_parameters_are_the_models(size: str) -> None:
 def of(stage: int, world_size: int = 8, **changes: Any) -> Any:
     zero = changes.pop("zero", ZeroConfig(stage=stage))  # type: ignore[arg-type]
     config = TrainConfig(phases=(PHASE,), zero=zero, **{"microbatch_size": 8, **changes})
-    return memory_of(config, MODEL, PHASE, world_size, activations=1e6)
+    return memory_of(config, MODEL, world_size, activations=1e6)
 
 
 def test_stages_shard_what_they_say() -> None:
