@@ -9,7 +9,7 @@ No weights are made or read: the model is laid out without memory.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from lidit.cli import run
 from lidit.config import SIZES, LIDiTConfig
 from lidit.flops import Flops, model_flops
 from lidit.model import LIDiT
+from lidit.runtime.result import JobResult, table
 from lidit.runtime.uris import check_config
 
 PARTS = {
@@ -75,7 +76,7 @@ class InfoConfig:
 
 
 @dataclass
-class Info:
+class InfoResult(JobResult):
     """Parameters and FLOPs of a model, by part."""
 
     title: str
@@ -83,28 +84,10 @@ class Info:
     parameters: dict[str, int]
     flops: dict[str, Flops]
     sample: str
-    ok: bool = True
 
-    def to_text(self) -> str:
-        """A table for people."""
-        total, step = sum(self.parameters.values()), sum(self.flops.values(), Flops())
-        lines = [
-            f"{self.title}: {total:,} parameters ({total / 1e9:.3f} B)",
-            f"FLOPs of a sample of {self.sample}",
-            "",
-            f"{'part':36}{'parameters':>16}{'share':>8}{'GFLOP forward':>15}{'forward + backward':>20}",
-        ]
-        for part, count in self.parameters.items():
-            cost = self.flops[part]
-            lines.append(
-                f"{PARTS[part]:36}{count:>16,}{count / total:>8.1%}{cost.forward / 1e9:>15,.2f}{cost.total / 1e9:>20,.2f}"
-            )
-        lines.append(f"{'all':36}{total:>16,}{1:>8.0%}{step.forward / 1e9:>15,.2f}{step.total / 1e9:>20,.2f}")
-        return "\n".join(lines)
-
-    def to_json(self) -> str:
-        """One line for programs."""
-        values = {
+    def values(self) -> dict[str, Any]:
+        """The figures; `all` parts together among the parameters."""
+        return {
             "ok": self.ok,
             "model": self.model,
             "parameters": {**self.parameters, "all": sum(self.parameters.values())},
@@ -112,7 +95,19 @@ class Info:
             "flops_forward": {part: cost.forward for part, cost in self.flops.items()},
             "flops_step": {part: cost.total for part, cost in self.flops.items()},
         }
-        return json.dumps(values)
+
+    def lines(self) -> Iterator[str]:
+        """A table for people."""
+        total = sum(self.parameters.values())
+        yield f"{self.title}: {total:,} parameters ({total / 1e9:.3f} B)"
+        yield f"FLOPs of a sample of {self.sample}"
+        parts = [(PARTS[part], count, self.flops[part]) for part, count in self.parameters.items()]
+        parts.append(("all", total, sum(self.flops.values(), Flops())))
+        rows = [
+            [name, f"{count:,}", f"{count / total:.1%}", f"{cost.forward / 1e9:,.2f}", f"{cost.total / 1e9:,.2f}"]
+            for name, count, cost in parts
+        ]
+        yield from ("", *table(["part", ">parameters", ">share", ">GFLOP forward", ">forward + backward"], rows))
 
 
 def parameter_counts(config: LIDiTConfig) -> dict[str, int]:
@@ -122,12 +117,12 @@ def parameter_counts(config: LIDiTConfig) -> dict[str, int]:
     return {part: sum(weight.numel() for weight in module.parameters()) for part, module in model.named_children()}
 
 
-def main(config: InfoConfig) -> Info:
+def main(config: InfoConfig) -> InfoResult:
     model = config.model()
     latent_size = (config.height // config.downscale, config.width // config.downscale)
     prompt_tokens = dict.fromkeys(model.encoders, config.prompt_tokens)
     instruction_tokens = dict.fromkeys(model.encoders, config.instruction_tokens)
-    return Info(
+    return InfoResult(
         title=config.weights or f"LI-DiT {config.size}",
         model=model.to_dict(),
         parameters=parameter_counts(model),

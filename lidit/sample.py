@@ -7,13 +7,14 @@ The encoders and the VAE are those that the weights were trained with: they are 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lidit.cli import run
+from lidit.runtime.result import JobResult
 from lidit.runtime.uris import check_config
 from lidit.sampler import SamplerConfig
 
@@ -67,26 +68,22 @@ class SampleConfig(SamplerConfig):
 
 
 @dataclass
-class Sampled:
+class SampleResult(JobResult):
     """Images that the job made."""
 
+    job: str = field(default="sample", init=False)
     weights: str
     files: list[str]
     seconds: float  # sampling and decoding, loading not counted
     load_seconds: float
-    ok: bool = True
 
-    def to_json(self) -> str:
-        """One JSON object on one line."""
-        return json.dumps({"job": "sample", **asdict(self)})
-
-    def to_text(self) -> str:
-        """Says to a person how long it took and where the files are."""
-        head = f"sample: {len(self.files)} in {self.seconds:,.1f} s, after {self.load_seconds:,.1f} s of loading"
-        return "\n".join([head, *(f"  {file}" for file in self.files)])
+    def lines(self) -> Iterator[str]:
+        """How long it took and where the files are."""
+        yield f"sample: {len(self.files)} in {self.seconds:,.1f} s, after {self.load_seconds:,.1f} s of loading"
+        yield from (f"  {file}" for file in self.files)
 
 
-def main(config: SampleConfig) -> Sampled:
+def main(config: SampleConfig) -> SampleResult:
     """Loads the weights, makes the images, saves them."""
     from lidit.runtime.model_files import split_revision
     from lidit.text_to_image import TextToImage
@@ -117,7 +114,7 @@ def main(config: SampleConfig) -> Sampled:
     for file, image in zip(config.files, images):
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(file)
-    return Sampled(config.weights, [str(file) for file in config.files], made - loaded, loaded - started)
+    return SampleResult(config.weights, [str(file) for file in config.files], made - loaded, loaded - started)
 
 
 def _show_progress(done: int, steps: int, latents: object) -> None:

@@ -28,12 +28,12 @@ from pipelines.engine.column_file import ColumnFile
 from pipelines.engine.pool import resolve_actors, run_units, start_ray_data, start_tracker
 from pipelines.engine.progress import JobProgress
 from pipelines.engine.runs import Run
-from pipelines.engine.summary import Summary
 from pipelines.engine.table import Table, samples_of
 from pipelines.ingestion.config import IngestConfig
 from pipelines.ingestion.dedup import LEANING, REFUSED, start_known
 from pipelines.ingestion.filters import FiltersConfig
 from pipelines.ingestion.listed_sizes import note_sizes
+from pipelines.ingestion.summary import IngestSummary
 from pipelines.ingestion.update import COMMIT_FRAGMENTS, COMMIT_SECONDS, update
 from pipelines.ingestion.work import Work, plain
 from pipelines.ingestion.worker import EXAMPLES, IngestWorker
@@ -50,7 +50,7 @@ class TooManyErrors(RuntimeError):
     """More rows were damaged than `max_error_rate` allows."""
 
 
-def main(config: IngestConfig) -> Summary:
+def main(config: IngestConfig) -> IngestSummary:
     """Appends the source's new rows, all of a unit or none of it.
 
     Raises:
@@ -76,7 +76,7 @@ def main(config: IngestConfig) -> Summary:
         run.write("config.yaml", yaml.safe_dump(plain(asdict(config)), sort_keys=False))
         work = outlast(lambda: Work.of(config, source, table), "looking what is new")
         table.create(source.schema)
-        summary = Summary("ingest", config.store, run.id, counts=dict(work.counts), examples=work.examples)
+        summary = IngestSummary("ingest", config.store, run.id, counts=dict(work.counts), examples=work.examples)
         if work.units:
             _Pass(config, table, run, work, summary).run()
         if config.update and work.to_update:
@@ -92,7 +92,7 @@ def main(config: IngestConfig) -> Summary:
 class _Pass:
     """The units' way through the actors, with the committer."""
 
-    def __init__(self, config: IngestConfig, table: Table, run: Run, work: Work, summary: Summary):
+    def __init__(self, config: IngestConfig, table: Table, run: Run, work: Work, summary: IngestSummary):
         self.config, self.table, self.run_, self.work, self.summary = config, table, run, work, summary
         self.parts = {unit["name"]: unit["parts"] for unit in work.units}
         self.unsettled = set(self.parts)
@@ -244,7 +244,7 @@ def _check_not_itself(config: IngestConfig, source: Source, table: Table) -> Non
         )
 
 
-def _plan(config: IngestConfig, source: Source, table: Table) -> Summary:
+def _plan(config: IngestConfig, source: Source, table: Table) -> IngestSummary:
     """What a run would do, changing nothing."""
     work = Work.of(config, source, table)
     start_ray_data()
@@ -265,7 +265,7 @@ def _plan(config: IngestConfig, source: Source, table: Table) -> Summary:
         f"columns    {', '.join(source.schema.names)}",
         f"filters    {', '.join(f'{name} {value}' for name, value in _set(config.filters).items()) or 'none'}",
     ]
-    return Summary("ingest", config.store, dry_run=True, ok=True, plan=plan)
+    return IngestSummary("ingest", config.store, dry_run=True, ok=True, plan=plan)
 
 
 def _set(filters: FiltersConfig) -> dict[str, Any]:

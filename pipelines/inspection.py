@@ -10,7 +10,6 @@ images they were made of, examples of errors. Nothing in the store is changed, a
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from lidit.cli import run
-from lidit.runtime.printable import one_line, printable
+from lidit.runtime.printable import one_line
+from lidit.runtime.result import JobResult, table
 from lidit.runtime.uris import check_config
 from lidit.store import columns
 from pipelines.engine.table import Table
@@ -65,61 +65,35 @@ class InspectConfig:
 
 
 @dataclass
-class Inspection:
-    """What was found; `ok` always: whether a store is right is for the verify job to say."""
+class InspectResult(JobResult):
+    """Facts of a store; whether it is right is for the verify job to say."""
 
     facts: Facts
     html: str | None = None
     notes: Sequence[str] = ()
 
-    ok = True
+    def values(self) -> dict[str, Any]:
+        """The facts, and what was written."""
+        return {"job": "inspect", "ok": True, "html": self.html, "notes": list(self.notes), **asdict(self.facts)}
 
-    def to_json(self) -> str:
-        """One JSON object on one line."""
-        return json.dumps(
-            {"job": "inspect", "ok": True, "html": self.html, "notes": list(self.notes), **asdict(self.facts)}
-        )
-
-    def to_text(self) -> str:
+    def lines(self) -> Iterator[str]:
         """Tables for a terminal."""
         facts = self.facts
         deleted = f", {facts.deleted:,} deleted" if facts.deleted else ""
-        lines = [
-            f"{facts.uri}  version {facts.version}, {facts.changed}",
-            f"{facts.rows:,} rows in {facts.fragments:,} fragments{deleted}; {human(facts.bytes)} in columns",
-            "",
-        ]
-        lines += _table(
-            ["column", "type", "stored as", "from", ">rows", ">nulls", ">bytes", ">a row"],
-            [
-                [c.name, c.type, c.about, c.stage or "ingest", f"{c.rows:,}", "" if c.nulls is None else f"{c.nulls:,}",
-                 human(c.bytes), f"{c.bytes / c.rows:,.1f}" if c.rows else ""]
-                for c in facts.columns
-            ],
-        )  # fmt: skip
-        if facts.stages:
-            lines += [
-                "",
-                *_table(["stage", "fingerprint", ">fragments", ">waiting", "columns"], list(_stage_rows(facts))),
-            ]
-        lines += ["", *(f"stale: {stale.words}" for stale in facts.stale)] if facts.stale else []
-        if facts.encoders:
-            rows = [
-                [e["encoder"], e["digest"], f"{e['width']:,}", str(e["instruction_tokens"]), e["model"]]
-                for e in facts.encoders
-            ]
-            lines += ["", *_table(["encoder", "fingerprint", ">width", ">instruction", "model"], rows)]
-        if facts.reasons:
-            rows = [[reason.stage, f"{reason.count:,}", _cut(reason.text)] for reason in facts.reasons[:REASONS_SHOWN]]
-            lines += ["", *_table(["errors of", ">rows", "reason"], rows)]
-        lines += [f"note: {note}" for note in self.notes]
-        return printable("\n".join([*lines, *([f"page       {self.html}"] if self.html else [])]))
+        yield f"{facts.uri}  version {facts.version}, {facts.changed}"
+        yield f"{facts.rows:,} rows in {facts.fragments:,} fragments{deleted}; {human(facts.bytes)} in columns"
+        for header, rows in _tables(facts):
+            if rows:
+                yield from ("", *table(header, rows))
+        yield from (f"stale: {stale.words}" for stale in facts.stale)
+        yield from (f"note: {note}" for note in self.notes)
+        yield from [f"page       {self.html}"] if self.html else []
 
 
-def main(config: InspectConfig) -> Inspection:
+def main(config: InspectConfig) -> InspectResult:
     """Looks at the store; writes the page if there is to be one."""
     facts = gather(config.store, config.version)
-    found = Inspection(facts)
+    found = InspectResult(facts)
     if config.html is None:
         return found
     dataset = Table(facts.uri).open(facts.version)
@@ -130,7 +104,7 @@ def main(config: InspectConfig) -> Inspection:
     page = Page(facts, list(_charts(dataset, config.histogram_rows)), samples, notes)
     with fsspec.open(config.html, "w", encoding="utf-8") as file:
         file.write(render(page))
-    return Inspection(facts, config.html, notes)
+    return InspectResult(facts, config.html, notes)
 
 
 def _charts(dataset: lance.LanceDataset, most_rows: int) -> Iterator[Chart]:
@@ -171,24 +145,34 @@ def _bar_chart(title: str, name: str, counts: Counter[str], rows: str, with_shap
     return Chart(title, f"{name}: {sum(counts.values()):,} values {rows}{more}", bars(shown, with_shape))
 
 
-def _stage_rows(facts: Facts) -> Iterator[list[str]]:
-    for stage in facts.stages:
-        names = _cut(", ".join(stage.columns))
-        yield [stage.name, stage.digest, f"{stage.fragments:,}", f"{stage.waiting:,}" if stage.waiting else "", names]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Rows as aligned lines; a header that begins with `>` is of numbers, to the right."""
-    right = [name.startswith(">") for name in header]
-    cells = [[name.lstrip(">") for name in header], *([one_line(str(cell)) for cell in row] for row in rows)]
-    widths = [max(len(row[number]) for row in cells) for number in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(wide) if to_right else cell.ljust(wide) for cell, wide, to_right in zip(row, widths, right)
-        )
-        for row in cells
-    ]
-    return [line.rstrip() for line in [lines[0], "  ".join("-" * wide for wide in widths), *lines[1:]]]
+def _tables(facts: Facts) -> Iterator[tuple[Sequence[str], list[list[str]]]]:
+    """(header, rows) of the columns, stages, encoders and reasons of errors."""
+    yield (
+        ["column", "type", "stored as", "from", ">rows", ">nulls", ">bytes", ">a row"],
+        [
+            [c.name, c.type, c.about, c.stage or "ingest", f"{c.rows:,}", "" if c.nulls is None else f"{c.nulls:,}",
+             human(c.bytes), f"{c.bytes / c.rows:,.1f}" if c.rows else ""]
+            for c in facts.columns
+        ],
+    )  # fmt: skip
+    yield (
+        ["stage", "fingerprint", ">fragments", ">waiting", "columns"],
+        [
+            [s.name, s.digest, f"{s.fragments:,}", f"{s.waiting:,}" if s.waiting else "", _cut(", ".join(s.columns))]
+            for s in facts.stages
+        ],
+    )
+    yield (
+        ["encoder", "fingerprint", ">width", ">instruction", "model"],
+        [
+            [e["encoder"], e["digest"], f"{e['width']:,}", str(e["instruction_tokens"]), e["model"]]
+            for e in facts.encoders
+        ],
+    )
+    yield (
+        ["errors of", ">rows", "reason"],
+        [[reason.stage, f"{reason.count:,}", _cut(reason.text)] for reason in facts.reasons[:REASONS_SHOWN]],
+    )
 
 
 def _cut(text: str) -> str:

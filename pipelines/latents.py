@@ -108,10 +108,25 @@ class LatentsConfig(StageConfig):
         return columns.variant(columns.BUCKET, self.name)
 
 
+class LatentsSummary(Summary):
+    """Figures of one run of the latents job."""
+
+    def own_lines(self) -> Iterator[str]:
+        """Where the time of an image goes."""
+        if images := self.counts.get("images"):
+            decode, device = (1e3 * self.counts[f"{name}_seconds"] / images for name in ("decode", "device"))
+            waited = self.counts["wait_seconds"] / max(self.counts["call_seconds"], 1e-9)
+            yield (
+                f"  an image   {decode:,.1f} ms to decode and resize (in threads beside), {device:,.1f} ms on the device; "
+                f"{waited:.0%} of the time was waiting for decoding"
+            )
+
+
 class EncodeLatents:
     """`image` -> `bucket`, and `latents` or `latent_moments`."""
 
     name = "latents"
+    summary = LatentsSummary
 
     def __init__(self, config: LatentsConfig):
         self.config, self.buckets = config, config.buckets

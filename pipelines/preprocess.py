@@ -13,7 +13,6 @@ is at it), 1 where a stage failed, 2 where the config is wrong. docs/operations.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 import traceback
@@ -31,7 +30,7 @@ from lidit.runtime.files import replace_file
 from lidit.runtime.lease import Lease, LeaseHeld, LeaseLost
 from lidit.runtime.outage import outlast
 from lidit.runtime.places import absolute, settled
-from lidit.runtime.printable import printable
+from lidit.runtime.result import JobResult, filled
 from lidit.runtime.uris import check_config, shown
 from lidit.store import columns
 from pipelines import embed, ingest, latents, recaption, verify
@@ -107,9 +106,10 @@ class PreprocessConfig:
 
 
 @dataclass
-class Result:
-    """Result of a run. `ok` unless a stage failed or found something wrong."""
+class PreprocessResult(JobResult):
+    """PreprocessResult of a run. `ok` unless a stage failed or found something wrong."""
 
+    job: str = field(default="preprocess", init=False)
     store: str
     run: str = ""
     status: str = ""  # done, busy (another run is at it), failed
@@ -125,37 +125,27 @@ class Result:
     seconds: float = 0.0
     plan: list[str] = field(default_factory=list)
 
-    def to_json(self) -> str:
-        """One JSON object on one line."""
-        return json.dumps({"job": "preprocess", **asdict(self)})
-
-    def to_text(self) -> str:
-        """A few lines for a person; each stage has said its own before."""
-        if self.dry_run:
-            return "\n".join([*self.plan, "dry run: nothing was changed"])
+    def lines(self) -> Iterator[str]:
+        """How it ended; each stage has said its own before."""
         words = {"done": "done", "busy": "left, another run is at work", "failed": f"FAILED in {self.failed_stage}"}
-        lines = [f"preprocess: {words[self.status]}, {self.new_rows:,} new rows, {self.seconds:,.1f} s"]
-        lines += [f"  error      {printable(self.error)}"] if self.error else []
+        yield f"preprocess: {words[self.status]}, {self.new_rows:,} new rows, {self.seconds:,.1f} s"
+        yield from filled(["  error      {error}"], vars(self))
         if self.retention:
             kept = ", ".join(f"{tag} ({version})" for tag, version in self.retention["tagged"].items())
-            removed = (
-                f"{self.retention['removed']:,} old versions removed, {self.retention['bytes_freed'] / 1e6:,.1f} MB"
-            )
-            lines.append(f"  versions   {removed}; kept by a tag: {kept or 'none'}")
+            freed = f"{self.retention['removed']:,} old versions removed, {self.retention['bytes_freed'] / 1e6:,.1f} MB"
+            yield f"  versions   {freed}; kept by a tag: {kept or 'none'}"
         if self.status == "failed":
-            lines.append("  next       mend the cause; the next schedule (or the same command) goes on from here")
-        return "\n".join(
-            [*lines, f"  table      {self.store.rstrip('/')}/{columns.SAMPLES_TABLE}, version {self.version}"]
-        )
+            yield "  next       mend the cause; the next schedule (or the same command) goes on from here"
+        yield f"  table      {self.store.rstrip('/')}/{columns.SAMPLES_TABLE}, version {self.version}"
 
 
-def main(config: PreprocessConfig) -> Result:
+def main(config: PreprocessConfig) -> PreprocessResult:
     """Runs the stages, one after the other, on what each of them lacks.
 
     A stage's failure is no exception here: it is in the result, which is written down all the same.
     """
     config = settled(config)
-    result = Result(config.store, started=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", dry_run=config.dry_run)
+    result = PreprocessResult(config.store, started=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", dry_run=config.dry_run)
     start = time.monotonic()
     if config.dry_run:
         result.plan, result.ok = _plan(config), True
@@ -178,7 +168,7 @@ def main(config: PreprocessConfig) -> Result:
     return result
 
 
-def _run_stages(config: PreprocessConfig, lease: Lease, result: Result) -> None:
+def _run_stages(config: PreprocessConfig, lease: Lease, result: PreprocessResult) -> None:
     """Fills the result, up to the first stage that fails."""
     for name, act in _acts(config):
         try:
@@ -190,7 +180,7 @@ def _run_stages(config: PreprocessConfig, lease: Lease, result: Result) -> None:
             result.status, result.failed_stage, result.error = "failed", name, _words(error)
             return
         print(summary.to_text(), file=sys.stderr, flush=True)
-        result.stages.append(json.loads(summary.to_json()))
+        result.stages.append(summary.values())
         result.new_rows += summary.rows if name == "ingest" else 0
         if not summary.ok:
             found = [problem for problems in getattr(summary, "problems", {}).values() for problem in problems]
@@ -261,7 +251,7 @@ def _plan(config: PreprocessConfig) -> list[str]:
     return lines
 
 
-def _write_last(result: Result, lease: Lease) -> None:
+def _write_last(result: PreprocessResult, lease: Lease) -> None:
     """Where a monitor looks: the last result, and the last good one, of runs that held the lease to their end."""
     try:
         lease.check()

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lidit.cli import run
 from lidit.frozen.text import DEMO_ENCODERS, EncoderConfig
+from lidit.runtime.result import JobResult, table
 from lidit.runtime.uris import check_config
 from pipelines.evaluation.intervals import NORMAL
 from pipelines.evaluation.linear_probe import Reading, Split, read_labels, split_rows
@@ -113,41 +114,49 @@ class Line:
         texts = np.mean([reading.right for reading in self.readings.values()], axis=0)
         return float(NORMAL * texts.std(ddof=1) / len(texts) ** 0.5)
 
+    def values(self) -> dict[str, Any]:
+        """For a JSON: the way, and its figures rounded."""
+        return {
+            **dataclasses.asdict(self.way),
+            "pooling": self.pooling,
+            "mean": round(self.mean, 4),
+            "half_width": round(self.half_width, 4),
+            "labels": {name: _figures(reading) for name, reading in self.readings.items()},
+        }
+
+    def cells(self) -> list[str]:
+        """For a table: pooling, way, mean, and the accuracy of every label."""
+        mean = f"{self.mean:.3f} ± {self.half_width:.3f}"
+        return [self.pooling, str(self.way), mean, *(f"{reading.accuracy:.3f}" for reading in self.readings.values())]
+
 
 @dataclass
-class ProbeSummary:
-    """Result of the probe job."""
+class ProbeResult(JobResult):
+    """Accuracy of every way to use an encoder, the best way of every pooling first."""
 
     texts: str
     rows: int
     test_rows: int
-    lines: list[Line] = field(default_factory=list)
+    ways: list[Line] = field(default_factory=list)
     ok: bool = False
 
-    def to_text(self) -> str:
-        """A table for people, the best way of every pooling first."""
-        title = f"{self.texts}: {self.rows:,} texts, accuracy on {self.test_rows:,} that no probe was fitted on"
-        lines = [title, *_table(self.lines)] if self.lines else [title]
-        return "\n".join(lines)
+    def values(self) -> dict[str, Any]:
+        """The ways with their figures rounded."""
+        return {**vars(self), "ways": [line.values() for line in self.ways]}
 
-    def to_json(self) -> str:
-        """One line for programs."""
-        found = [
-            {
-                **dataclasses.asdict(line.way),
-                "pooling": line.pooling,
-                "mean": round(line.mean, 4),
-                "half_width": round(line.half_width, 4),
-                "labels": {name: _figures(reading) for name, reading in line.readings.items()},
-            }
-            for line in self.lines
-        ]
-        return json.dumps(
-            {"ok": self.ok, "texts": self.texts, "rows": self.rows, "test_rows": self.test_rows, "ways": found}
-        )
+    def lines(self) -> Iterator[str]:
+        """A table for people."""
+        yield f"{self.texts}: {self.rows:,} texts, accuracy on {self.test_rows:,} that no probe was fitted on"
+        if self.ways:
+            commonest = [f"{reading.commonest:.3f}" for reading in self.ways[0].readings.values()]
+            rows = [*(line.cells() for line in self.ways), ["", "the commonest answer", "", *commonest]]
+            yield from (
+                "",
+                *table(["states of", "way", ">mean", *(f">{name}" for name in self.ways[0].readings)], rows),
+            )
 
 
-def main(config: ProbeConfig) -> ProbeSummary:
+def main(config: ProbeConfig) -> ProbeResult:
     """Reads every label from every way to use the encoders, and ranks the ways.
 
     Raises:
@@ -169,7 +178,7 @@ def main(config: ProbeConfig) -> ProbeSummary:
             ]
         print(f"probe: {encoder.name} done", file=sys.stderr)
     lines.sort(key=lambda line: (line.pooling, -line.mean))
-    return ProbeSummary(config.texts, len(truth.texts), len(split.test), lines, ok=True)
+    return ProbeResult(config.texts, len(truth.texts), len(split.test), lines, ok=True)
 
 
 def read_truth(config: ProbeConfig) -> Truth:
@@ -260,19 +269,6 @@ def _figures(reading: Reading) -> dict[str, Any]:
         "commonest": round(reading.commonest, 4),
         "classes": reading.classes,
     }
-
-
-def _table(lines: Sequence[Line]) -> list[str]:
-    names = list(lines[0].readings)
-    width = max(len(str(line.way)) for line in lines)
-    rows = []
-    for pooling in dict.fromkeys(line.pooling for line in lines):
-        rows += ["", f"{'states of ' + pooling:{width}}  {'mean':>15}  " + "  ".join(f"{name:>10}" for name in names)]
-        for line in (line for line in lines if line.pooling == pooling):
-            cells = "  ".join(f"{line.readings[name].accuracy:>{max(10, len(name))}.3f}" for name in names)
-            rows.append(f"{line.way!s:{width}}  {line.mean:>7.3f} ± {line.half_width:.3f}  {cells}")
-    guess = "  ".join(f"{lines[0].readings[name].commonest:>{max(10, len(name))}.3f}" for name in names)
-    return [*rows, f"{'the commonest answer':{width}}  {'':>15}  {guess}"]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from lidit.cli import run
+from lidit.runtime.printable import one_line
+from lidit.runtime.result import filled
 from lidit.store import columns
 from pipelines.captioning.gate import IMAGE_IGNORED, OK, GateConfig, judge, same_text
 from pipelines.captioning.image import IMAGE_RULES
@@ -33,6 +36,7 @@ from pipelines.engine.worker import ALSO_READS, EXAMPLES, MAY_BE_NULL, READS, Co
 
 WINDOW_ROWS = 256  # images in memory at a time, encoded
 TYPICAL_BYTES = 400  # of a caption, for the estimate of a dry run
+BLANK = "  looked     {blank_checked:,.0f} images were also shown blank: {blank_same:,.0f} captions stayed the same"
 DEMO_VLM = VlmConfig("demo/vlm", dtype="fp32")
 
 
@@ -111,10 +115,22 @@ class RecaptionConfig(StageConfig):
         }
 
 
+class RecaptionSummary(Summary):
+    """Figures of one run of the recaption job."""
+
+    def own_lines(self) -> Iterator[str]:
+        """How many rows have which status, the commonest first, with an example of each."""
+        for status, count in self.counts_of("status_"):
+            example = f', such as "{one_line(texts[0])[:160]}"' if (texts := self.examples.get(status)) else ""
+            yield f"  {status:<10} {count:,.0f} rows{example}"
+        yield from filled([BLANK], self.counts)
+
+
 class Recaption:
     """`image` (and `caption_original` as a hint) -> `<column>`, `<column>_status`, `<column>_tokens`."""
 
     name = "recaption"
+    summary = RecaptionSummary
     window_rows = WINDOW_ROWS
 
     def __init__(self, config: RecaptionConfig):

@@ -10,7 +10,7 @@ all go into `<store>/scores.json`. A stage like the others: the same command goe
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -24,7 +24,7 @@ from lidit.images.pixels import ImageError, open_rgb
 from lidit.runtime.files import is_there, replace_file
 from lidit.runtime.outage import outlast
 from lidit.runtime.places import settled
-from lidit.runtime.printable import one_line
+from lidit.runtime.result import JobResult, table
 from lidit.store import columns
 from pipelines.engine.plugins import resolve
 from pipelines.engine.stage import StageConfig, run_stage
@@ -139,36 +139,39 @@ class ScoreImages:
 
 
 @dataclass
-class Scores:
-    """Result of the score job."""
+class ScoreResult(JobResult):
+    """Figures of every metric, and the run that made its columns."""
 
     store: str
     scores: dict[str, Any]
     summary: Summary | None
     ok: bool = True
 
-    def to_json(self) -> str:
-        """One JSON object on one line."""
-        run = json.loads(self.summary.to_json()) if self.summary else None
-        return json.dumps({"job": "score", "store": self.store, "ok": self.ok, "scores": self.scores, "run": run})
+    def values(self) -> dict[str, Any]:
+        """The figures; the run's own values as `run`."""
+        run = self.summary.values() if self.summary else None
+        return {"job": "score", "store": self.store, "ok": self.ok, "scores": self.scores, "run": run}
 
-    def to_text(self) -> str:
-        """The run's lines, or its plan, then a line for every figure."""
-        lines = [self.summary.to_text()] if self.summary else []
-        for metric, figures in self.scores.items():
-            for name, figure in ((one_line(name), figure) for name, figure in figures.items()):
-                if isinstance(figure, dict):
-                    spread = f"[{figure['low']:.3f}, {figure['high']:.3f}]"
-                    count = f"{figure['prompts']:,} prompts, {figure['images']:,} images"
-                    lines.append(f"  {metric:<10} {name:<28} {figure['value']:8.3f}  {spread}  {count}")
-                elif isinstance(figure, str):
-                    lines.append(f"  {metric:<10} {name:<28} {one_line(figure)}")
-                else:
-                    lines.append(f"  {metric:<10} {name:<28} {figure:8,.3f}")
-        return "\n".join(lines)
+    def lines(self) -> Iterator[str]:
+        """The run's lines, or its plan, then a table of the figures."""
+        yield from self.summary.to_text().splitlines() if self.summary else ()
+        rows = [
+            [metric, name, *_cells(figure)]
+            for metric, figures in self.scores.items()
+            for name, figure in figures.items()
+        ]
+        yield from table(["metric", "figure", ">value", "95 % interval", "of"], rows) if rows else ()
 
 
-def main(config: ScoreConfig) -> Scores:
+def _cells(figure: Any) -> list[str]:
+    """Value, interval and what it was taken from; or words, such as a digest."""
+    if isinstance(figure, dict):
+        interval, of = "[{low:.3f}, {high:.3f}]", "{prompts:,} prompts, {images:,} images"
+        return [f"{figure['value']:.3f}", interval.format(**figure), of.format(**figure)]
+    return ["", "", figure] if isinstance(figure, str) else [f"{figure:,.3f}", "", ""]
+
+
+def main(config: ScoreConfig) -> ScoreResult:
     """Brings the columns up to date, then puts the figures of all rows together.
 
     Raises:
@@ -180,13 +183,13 @@ def main(config: ScoreConfig) -> Scores:
     if summary is not None:
         summary.next = ""
     if config.dry_run:
-        return Scores(config.store, {}, summary)
+        return ScoreResult(config.store, {}, summary)
     scores = _summarise(config)
     if features is not None:
         device = config.actors.device()
         scores[FID] = fid(config.store, config, features, device)
     _write_down(config.store, scores)
-    return Scores(config.store, scores, summary)
+    return ScoreResult(config.store, scores, summary)
 
 
 def _write_down(store: str, scores: dict[str, Any]) -> None:

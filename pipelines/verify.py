@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import lance
@@ -34,7 +34,7 @@ from lidit.frozen.loading import load_config, load_model, load_tokenizer
 from lidit.frozen.text import DTYPES, ENCODER_ONLY, EncoderConfig
 from lidit.frozen.truncation import beginnings
 from lidit.runtime.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
-from lidit.runtime.printable import one_line
+from lidit.runtime.result import JobResult
 from lidit.runtime.uris import check_config, shown
 from lidit.store import columns
 from lidit.store.checksum import no_panic
@@ -88,9 +88,10 @@ class VerifyConfig:
 
 
 @dataclass
-class Report:
+class VerifyResult(JobResult):
     """Checks made and problems found; `ok` if there are none."""
 
+    job: str = field(default="verify", init=False)
     store: str
     version: int = 0  # of the samples table, that was looked at
     checks: dict[str, str] = field(default_factory=dict)  # name -> what was looked at
@@ -99,35 +100,32 @@ class Report:
     stale: list[str] = field(default_factory=list)  # made from values that have changed since: no problem
 
     @property
-    def ok(self) -> bool:
+    def ok(self) -> bool:  # type: ignore[override]  # others are told it, this one knows
         """No problems."""
         return not any(self.problems.values())
 
-    def to_json(self) -> str:
-        """One JSON object on one line."""
-        return json.dumps({"job": "verify", "ok": self.ok, **asdict(self)})
-
-    def to_text(self) -> str:
+    def lines(self) -> Iterator[str]:
         """A line per check, the problems below it."""
-        lines = []
-        for name, what in self.checks.items():
-            found = self.problems.get(name, [])
-            lines.append(f"  {'FAILED' if found else 'ok':7} {name:10} {what}")
-            lines += [f"            - {one_line(problem)}" for problem in found[:SHOWN]]
-            lines += [f"            - and {len(found) - SHOWN:,} more"] if len(found) > SHOWN else []
-            lines += [f"            what to do: {REMEDIES[name]}"] if found and name in REMEDIES else []
-        lines += [f"  {'not':7} checked    {one_line(what)}" for what in self.unchecked]
-        lines += [f"  {'stale':7} {one_line(what)}" for what in self.stale]
         verdict = "nothing wrong found" if self.ok else "PROBLEMS FOUND"
         verdict += ", not all could be checked" if self.ok and self.unchecked else ""
-        return "\n".join([f"verify {self.store}: {verdict}", *lines])
+        yield f"verify {self.store}: {verdict}"
+        for name, what in self.checks.items():
+            problems = self.problems.get(name, [])
+            yield f"  {'FAILED' if problems else 'ok':7} {name:10} {what}"
+            yield from (f"            - {problem}" for problem in problems[:SHOWN])
+            if len(problems) > SHOWN:
+                yield f"            - and {len(problems) - SHOWN:,} more"
+            if problems and name in REMEDIES:
+                yield f"            what to do: {REMEDIES[name]}"
+        yield from (f"  {'not':7} checked    {what}" for what in self.unchecked)
+        yield from (f"  {'stale':7} {what}" for what in self.stale)
 
 
-def main(config: VerifyConfig) -> Report:
+def main(config: VerifyConfig) -> VerifyResult:
     """Runs all checks on the newest version. ValueError where `since` is not there."""
     table = samples_of(config.store)
     dataset = table.open()
-    report = Report(config.store, dataset.version)
+    report = VerifyResult(config.store, dataset.version)
     fragments = fragments_since(dataset, config.since)
     stale = stale_columns(LanceFileReader, dataset, table.uri, dataset.schema)
     report.stale = [facts.words for facts in stale_facts(dataset, stale)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from lidit.config import LIDiTConfig
 from lidit.model import LIDiT
 from lidit.runtime.model_files import split_revision
 from lidit.runtime.places import absolute
+from lidit.runtime.result import JobResult
 from lidit.runtime.uris import check_config
 from lidit.weights import expected_shapes, save_weights
 from trainer.checkpoints.manifest import Damaged, Manifest, check_content, read_manifest, steps_in
@@ -76,7 +76,7 @@ class ExportConfig:
 
 
 @dataclass
-class ExportSummary:
+class ExportResult(JobResult):
     """Result of an export."""
 
     out: str
@@ -86,22 +86,15 @@ class ExportSummary:
     ok: bool = True
     warnings: list[str] = dataclasses.field(default_factory=list)
 
-    def to_json(self) -> str:
-        """One JSON object on one line."""
-        return json.dumps(dataclasses.asdict(self))
-
-    def to_text(self) -> str:
-        """For a person."""
-        lines = [
-            f"export: {self.weights} weights of step {self.step:,}, {self.parameters:,} parameters",
-            f"  folder     {self.out}",
-            *(f"  warning    {warning}" for warning in self.warnings),
-            f'  next       lidit sample --weights {self.out} --prompt "..."',
-        ]
-        return "\n".join(lines)
+    def lines(self) -> Iterator[str]:
+        """What was exported, where to, what to do with it."""
+        yield f"export: {self.weights} weights of step {self.step:,}, {self.parameters:,} parameters"
+        yield f"  folder     {self.out}"
+        yield from (f"  warning    {warning}" for warning in self.warnings)
+        yield f'  next       lidit sample --weights {self.out} --prompt "..."'
 
 
-def main(config: ExportConfig) -> ExportSummary:
+def main(config: ExportConfig) -> ExportResult:
     """Runs the job.
 
     Raises:
@@ -131,7 +124,7 @@ def main(config: ExportConfig) -> ExportSummary:
             overwrite=config.overwrite,
         )
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    return ExportSummary(config.out, manifest.step, kind, parameters, warnings=warnings)
+    return ExportResult(config.out, manifest.step, kind, parameters, warnings=warnings)
 
 
 # -- which ------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from lidit.runtime.heartbeat import HEARTBEAT_SECONDS
 from lidit.runtime.lease import Lease, LeaseHeld, LeaseLost
 from lidit.runtime.outage import is_away
 from lidit.runtime.places import settled
+from lidit.runtime.result import JobResult, filled
 from trainer.checkpoints.manifest import steps_in
 from trainer.checkpoints.save import Observe
 from trainer.config import TrainConfig
@@ -34,11 +35,21 @@ from trainer.engine.signals import STOP
 from trainer.recipes import RECIPES
 from trainer.storage import Storage
 
-__all__ = ["RECIPES", "TrainConfig", "TrainSummary", "main"]
+__all__ = ["RECIPES", "TrainConfig", "TrainResult", "main"]
+
+
+DONE = (
+    "train: {status}, {run} at step {step:,} of {total_steps:,} (from {resumed_from:,}), {images_seen:,} images seen, "
+    "{seconds:,.1f} s",
+    "  loss       {last[loss]:.4f} at step {last[step]:,}, after {first[loss]:.4f} at step {first[step]:,}",
+    "  speed      {last[samples_per_second]:,.1f} samples/s, data wait {last[data_wait]:.1%}",
+    "  held out   {validation[loss]:.4f}{ema} at step {validation[step]:,}",
+    "  skipped    {skipped_steps:,} steps had a loss or gradient that was not finite",
+)
 
 
 @dataclass
-class TrainSummary:
+class TrainResult(JobResult):
     """Result of a start of a run. `ok` if all steps that were asked for are done."""
 
     run: str
@@ -59,35 +70,15 @@ class TrainSummary:
     seconds: float = 0.0  # of this start, Ray included
     next: str = ""
 
-    def to_json(self) -> str:
-        """One JSON object on one line."""
-        return json.dumps(dataclasses.asdict(self))
-
-    def to_text(self) -> str:
-        """A few lines for a person."""
-        if self.dry_run:
-            return "\n".join([*self.plan, "dry run: nothing was changed"])
-        lines = [
-            f"train: {self.status}, {self.run} at step {self.step:,} of {self.total_steps:,} (from {self.resumed_from:,}), "
-            f"{self.images_seen:,} images seen, {self.seconds:,.1f} s"
-        ]
-        if self.last:
-            lines.append(
-                f"  loss       {self.first['loss']:.4f} at step {self.first['step']:,}, {self.last['loss']:.4f} at step "
-                f"{self.last['step']:,}"
-            )
-            speed = f"{self.last['samples_per_second']:,.1f} samples/s, data wait {self.last['data_wait']:.1%}"
-            lines.append(f"  speed      {speed}")
-        if self.validation:
-            ema = f", EMA {self.validation['ema_loss']:.4f}" if "ema_loss" in self.validation else ""
-            lines.append(f"  held out   {self.validation['loss']:.4f}{ema} at step {self.validation['step']:,}")
-        if self.skipped_steps:
-            lines.append(f"  skipped    {self.skipped_steps:,} steps had a loss or gradient that was not finite")
-        lines += [f"  warning    {warning}" for warning in self.warnings]
-        return "\n".join([*lines, f"  folder     {self.folder}", f"  next       {self.next}"])
+    def lines(self) -> Iterator[str]:
+        """How far it is, what came of it, what to do next."""
+        ema = f", EMA {self.validation['ema_loss']:.4f}" if "ema_loss" in self.validation else ""
+        yield from filled(DONE, {**vars(self), "ema": ema})
+        yield from (f"  warning    {warning}" for warning in self.warnings)
+        yield from filled(("  folder     {folder}", "  next       {next}"), vars(self))
 
 
-def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
+def main(config: TrainConfig, observe: Observe | None = None) -> TrainResult:
     """Runs the job.
 
     Args:
@@ -102,7 +93,7 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainSummary:
     start = time.monotonic()
     config = settled(config)
     storage = Storage(f"{config.storage}/{config.name}")
-    summary = TrainSummary(config.name, storage.uri, total_steps=config.total_steps)
+    summary = TrainResult(config.name, storage.uri, total_steps=config.total_steps)
     if config.dry_run:
         return dataclasses.replace(summary, ok=True, dry_run=True, plan=_plan(config))
     _check_resume_mode(config, storage)

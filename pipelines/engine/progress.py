@@ -10,6 +10,9 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lidit.runtime.result import filled
+from pipelines.engine.summary import SPEED, rates
+
 LOG_SECONDS = 30.0
 
 
@@ -48,11 +51,7 @@ class JobProgress:
 
     def _detail(self, seconds: float) -> str:
         totals = self.totals
-        parts = [f"{totals.get('rows', 0) / seconds:,.0f} rows/s"]
-        if totals.get("tokens"):
-            parts.append(f"{totals['tokens'] / seconds:,.0f} tokens/s")
-        if totals.get("slots"):
-            parts.append(f"padding {1 - totals.get('tokens', 0) / totals['slots']:.1%}")
+        parts = [*filled(SPEED, rates(totals.get("rows", 0), totals, seconds))]
         rejected = sum(count for name, count in totals.items() if name.startswith("status_") and name != "status_ok")
         if rejected:
             parts.append(f"{rejected:,.0f} without a caption")

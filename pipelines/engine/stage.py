@@ -114,7 +114,7 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
         if config.overwrite:
             _overwrite(table, fields, run.check)
         table.declare(fields, columns.META_FINGERPRINT)
-        summary = Summary(stage.name, config.store, run.id)
+        summary: Summary = getattr(stage, "summary", Summary)(stage.name, config.store, run.id)
         for number in range(PASSES):
             units, summary.fragments_waiting = _units(table, fields[:-1])
             if not units:

@@ -52,8 +52,9 @@ class Unavailable(RuntimeError):
 class Stage(Protocol):
     """A step of the pipeline: columns in, columns out. See `pipelines/embed.py` for one.
 
-    A stage that keeps something beside its columns also has the class methods `for_stamp(config)`, which gives the stage and
-    changes nothing, and `stamped(config)`: see `pipelines/engine/stamp.py`.
+    A stage with more to say of a run than others has a `summary`, a subclass of `pipelines.engine.summary.Summary`. One that
+    keeps something beside its columns also has the class methods `for_stamp(config)`, which gives the stage and changes
+    nothing, and `stamped(config)`: see `pipelines/engine/stamp.py`.
     """
 
     name: str

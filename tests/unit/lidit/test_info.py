@@ -8,7 +8,7 @@ import torch
 from lidit import info
 from lidit.cli import parse_config
 from lidit.config import LIDiTConfig, lidit_tiny
-from lidit.info import Info, InfoConfig, main, parameter_counts
+from lidit.info import InfoConfig, InfoResult, main, parameter_counts
 from lidit.model import LIDiT
 from lidit.weights import save_weights
 
@@ -40,7 +40,7 @@ def test_prints_the_papers_sizes(size, billions):
 def test_flags():
     config = parse_config("info", info, ["--size", "tiny", "--encoders", '{"t5": 64}', "--in-channels", "4"])
     assert config.model() == lidit_tiny({"t5": 64}, in_channels=4)
-    assert isinstance(main(config), Info)
+    assert isinstance(main(config), InfoResult)
 
 
 def test_reads_a_weights_folder(tmp_path):

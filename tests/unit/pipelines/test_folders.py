@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from pipelines.engine.summary import Summary
+from pipelines.ingestion.summary import IngestSummary
 from pipelines.sources.registry import open_source
 from pipelines.sources.spelling import Spelling
 
@@ -75,7 +75,7 @@ def test_metadata_spelled_otherwise(folder):
         "img/2.png": "dot", "img/3.png": "capitals", "img/4.png": "backslash", f"img/{apart}": "accent", "img/5.png": None,
     }  # fmt: skip
     assert left_out == {"texts_without_image": 3}
-    told = Summary("ingest", "s", counts=left_out).to_text()
+    told = IngestSummary("ingest", "s", counts=left_out).to_text()
     assert "3 texts name or stand beside no image that is there" in told
 
 
@@ -118,7 +118,7 @@ def test_other_endings_of_images_are_taken_and_others_counted(folder):
     texts, left_out = look(root)
     assert list(texts) == ["a.png", "b.jfif", "c.jp2", "d.JPE", "e.dib"]
     assert left_out == {"left_out_.heic": 2, "left_out_.md": 1, "left_out_without an ending": 1}
-    told = Summary("ingest", "s", counts=left_out).to_text()
+    told = IngestSummary("ingest", "s", counts=left_out).to_text()
     assert "passed by  2 .heic, 1 .md, 1 without an ending" in told
 
 

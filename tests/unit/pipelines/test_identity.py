@@ -8,9 +8,9 @@ import pytest
 
 from lidit.store import columns
 from pipelines.engine.column_file import ColumnFileWriter
-from pipelines.engine.summary import Summary
 from pipelines.engine.table import Table
 from pipelines.ingest import IngestConfig
+from pipelines.ingestion.summary import IngestSummary
 from pipelines.ingestion.work import Work
 from pipelines.sources.registry import open_source
 
@@ -86,7 +86,7 @@ def test_rows_with_ids_of_before_are_not_added_again(store, tmp_path, photo, mak
     other = store.add(make(tmp_path, photo, "2024", 1))
     assert other.counts == {**SAME, "differ": 1, "unnamed": 1} and len(other.examples["differ"]) == 1
     assert other.to_update == [], "it may well be another folder of that name"
-    told = Summary("ingest", "s", counts=dict(other.counts), examples=other.examples).to_text()
+    told = IngestSummary("ingest", "s", counts=dict(other.counts), examples=other.examples).to_text()
     assert "1 of these have another image or caption in the source now, such as " in told
     assert "captions of 1 rows and images of 1 were compared" in told and "--update leaves them" in told
     put(tmp_path / "2023/images/2.jpg", photo(7))

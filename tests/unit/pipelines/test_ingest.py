@@ -10,12 +10,12 @@ import pytest
 from lidit.store import columns
 from pipelines import ingest
 from pipelines.engine.column_file import ColumnFileWriter
-from pipelines.engine.summary import Summary
 from pipelines.engine.table import Table
 from pipelines.ingest import IngestConfig
 from pipelines.ingestion import worker as ingest_worker
 from pipelines.ingestion.done_pieces import DonePieces
 from pipelines.ingestion.filters import FiltersConfig
+from pipelines.ingestion.summary import IngestSummary
 from pipelines.ingestion.work import Work, options_of, packed
 from pipelines.sources.base import ColumnsConfig, Record, error_row
 from pipelines.sources.registry import open_source
@@ -152,7 +152,7 @@ def test_rows_without_a_caption_are_counted(job, photo, tmp_path):
     write(tmp_path / "a.parquet", [(photo(n), text) for n, text in enumerate(texts)])
     counts = total(job(f"parquet:{tmp_path}/a.parquet").run())
     assert counts == {"read": 5, "no_caption": 3}
-    told = Summary("ingest", "s", counts=counts).to_text()
+    told = IngestSummary("ingest", "s", counts=counts).to_text()
     assert "3 rows came without a caption" in told
 
 
@@ -243,7 +243,7 @@ def test_more_than_half_is_asked_of_the_true_number_at_the_end(job, photo, tmp_p
     write(tmp_path / "a.parquet", [(photo(0), "x")])
     made = job(f"parquet:{tmp_path}/a.parquet")
     made.work.rows = None
-    driver = ingest._Pass(made.config, made.table, None, made.work, Summary("ingest", "s"))
+    driver = ingest._Pass(made.config, made.table, None, made.work, IngestSummary("ingest", "s"))
     first = made.tracker.first_error.remote
     driver._check_errors({"rows": 40, "errors": errors}, first)
     with pytest.raises(ingest.TooManyErrors, match=f"{errors} of 40 rows are damaged"):
@@ -287,7 +287,7 @@ def test_one_result_of_a_unit_counts(job, photo, tmp_path, monkeypatch):
     monkeypatch.setattr(ingest.ray, "get", lambda value: value)
     write(tmp_path / "a.parquet", [(photo(seed), "x") for seed in range(3)])
     made = job(f"parquet:{tmp_path}/a.parquet")
-    driver = ingest._Pass(made.config, made.table, None, made.work, Summary("ingest", "s"))
+    driver = ingest._Pass(made.config, made.table, None, made.work, IngestSummary("ingest", "s"))
     (unit,) = made.work.units
     first, second = made.worker(unit), made.worker(unit)
     assert [[file["rows"] for file in result["files"]] for result in (first, second)] == [[3], [3]]

@@ -5,8 +5,8 @@ import pytest
 
 from lidit.store import columns
 from pipelines import ingest
-from pipelines.engine.summary import Summary
 from pipelines.ingestion import worker as ingest_worker
+from pipelines.ingestion.summary import IngestSummary
 from pipelines.ingestion.work import Work
 from tests.support.ingest_rows import write
 
@@ -179,7 +179,7 @@ def test_what_was_not_read_is_named_and_not_noted_as_done(job, photo, tmp_path, 
     for name in "ab":
         write(tmp_path / f"{name}.parquet", [(photo(0), name)])
     made = job(f"parquet:{tmp_path}", rows_per_fragment=100)
-    summary = Summary("ingest", "s")
+    summary = IngestSummary("ingest", "s")
     run = type("Run", (), {"id": "ingest-1", "check": staticmethod(lambda: None)})
     driver = ingest._Pass(made.config, made.table, run, made.work, summary)
     (unit,) = made.work.units

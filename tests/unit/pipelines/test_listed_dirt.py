@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from pipelines.engine.summary import Summary
 from pipelines.ingestion.listed_sizes import note_sizes, read_sizes
+from pipelines.ingestion.summary import IngestSummary
 from pipelines.sources.base import ERROR_FIELD
 from pipelines.sources.registry import open_source
 
@@ -170,7 +170,7 @@ def test_damaged_metadata_below_is_counted(folder, name, content):
     source = open_source(f"folder:{folder}")
     assert [row["caption_original"] for row in by_name(source).values()] == ["a", None, None]
     assert source.left_out["metadata_unreadable"] == 1
-    told = Summary("ingest", "s", counts=dict(source.left_out)).to_text()
+    told = IngestSummary("ingest", "s", counts=dict(source.left_out)).to_text()
     assert "1 metadata files below are damaged or cannot be opened" in told
     os.replace(folder / "below" / name, folder / name)
     with pytest.raises(ValueError, match=name):

@@ -14,7 +14,8 @@ from pipelines.embed import EmbedConfig
 from pipelines.engine.summary import Summary
 from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
-from pipelines.preprocess import PreprocessConfig, Result, main
+from pipelines.preprocess import PreprocessConfig, PreprocessResult, main
+from pipelines.verify import VerifyResult
 
 pytestmark = pytest.mark.unit
 
@@ -93,8 +94,7 @@ def test_the_innermost_cause_is_told(store, ran):
 
 
 def test_problems_found_are_a_failure(store, ran, monkeypatch):
-    found = SimpleNamespace(ok=False, problems={"rows": [], "content": ["fragment 3: not what was written"]})
-    found.to_text, found.to_json = (lambda: ""), (lambda: "{}")
+    found = VerifyResult(store, problems={"rows": [], "content": ["fragment 3: not what was written"]})
     monkeypatch.setattr(preprocess, "_verify", lambda config: found)
     result = main(PreprocessConfig(store, ingest=SCENES))
     assert (result.failed_stage, result.error) == ("verify", "fragment 3: not what was written")
@@ -178,5 +178,5 @@ def test_wrong_configs(store, changes, words):
 
 
 def test_the_result_is_one_line_of_json():
-    made = json.loads(Result("s", status="done", ok=True).to_json())
-    assert made["job"] == "preprocess" and set(made) == {"job", *(f.name for f in dataclasses.fields(Result))}
+    made = json.loads(PreprocessResult("s", status="done", ok=True).to_json())
+    assert made["job"] == "preprocess" and set(made) == {"job", *(f.name for f in dataclasses.fields(PreprocessResult))}

@@ -19,7 +19,7 @@ from pipelines.engine.pool import ActorsConfig
 from pipelines.evaluation.clip import ClipScore
 from pipelines.evaluation.fid import open_distance, open_features, result, update
 from pipelines.evaluation.intervals import estimate, mean_of_means, wilson
-from pipelines.score import ScoreConfig, ScoreImages, Scores, main
+from pipelines.score import ScoreConfig, ScoreImages, ScoreResult, main
 
 pytestmark = pytest.mark.unit
 
@@ -271,7 +271,7 @@ def test_intervals_cover_and_shrink():
 
 def test_scores_as_text_and_json():
     figure = {"value": 0.5, "low": 0.4, "high": 0.6, "prompts": 3, "images": 12}
-    scores = Scores("s", {"scenes": {"overall": figure}, "fid": {"value": 12.5}}, None)
+    scores = ScoreResult("s", {"scenes": {"overall": figure}, "fid": {"value": 12.5}}, None)
     assert "overall" in scores.to_text() and "[0.400, 0.600]" in scores.to_text()
     assert json.loads(scores.to_json())["scores"]["fid"]["value"] == 12.5
 

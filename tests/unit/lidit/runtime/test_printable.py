@@ -11,10 +11,10 @@ from lidit.cli import main
 from lidit.runtime.printable import one_line, printable
 from pipelines import verify
 from pipelines.engine.summary import Summary
-from pipelines.inspection import Inspection
-from pipelines.preprocess import Result
+from pipelines.inspection import InspectResult
+from pipelines.preprocess import PreprocessResult
 from pipelines.report.facts import Facts, Reason
-from pipelines.score import Scores
+from pipelines.score import ScoreResult
 
 pytestmark = pytest.mark.unit
 
@@ -65,11 +65,11 @@ def of_summary():
 
 def of_inspection():
     facts = Facts(HOSTILE, 1, 1, 1, 0, 1, HOSTILE, [], [], [Reason("ingest", HOSTILE, 1, [])], [], [])
-    return Inspection(facts, html=HOSTILE, notes=[HOSTILE])
+    return InspectResult(facts, html=HOSTILE, notes=[HOSTILE])
 
 
 def of_report():
-    report = verify.Report(HOSTILE, 1)
+    report = verify.VerifyResult(HOSTILE, 1)
     report.checks["rows"], report.problems["rows"] = HOSTILE, [HOSTILE]
     return report
 
@@ -79,10 +79,10 @@ MADE = {
     "plan": lambda: Summary("embed", "s", dry_run=True, plan=[HOSTILE]),
     "inspection": of_inspection,
     "verify": of_report,
-    "score": lambda: Scores(
+    "score": lambda: ScoreResult(
         "s", {"scenes": {HOSTILE: {"value": 1, "low": 0, "high": 1, "prompts": 1, "images": 1}}}, None
     ),
-    "preprocess": lambda: Result("s", status="failed", error=HOSTILE),
+    "preprocess": lambda: PreprocessResult("s", status="failed", error=HOSTILE),
 }
 
 

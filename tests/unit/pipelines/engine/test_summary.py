@@ -5,6 +5,9 @@ import json
 import pytest
 
 from pipelines.engine.summary import Summary
+from pipelines.ingestion.summary import IngestSummary
+from pipelines.latents import LatentsSummary
+from pipelines.recaption import RecaptionSummary
 
 pytestmark = pytest.mark.unit
 
@@ -52,11 +55,12 @@ def test_text_of_a_good_run():
 def test_text_names_what_went_wrong():
     summary = Summary(
         "embed", "s", rows=10, errors=2, error_examples=[{"error": "NaN in row"}], fragments_waiting=3,
-        orphans_removed=4, counts={"truncated": 5, "already_there": 6},
+        orphans_removed=4, counts={"truncated": 5},
     )  # fmt: skip
     text = summary.to_text()
-    for part in ("NOT DONE", "`embed_error`", "NaN in row", "3 fragments lack", "4 unfinished", "5 prompts", "6 rows"):
+    for part in ("NOT DONE", "`embed_error`", "NaN in row", "3 fragments lack", "4 unfinished", "5 prompts"):
         assert part in text
+    assert "  unchanged  6 rows were there" in IngestSummary("ingest", "s", counts={"already_there": 6}).to_text()
 
 
 def test_text_of_counts_without_slots():
@@ -70,7 +74,7 @@ def test_dry_run():
 
 
 def test_statuses_with_examples_the_commonest_first():
-    summary = Summary("recaption", "s", ok=True, rows=10)
+    summary = RecaptionSummary("recaption", "s", ok=True, rows=10)
     summary.counts = {"status_refusal": 2, "status_ok": 7, "blank_checked": 3, "blank_same": 1}
     summary.examples = {"ok": ["A red circle."], "refusal": ["Sorry, " + "x" * 500]}
     lines = summary.to_text().splitlines()
@@ -84,9 +88,12 @@ def test_statuses_with_examples_the_commonest_first():
 
 def test_images_are_counted_and_their_time_is_split():
     counts = {"images": 200, "decode_seconds": 1.0, "device_seconds": 3.0, "wait_seconds": 0.4, "call_seconds": 4.0}
-    summary = Summary("latents", "s", rows=1000, work_seconds=4.0, counts=counts)
+    summary = LatentsSummary("latents", "s", rows=1000, work_seconds=4.0, counts=counts)
     assert summary.rates["images_per_second"] == 50.0
     text = summary.to_text()
     assert "250 rows/s, 50.0 images/s (equal ones counted once)" in text
     assert "5.0 ms to decode and resize (in threads beside), 15.0 ms on the device; 10% of the time" in text
-    assert "images/s" not in Summary("latents", "s", rows=3, work_seconds=1.0, counts=counts | {"images": 0}).to_text()
+    assert (
+        "images/s"
+        not in LatentsSummary("latents", "s", rows=3, work_seconds=1.0, counts=counts | {"images": 0}).to_text()
+    )

@@ -8,13 +8,13 @@ from lidit.store import columns
 from pipelines import ingest
 from pipelines.engine.pool import Tracker
 from pipelines.engine.runs import Fenced, Run
-from pipelines.engine.summary import Summary
 from pipelines.engine.table import Table, column_holder, field_ids
 from pipelines.ingest import IngestConfig
 from pipelines.ingestion import compare as ingest_compare
 from pipelines.ingestion import worker as ingest_worker
 from pipelines.ingestion.filters import FiltersConfig
 from pipelines.ingestion.listed_sizes import note_sizes, read_sizes
+from pipelines.ingestion.summary import IngestSummary
 from pipelines.ingestion.update import UpdateWorker, _Committer, units_of
 from pipelines.ingestion.work import Work
 from pipelines.sources import files as sources_listed
@@ -56,7 +56,7 @@ class Edited:
         """What an update counts."""
         results = self.results(**options)
         with Run(self.uri, "ingest") as run:
-            summary = Summary("ingest", self.uri)
+            summary = IngestSummary("ingest", self.uri)
             committer = _Committer(self.table, run, summary, {result["name"] for result in results})
             for result in results:
                 committer.take(result)
@@ -88,7 +88,7 @@ def test_captions_are_compared_in_full_and_images_by_sample_or_all(edited, photo
     quick = one.work(update=False)
     found = {"compared": 6, "compared_images": 2, "differ": 1}
     assert quick.counts == {"already_there": 6, **found} and quick.examples["differ"] == ["set/4.jpg"]
-    told = Summary("ingest", "s", counts=dict(quick.counts), examples=quick.examples).to_text()
+    told = IngestSummary("ingest", "s", counts=dict(quick.counts), examples=quick.examples).to_text()
     assert (
         "1 of these have another image or caption in the source now, such as set/4.jpg: captions of 6 rows and " in told
     )
@@ -115,7 +115,7 @@ def test_images_whose_files_have_another_size_are_compared(edited, photo, monkey
     quick = one.work(update=False)
     found = {"already_there": 6, "compared": 6, "compared_images": 2, "compared_sizes": 6, "differ": 1}
     assert quick.counts == found and quick.examples["differ"] == ["set/4.jpg"] and quick.sizes == {}
-    told = Summary("ingest", "s", counts=dict(quick.counts), examples=quick.examples).to_text()
+    told = IngestSummary("ingest", "s", counts=dict(quick.counts), examples=quick.examples).to_text()
     assert "captions of 6 rows, file sizes of 6 and images of 2 were compared" in told
     assert one.update(compare="quick") == {"updated": 1}
     after = one.work(update=False)
@@ -139,7 +139,7 @@ def test_sizes_are_noted_of_what_was_compared_and_a_note_may_be_lost(edited, pho
 
 def test_nothing_differs_is_said_of_what_was_compared(edited):
     one = edited()
-    told = Summary("ingest", "s", counts=dict(one.work(update=False).counts)).to_text()
+    told = IngestSummary("ingest", "s", counts=dict(one.work(update=False).counts)).to_text()
     assert "none of these has another image or caption in the source now: captions of 6 rows and images of 6" in told
 
 
@@ -256,9 +256,11 @@ def test_rows_with_an_error_are_told_by_an_ingest_that_does_not_try_them(edited,
     monkeypatch.setattr(ingest_compare, "CAPTION_FILES", 1)
     counts = one.work(update=False).counts
     assert (counts["already_there"], counts["failed_before"], counts["differ"]) == (7, 1, 0)
-    assert "1 of these have an error; --update tries them again" in Summary("i", "s", counts=dict(counts)).to_text()
+    assert (
+        "1 of these have an error; --update tries them again" in IngestSummary("i", "s", counts=dict(counts)).to_text()
+    )
     assert one.update() == {"updated": 1} and one.rows()["6.jpg"]["image"] == photo(6)
-    told = Summary("i", "s", counts={"failed_before": 1, "updated": 1}).to_text()
+    told = IngestSummary("i", "s", counts={"failed_before": 1, "updated": 1}).to_text()
     assert "1 of these had an error, and were tried again" in told
     assert "failed_before" not in one.work().counts
 
@@ -338,7 +340,7 @@ def test_a_fragment_that_others_changed_is_not_overwritten(edited):
     one.put("1.txt", "second")
     assert one.update() == {"updated": 1}
     with Run(one.uri, "ingest") as run:
-        committer = _Committer(one.table, run, Summary("ingest", one.uri), {result["name"] for result in late})
+        committer = _Committer(one.table, run, IngestSummary("ingest", one.uri), {result["name"] for result in late})
         committer.take(late[0])
         committer.commit()
         assert committer.unsettled == {"fragment 0"} and one.rows()["1.jpg"]["caption_original"] == "second"
@@ -355,7 +357,7 @@ def test_a_run_that_was_taken_for_dead_updates_nothing(edited):
     results = one.results()
     with pytest.raises(Fenced), Run(one.uri, "ingest") as run:
         run._mark(run.id, "fence")
-        committer = _Committer(one.table, run, Summary("ingest", one.uri), {"fragment 0"})
+        committer = _Committer(one.table, run, IngestSummary("ingest", one.uri), {"fragment 0"})
         committer.take(results[0])
         committer.commit()
     assert one.rows()["1.jpg"]["caption_original"] == "text 1"
