@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -25,16 +24,16 @@ from lidit.runtime.outage import outlast
 from lidit.runtime.places import settled
 from lidit.store import columns
 from pipelines.engine.column_file import ColumnFile
-from pipelines.engine.pool import resolve_actors, run_units, start_ray_data, start_tracker
-from pipelines.engine.progress import JobProgress
+from pipelines.engine.pool import resolve_actors, start_ray_data
 from pipelines.engine.runs import Run
 from pipelines.engine.table import Table, samples_of
+from pipelines.engine.unit_pass import Result, UnitPass
 from pipelines.ingestion.config import IngestConfig
-from pipelines.ingestion.dedup import LEANING, REFUSED, start_known
+from pipelines.ingestion.dedup import PROVISIONAL, REJECTED, start_index
 from pipelines.ingestion.filters import FiltersConfig
 from pipelines.ingestion.listed_sizes import note_sizes
 from pipelines.ingestion.summary import IngestSummary
-from pipelines.ingestion.update import COMMIT_FRAGMENTS, COMMIT_SECONDS, update
+from pipelines.ingestion.update import update
 from pipelines.ingestion.work import Work, plain
 from pipelines.ingestion.worker import EXAMPLES, IngestWorker
 from pipelines.sources.base import Listed, Source
@@ -42,20 +41,13 @@ from pipelines.sources.locations import real_place
 from pipelines.sources.registry import open_source
 from pipelines.sources.tables import LanceTable
 
-ERROR_BASE = 1000
-"""Rows that the error rate is taken over at least before the end, or all, if there are known to be fewer."""
-
-
-class TooManyErrors(RuntimeError):
-    """More rows were damaged than `max_error_rate` allows."""
-
 
 def main(config: IngestConfig) -> IngestSummary:
     """Appends the source's new rows, all of a unit or none of it.
 
     Raises:
         ValueError: the source is not what its spec says, or another ingest works on the store.
-        TooManyErrors: what is committed by then is kept.
+        ErrorRateExceeded: too many rows are damaged; what is committed by then is kept.
         RuntimeError, OSError: a worker failed, or the storage did; the same command goes on.
     """
     start, config = time.monotonic(), settled(config)
@@ -78,7 +70,7 @@ def main(config: IngestConfig) -> IngestSummary:
         table.create(source.schema)
         summary = IngestSummary("ingest", config.store, run.id, counts=dict(work.counts), examples=work.examples)
         if work.units:
-            _Pass(config, table, run, work, summary).run()
+            IngestPass(config, table, run, work, summary).work_on_all()
         if config.update and work.to_update:
             update(config, table, run, work.to_update, summary)
         note_sizes(table.uri, run.id, work.sizes)
@@ -89,96 +81,69 @@ def main(config: IngestConfig) -> IngestSummary:
     return summary
 
 
-class _Pass:
-    """The units' way through the actors, with the committer."""
+class IngestPass(UnitPass):
+    """Appends the units' files, then notes their pieces as done."""
+
+    failed, finished = "are damaged", "units"
+    remedy = "Are the columns named rightly (--columns.image, --columns.caption)? Else raise max_error_rate"
 
     def __init__(self, config: IngestConfig, table: Table, run: Run, work: Work, summary: IngestSummary):
-        self.config, self.table, self.run_, self.work, self.summary = config, table, run, work, summary
+        super().__init__("ingest", table, run, summary, rows=work.rows, max_error_rate=config.max_error_rate)
+        self.config, self.work = config, work
         self.parts = {unit["name"]: unit["parts"] for unit in work.units}
         self.unsettled = set(self.parts)
-        self.pending: list[dict[str, Any]] = []  # results whose files wait for the commit
         self.unread: set[str] = set()  # places of pieces that could not be read whole
-        self.leaning: set[str] = set()  # units that may be noted as done only when all are
-        self.oldest = time.monotonic()  # when the first of them came
+        self.provisional: set[str] = set()  # units that may be noted as done only when all are
+        self.index: Any = None  # the `DedupIndex`
 
-    def run(self) -> None:
-        """Sends the units, commits what comes back; on any end but a crash, what is finished is committed."""
-        config = self.config
+    def work_on_all(self) -> None:
+        """Sends all units.
+
+        Raises:
+            ErrorRateExceeded: too many rows are damaged.
+            RuntimeError: a worker failed, or units gave no result; what is committed is kept.
+        """
         start_ray_data()
-        tracker = start_tracker("ingest")
-
-        def first_error() -> str:
-            return ray.get(tracker.first_error.remote())
-
-        known = start_known(self.table.uri, config.filters.duplicates, config.filters.near_duplicates)
+        filters = self.config.filters
+        self.index = start_index(self.table.uri, filters.duplicates, filters.near_duplicates)
         self._say_what_cannot_be_compared()
-        worker_kwargs = {
-            "config": config,
-            "table_uri": self.table.uri,
-            "run_id": self.run_.id,
-            "tracker": tracker,
-            "known": known,
-        }
-        begun, ended = float("inf"), 0.0
-        progress = JobProgress("ingest", self.work.rows)
         try:
-            for result in run_units(IngestWorker, worker_kwargs, self.work.units, config.actors, self.run_.seen):
-                progress.show(tracker)
-                if result is not None and self._settled(result, known):
-                    begun, ended = min(begun, result["begun"]), max(ended, result["ended"])
-                self._check_errors(progress.totals, first_error)
-                if self._due():
-                    self._commit()
-            progress.show(tracker, final=True)
-            self._check_errors(progress.totals, first_error, at_end=True)
-        except TooManyErrors:
-            self.pending = [result for result in self.pending if not result["errors"]]
-            raise
+            self.send(IngestWorker, {"config": self.config, "index": self.index}, self.work.units, self.config.actors)
         finally:
-            progress.close()
-            for actor in (tracker, known):
-                ray.kill(actor)
-            self._commit()
-            self.summary.work_seconds = max(0.0, ended - begun)
+            ray.kill(self.index)
         if self.unsettled:
             raise RuntimeError(
                 f"{len(self.unsettled):,} units gave no result that counts. Run the same command again: what is committed is "
                 f"kept"
             )
-        self._note(sorted(self.leaning))
+        self._note(sorted(self.provisional))
 
-    def _settled(self, result: dict[str, Any], known: Any) -> bool:
-        """Takes the first result of a unit to be committed; False for any other, which Ray may give too."""
+    def accept(self, result: Result) -> bool:
+        """Whether it is the first result of a unit, and the index agrees."""
         name = result["name"]
         if name not in self.unsettled:
             return False
-        verdict = ray.get(known.settle.remote(name, result["attempt"]))
-        if verdict == REFUSED:
+        verdict = ray.get(self.index.settle.remote(name, result["attempt"]))
+        if verdict == REJECTED:
             return False
         self.unsettled.remove(name)
-        if verdict == LEANING:
-            self.leaning.add(name)
-        self.oldest = self.oldest if self.pending else time.monotonic()
+        if verdict == PROVISIONAL:
+            self.provisional.add(name)
         self.unread.update(result["unread"])
-        self.pending.append(result)
         return True
 
-    def _due(self) -> bool:
-        waiting = sum(len(result["files"]) for result in self.pending)
-        waited = time.monotonic() - self.oldest
-        return bool(self.pending) and (waiting >= COMMIT_FRAGMENTS or waited >= COMMIT_SECONDS)
+    def waiting(self) -> int:
+        """A unit may have several fragments, or none."""
+        return sum(len(result["files"]) for result in self.pending)
 
-    def _commit(self) -> None:
-        """Appends the finished units' files, then notes their pieces as done."""
-        if not self.pending:
-            return
-        start = time.monotonic()
-        files = [ColumnFile(**file) for result in self.pending for file in result["files"]]
+    def commit(self, results: list[Result]) -> bool:
+        """Appends the files in one commit; a unit is noted as done after that."""
+        files = [ColumnFile(**file) for result in results for file in result["files"]]
         if files:
-            self.table.append(files, self.run_.check)
-        self._note([result["name"] for result in self.pending if result["name"] not in self.leaning])
+            self.table.append(files, self.run.check)
+        self._note([result["name"] for result in results if result["name"] not in self.provisional])
         summary, counts = self.summary, Counter(self.summary.counts)
-        for result in self.pending:
+        for result in results:
             counts.update(result["counts"])
             if result["unread"]:
                 counts["unread"] += len(result["unread"])
@@ -189,14 +154,12 @@ class _Pass:
         summary.fragments += len(files)
         summary.rows += sum(file.rows for file in files)
         summary.bytes_written += sum(file.size for file in files)
-        self.pending = []
-        summary.commits += 1
-        summary.commit_seconds += time.monotonic() - start
+        return bool(files)
 
     def _note(self, units: list[str]) -> None:
         if self.work.done is not None and units:
             pieces = [piece for unit in units for piece in self.parts[unit] if piece["place"] not in self.unread]
-            self.work.done.note(self.run_.id, pieces)
+            self.work.done.note(self.run.id, pieces)
 
     def _say_what_cannot_be_compared(self) -> None:
         """Counts images of the table that have no digest or hash, because they were ingested without."""
@@ -205,17 +168,6 @@ class _Pass:
         for name, wanted in compared.items():
             if wanted and (count := dataset.count_rows(f"{columns.HEIGHT} IS NOT NULL AND {name} IS NULL")):
                 self.summary.counts[f"without_{name}"] = count
-
-    def _check_errors(self, totals: dict[str, float], first_error: Callable[[], str], at_end: bool = False) -> None:
-        errors, rows = int(totals.get("errors", 0)), int(totals.get("rows", 0))
-        base = rows if at_end else max(rows, min(self.work.rows or ERROR_BASE, ERROR_BASE))
-        if errors > self.config.max_error_rate * base:
-            raise TooManyErrors(
-                f"{errors:,} of {rows:,} rows are damaged, more than max_error_rate {self.config.max_error_rate:g} allows"
-                f"; such as: {first_error()}. Finished units without errors are committed. Are the "
-                f"columns named rightly (--columns.image, --columns.caption)? Else raise max_error_rate, and run the same "
-                f"command again"
-            )
 
 
 def _check_update(config: IngestConfig, source: Source) -> None:

@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ DEATHS_OF_A_ROW = 2  # before it is quarantined
 DEATHS_OF_A_PART = 2  # while it is read, before it is set aside
 DEATHS_OF_A_UNIT = 16  # before the job gives up on it
 POLL_SECONDS = 0.5
+LEAVE_SECONDS = 20.0  # that a driver which leaves early waits for its own threads to leave Ray
 MAX_BLOCKS = 2000  # blocks that Ray Data is given; more units than that share blocks
 
 Window = TypeVar("Window")
@@ -222,7 +223,7 @@ def run_units(
     units: list[dict[str, Any]],
     actors: ActorsConfig,
     before: Callable[[], None] = lambda: None,
-) -> Iterator[dict[str, Any] | None]:
+) -> Generator[dict[str, Any] | None, None, None]:
     """Sends units through a Ray Data actor pool; yields results as they come, and None every half second without one.
 
     `before()`, then `worker(**worker_kwargs)` is called once per actor, the object then with each unit. An exception in them
@@ -242,7 +243,20 @@ def run_units(
         **kind,
         compute=ray.data.ActorPoolStrategy(min_size=min(smallest, largest), max_size=largest),
     )
-    return _poll(lambda: (json.loads(row["result"]) for row in dataset.iter_rows()))
+    name = f"StreamingExecutor-{dataset.get_dataset_id()}"
+
+    return _poll(lambda: (json.loads(row["result"]) for row in dataset.iter_rows()), lambda: _stop_executor(name))
+
+
+def _stop_executor(name: str) -> None:
+    """Ends the thread in which Ray Data drives its actors; an iterator over their results ends for want of more.
+
+    Ray Data has no public way to leave a dataset before its end, and `ray.shutdown` beside a thread that still calls Ray may
+    crash the process.
+    """
+    for thread in threading.enumerate():
+        if thread.name.startswith(name) and hasattr(thread, "shutdown"):
+            thread.shutdown(force=False)
 
 
 class _UnitCaller:
@@ -256,10 +270,13 @@ class _UnitCaller:
         return {"result": [json.dumps(self.worker(json.loads(unit))) for unit in batch["unit"]]}
 
 
-def _poll(source: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """Runs an iterator in a thread; yields its items, or None after each `POLL_SECONDS` without one."""
-    items: queue.Queue[tuple[str, Any]] = queue.Queue()
+def _poll(source: Callable[[], Iterator[Any]], stop: Callable[[], None] = lambda: None) -> Generator[Any, None, None]:
+    """Runs an iterator in a thread; yields its items, or None after each `POLL_SECONDS` without one.
 
+    Args:
+        stop: ends the iterator from without, where the consumer leaves early; it then waits for the threads.
+    """
+    items: queue.Queue[tuple[str, Any]] = queue.Queue()
     stopped = threading.Event()
 
     def pump() -> None:
@@ -267,12 +284,13 @@ def _poll(source: Callable[[], Iterator[Any]]) -> Iterator[Any]:
             for item in source():
                 items.put(("item", item))
                 if stopped.is_set():
-                    break  # closes the source: Ray ends its actors
+                    break
             items.put(("end", None))
         except BaseException as error:  # handed to the consumer, which raises it
             items.put(("error", error))
 
-    threading.Thread(target=pump, daemon=True).start()
+    thread = threading.Thread(target=pump, name="results", daemon=True)
+    thread.start()
     try:
         while True:
             try:
@@ -287,3 +305,9 @@ def _poll(source: Callable[[], Iterator[Any]]) -> Iterator[Any]:
             yield value
     finally:
         stopped.set()
+        if thread.is_alive():
+            stop()
+            thread.join(LEAVE_SECONDS)
+            for other in threading.enumerate():
+                if other.name == "iter_threaded":  # Ray Data's, behind the iterator
+                    other.join(LEAVE_SECONDS)

@@ -10,13 +10,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import lance
 import pyarrow as pa
-import ray
 import yaml
 from lance.file import LanceFileReader
 
@@ -27,33 +25,17 @@ from lidit.store.checksum import is_ours
 from lidit.store.stale import stale_columns
 from pipelines.engine.column_file import ColumnFile
 from pipelines.engine.field_prints import field_differences, unrecorded_keys
-from pipelines.engine.pool import ActorsConfig, resolve_actors, run_units, start_ray_data, start_tracker
-from pipelines.engine.progress import JobProgress
+from pipelines.engine.pool import ActorsConfig, resolve_actors, start_ray_data
 from pipelines.engine.runs import Run
 from pipelines.engine.stamp import stamp
 from pipelines.engine.summary import Summary
 from pipelines.engine.table import Guard, Table, samples_of
+from pipelines.engine.unit_pass import CommitConfig, Result, UnitPass
 from pipelines.engine.versions import check_versions
 from pipelines.engine.worker import EXAMPLES, MAY_BE_NULL, READS, FragmentWorker, Stage, add_examples, columns_read
 
-COMMIT_SHARE = 0.005  # of the time at most, the last commit apart
 PASSES = 5  # over what is still missing, when others changed fragments under this run
 SAMPLE_ROWS = 256  # that a dry run estimates from
-ERROR_BASE = 1000  # rows that the error rate is taken over at least (or all, if there are fewer)
-
-
-@dataclass(frozen=True)
-class CommitConfig:
-    """When finished fragments become visible: whichever comes first."""
-
-    fragments: int = 32
-    """Finished fragments that wait at most."""
-    seconds: float = 30.0
-    """Seconds that a finished fragment waits at most (longer where committing would take over a hundredth of the time)."""
-
-    def __post_init__(self) -> None:
-        if self.fragments < 1 or self.seconds < 0:
-            raise ValueError(f"commit: expected fragments >= 1 and seconds >= 0, received {self}")
 
 
 @dataclass(frozen=True)
@@ -83,10 +65,6 @@ class StageConfig:
         check_config(self)
         if not 0 <= self.max_error_rate <= 1:
             raise ValueError(f"max_error_rate: expected a share from 0 to 1, received {self.max_error_rate}")
-
-
-class ErrorRateExceeded(RuntimeError):
-    """More rows failed than `max_error_rate` allows."""
 
 
 def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
@@ -122,7 +100,9 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
             if number == 0:
                 check_versions(table.open().schema, fields[:-1], config.strict_versions)
             summary.fragments_stale += sum(unit.pop("stale") for unit in units)
-            _Pass(stage, config, table, run, summary).run(units)
+            rows, rate = sum(unit.pop("rows") for unit in units), config.max_error_rate
+            over = StagePass(stage.name, table, run, summary, rows=rows, when=config.commit, max_error_rate=rate)
+            over.send(FragmentWorker, {"stage": stage, "config": config}, units, config.actors)
         else:
             raise RuntimeError(
                 f"{len(units)} fragments are still missing after {PASSES} passes: other jobs keep changing them. Run the "
@@ -135,91 +115,30 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
     return summary
 
 
-class _Pass:
-    """One pass of the actors over what is missing, with its committer."""
+class StagePass(UnitPass):
+    """Attaches column files to their fragments; counts only what this run really added."""
 
-    def __init__(self, stage: type[Stage], config: StageConfig, table: Table, run: Run, summary: Summary):
-        self.stage, self.config, self.table, self.run_, self.summary = stage, config, table, run, summary
-        self.pending: list[tuple[ColumnFile, dict[str, Any]]] = []
-        self.oldest = self.last_commit = time.monotonic()
-        self.last_commit_took = 0.0
+    def accept(self, result: Result) -> bool:
+        """A fragment that another run did first, or that is gone, has no file."""
+        return result["file"] is not None
 
-    def run(self, units: list[dict[str, Any]]) -> None:
-        """Sends the units, commits what comes back; on any end but a crash, what is finished is committed."""
-        total = sum(unit.pop("rows") for unit in units)
-        start_ray_data()
-        tracker = start_tracker(self.stage.name)
-        worker_kwargs = {
-            "stage": self.stage,
-            "config": self.config,
-            "table_uri": self.table.uri,
-            "run_id": self.run_.id,
-            "tracker": tracker,
-        }
-        begun, ended = float("inf"), 0.0
-        progress = JobProgress(self.stage.name, total)
-        try:
-            for result in run_units(FragmentWorker, worker_kwargs, units, self.config.actors, self.run_.seen):
-                progress.show(tracker)
-                self._check_errors(progress.totals, total, lambda: ray.get(tracker.first_error.remote()))
-                if result is not None and result["file"] is not None:
-                    begun, ended = min(begun, result["begun"]), max(ended, result["ended"])
-                    self.oldest = self.oldest if self.pending else time.monotonic()
-                    self.pending.append((ColumnFile(**result["file"]), result))
-                if self._due():
-                    self._commit()
-            progress.show(tracker, final=True)
-            self._check_errors(progress.totals, total, lambda: ray.get(tracker.first_error.remote()))
-        except ErrorRateExceeded:
-            self.pending = [item for item in self.pending if not item[1]["errors"]]
-            raise
-        finally:
-            progress.close()
-            ray.kill(tracker)
-            self._commit()
-            self.summary.work_seconds += max(0.0, ended - begun)
-
-    def _due(self) -> bool:
-        now = time.monotonic()
-        if not self.pending or now - self.last_commit < self.last_commit_took / COMMIT_SHARE:
-            return False
-        return len(self.pending) >= self.config.commit.fragments or now - self.oldest >= self.config.commit.seconds
-
-    def _commit(self) -> None:
-        """Attaches the finished files; counts only what this run really added."""
-        if not self.pending:
-            return
-        start = time.monotonic()
-        outcome = self.table.attach([file for file, _ in self.pending], self.run_.check)
-        attached = {file.path for file in outcome.done}
+    def commit(self, results: list[Result]) -> bool:
+        """Attaches the files in one commit. One whose fragment has changed meanwhile is left out: the next pass looks again."""
+        files = [ColumnFile(**result["file"]) for result in results]
+        attached = {file.path for file in self.table.attach(files, self.run.check).done}
         summary, counts = self.summary, Counter(self.summary.counts)
-        for file, result in self.pending:
-            if file.path in attached:
-                summary.fragments += 1
-                summary.rows += int(result["counts"].get("rows", 0))
-                summary.errors += result["errors"]
-                summary.bytes_written += file.size
-                add_examples(summary.examples, result["kinds"])
-                summary.error_examples += [
-                    {"fragment": result["fragment"], **example} for example in result["examples"]
-                ]
-                counts.update({key: value for key, value in result["counts"].items() if key not in ("rows", "errors")})
+        for file, result in zip(files, results):
+            if file.path not in attached:
+                continue
+            summary.fragments += 1
+            summary.rows += int(result["counts"].get("rows", 0))
+            summary.errors += result["errors"]
+            summary.bytes_written += file.size
+            add_examples(summary.examples, result["kinds"])
+            summary.error_examples += [{"fragment": result["fragment"], **example} for example in result["examples"]]
+            counts.update({key: value for key, value in result["counts"].items() if key not in ("rows", "errors")})
         summary.counts, summary.error_examples = dict(counts), summary.error_examples[:EXAMPLES]
-        self.pending = []
-        self.last_commit = time.monotonic()
-        self.last_commit_took = self.last_commit - start
-        summary.commits += 1
-        summary.commit_seconds += self.last_commit_took
-
-    def _check_errors(self, totals: dict[str, float], total: int, first_error: Callable[[], str]) -> None:
-        errors, rows = int(totals.get("errors", 0)), int(totals.get("rows", 0))
-        base = max(rows, min(total, ERROR_BASE))
-        if errors > self.config.max_error_rate * base:
-            raise ErrorRateExceeded(
-                f"{errors:,} of {rows:,} rows failed, more than max_error_rate {self.config.max_error_rate:g} allows; "
-                f"such as: {first_error()}. Finished fragments without errors are committed. "
-                f"Mend the cause, or raise max_error_rate, and run the same command again"
-            )
+        return True
 
 
 def _check_reads(stage: type[Stage], fields: list[pa.Field], dataset: lance.LanceDataset, table: Table) -> None:

@@ -1,11 +1,11 @@
 """Deduplicates rows across the workers of an ingest and the table: the one place that says "this is new".
 
-`Known` is a small actor beside the driver. A worker shows it the identities (and digests, and perceptual hashes) of a window
-of rows and is told which to keep; what it keeps is claimed for its unit. A unit that is begun again, because its worker died,
-may claim the same rows again, and nobody else may have them meanwhile. So of whichever attempt the driver gets the result
-first, its files may be committed (`settle`), and no other's: no row gets in twice, whoever is killed and whatever Ray
-repeats, and none is lost. (Ray does give the result of a worker that died after it had handed it over, and repeats the unit all
-the same, without giving the second result.)
+`DedupIndex` is a small actor beside the driver. A worker shows it the identities (and digests, and perceptual hashes) of a
+window of rows and is told which to keep; what it keeps is claimed for its unit. A unit that is begun again, because its worker
+died, may claim the same rows again, and nobody else may have them meanwhile. So of whichever attempt the driver gets the
+result first, its files may be committed (`settle`), and no other's: no row gets in twice, whoever is killed and whatever Ray
+repeats, and none is lost. (Ray does give the result of a worker that died after it had handed it over, and repeats the unit
+all the same, without giving the second result.)
 
 Memory a row of the table: 16 bytes for its identity, 16 for its digest (with `duplicates`), 32 for its perceptual hash (with
 `near_duplicates`). The rows themselves are never here.
@@ -33,8 +33,9 @@ Key = tuple[int, int]
 UNKNOWN, IN_TABLE, IN_RUN = "unknown", "in_table", "in_run"
 # What `claim` says of a row: keep it, or why not, which may also be IN_TABLE. The last two are names of filters.
 NEW, REPEATED, DUPLICATE, NEAR_DUPLICATE = "new", "repeated", "duplicates", "near_duplicates"
-# What `settle` says of a result: the unit has one already; good; good, but rows were left to units that are not settled yet.
-REFUSED, ALONE, LEANING = "refused", "alone", "leaning"
+# What `settle` says of a result: the unit has one already; good; good, but duplicates of rows in units that are not settled yet
+# were dropped from it.
+REJECTED, FINAL, PROVISIONAL = "rejected", "final", "provisional"
 
 
 @dataclass
@@ -44,10 +45,10 @@ class _Claims:
     hashes: HashIndex
     keys: set[Key] = field(default_factory=set)
     digests: set[Key] = field(default_factory=set)
-    leaning: bool = False
+    provisional: bool = False
 
 
-class Known:
+class DedupIndex:
     """Identities of the table's rows and of this run's; digests and hashes where a filter needs them."""
 
     def __init__(self, table_uri: str, duplicates: bool = False, near_duplicates: int | None = None):
@@ -81,7 +82,7 @@ class Known:
         """
         claims = self._claims.get(unit, {}).get(attempt)
         if claims is None:
-            return [REPEATED] * len(ids)  # another attempt's result is settled: this one's will be refused
+            return [REPEATED] * len(ids)  # another attempt's result is settled: this one's will be rejected
         keys = keys_of(ids)
         in_table, in_run = self._table.contains(keys), self._run.contains(keys)
         image_keys = keys_of([text or "" for text in digests])
@@ -115,14 +116,14 @@ class Known:
         return verdicts
 
     def settle(self, unit: str, attempt: int) -> str:
-        """The driver has a result of the unit: `refused` if it has had one before.
+        """The driver has a result of the unit: `rejected` if it has had one before.
 
-        `leaning`: some of its rows were left out for the sake of units that are still in hand. Should those never be
+        `provisional`: some of its rows were left out for the sake of units that are still in hand. Should those never be
         committed, this unit must be read again; so it must not be noted as done before them.
         """
         attempts = self._claims.pop(unit, {})
         if attempt not in attempts:
-            return REFUSED
+            return REJECTED
         for claims in attempts.values():
             for key in claims.keys:
                 self._owner.pop(key, None)
@@ -132,7 +133,7 @@ class Known:
         self._run.add(_array(settled.keys))
         self._digests.add(_array(settled.digests))
         self._hashes.add(settled.hashes.values())
-        return LEANING if settled.leaning else ALONE
+        return PROVISIONAL if settled.provisional else FINAL
 
     def _near(self, hashes: Sequence[int]) -> np.ndarray:
         """Against all that is settled."""
@@ -149,7 +150,7 @@ class Known:
             return True
         others = (claim for name, attempts in self._claims.items() if name != unit for claim in attempts.values())
         if any(other.hashes.near(wanted)[0] for other in others):
-            claims.leaning = True
+            claims.provisional = True
             return True
         return False
 
@@ -160,7 +161,7 @@ class Known:
             return True
         if owner.get(key, unit) == unit:
             return False
-        claims.leaning = True
+        claims.provisional = True
         return True
 
     def _load(self, table_uri: str) -> None:
@@ -175,10 +176,10 @@ class Known:
                 self._hashes.add(batch.column(columns.IMAGE_PHASH).drop_null().cast(pa.uint64()).to_numpy())
 
 
-def start_known(table_uri: str, duplicates: bool, near_duplicates: int | None) -> Any:
+def start_index(table_uri: str, duplicates: bool, near_duplicates: int | None) -> Any:
     """The actor, on the driver's own node, which must not go away either; ready when the table's rows are loaded."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(Known)
+    actor: Any = ray.remote(DedupIndex)
     return actor.options(num_cpus=0, scheduling_strategy=here).remote(table_uri, duplicates, near_duplicates)
 
 

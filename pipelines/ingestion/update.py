@@ -8,7 +8,6 @@ stale from then on (`lidit.store.stale`).
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,14 +20,13 @@ import ray
 from lidit.runtime.uris import shown
 from lidit.store import columns
 from pipelines.engine.column_file import ColumnFile, ColumnFileWriter
-from pipelines.engine.pool import run_units, start_ray_data, start_tracker
-from pipelines.engine.progress import JobProgress
 from pipelines.engine.runs import Run
 from pipelines.engine.summary import Summary
 from pipelines.engine.table import READ_BUFFER_BYTES, Table, column_holder, field_ids
+from pipelines.engine.unit_pass import Result, UnitPass
 from pipelines.ingestion.compare import Difference
 from pipelines.ingestion.config import IngestConfig
-from pipelines.ingestion.worker import DIED, EXAMPLES, IngestWorker, Unforeseen, _Task
+from pipelines.ingestion.worker import DIED, EXAMPLES, IngestWorker, Unforeseen, UnitTask
 from pipelines.sources.base import ERROR_FIELD, Listed, Record, unwritable, writable
 from pipelines.sources.image_check import check_image
 from pipelines.sources.text_files import is_unreadable
@@ -40,8 +38,6 @@ IMAGE_COLUMNS = [
 ]  # fmt: skip
 PART = ("item", "image_id", "position", "image", "failed")  # of a `Difference`: what a worker is told of a row
 WINDOW_ROWS = 64  # of a fragment, images and all: bounds an actor's memory
-COMMIT_FRAGMENTS = 32  # finished fragments that wait at most
-COMMIT_SECONDS = 30.0  # and how long
 
 
 def units_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
@@ -61,66 +57,38 @@ def update(config: IngestConfig, table: Table, run: Run, differences: Sequence[D
     Raises:
         RuntimeError: a worker failed, or somebody else changed a fragment meanwhile; what is committed is kept.
     """
+    over = UpdatePass("ingest --update", table, run, summary, rows=len(differences))
     units = units_of(differences)
-    start_ray_data()
-    tracker = start_tracker("ingest")
-    worker_kwargs = {"config": config, "table_uri": table.uri, "run_id": run.id, "tracker": tracker}
-    progress = JobProgress("ingest --update", len(differences))
-    committer = _Committer(table, run, summary, {unit["name"] for unit in units})
-    try:
-        for result in run_units(UpdateWorker, worker_kwargs, units, config.actors, run.seen):
-            progress.show(tracker)
-            if result is not None:
-                committer.take(result)
-            committer.commit_if_due()
-        progress.show(tracker, final=True)
-    finally:
-        progress.close()
-        ray.kill(tracker)
-        committer.commit()
-    if committer.unsettled:
+    over.unsettled = {unit["name"] for unit in units}
+    over.send(UpdateWorker, {"config": config}, units, config.actors)
+    if over.unsettled:
         raise RuntimeError(
-            f"{len(committer.unsettled):,} fragments with rows to update were changed by another job meanwhile, or gave no "
+            f"{len(over.unsettled):,} fragments with rows to update were changed by another job meanwhile, or gave no "
             f"result. Run the same command again: what is committed is kept"
         )
 
 
-class _Committer:
-    """Attaches finished files, and counts what it attached."""
+class UpdatePass(UnitPass):
+    """Attaches the new files, and counts what it attached."""
 
-    def __init__(self, table: Table, run: Run, summary: Summary, units: set[str]):
-        self.table, self.run, self.summary = table, run, summary
-        self.unsettled = units
-        self.seen: set[str] = set()
-        self.pending: list[dict[str, Any]] = []
-        self.oldest = time.monotonic()
+    unsettled: set[str] = set()  # units without a result that counts
+    seen: frozenset[str] = frozenset()
 
-    def take(self, result: dict[str, Any]) -> None:
-        """The first result of each unit counts; Ray may give another."""
-        if result["name"] in self.seen:
-            return
-        self.seen.add(result["name"])
-        self.oldest = self.oldest if self.pending else time.monotonic()
-        self.pending.append(result)
+    def accept(self, result: Result) -> bool:
+        """The first result of each unit counts."""
+        is_first = result["name"] not in self.seen
+        self.seen |= {result["name"]}
+        return is_first
 
-    def commit_if_due(self) -> None:
-        """Commits where enough waits, or has waited for long."""
-        waited = time.monotonic() - self.oldest
-        if len(self.pending) >= COMMIT_FRAGMENTS or (self.pending and waited >= COMMIT_SECONDS):
-            self.commit()
-
-    def commit(self) -> None:
+    def commit(self, results: list[Result]) -> bool:
         """Makes what is finished part of the table, in one commit."""
-        if not self.pending:
-            return
-        start = time.monotonic()
-        made = {result["name"]: ColumnFile(**result["file"]) for result in self.pending if result["file"] is not None}
-        attached = (
-            {file.path for file in self.table.attach(list(made.values()), self.run.check).done} if made else set()
-        )
+        files = {result["name"]: ColumnFile(**result["file"]) for result in results if result["file"] is not None}
+        attached = set()
+        if files:
+            attached = {file.path for file in self.table.attach(list(files.values()), self.run.check).done}
         counts = Counter(self.summary.counts)
-        for result in self.pending:
-            file = made.get(result["name"])
+        for result in results:
+            file = files.get(result["name"])
             if result["gone"] or (file is not None and file.path not in attached):
                 continue
             self.unsettled.discard(result["name"])
@@ -130,16 +98,14 @@ class _Committer:
                 self.summary.examples["not_updated"] = [*known, *result["examples"]][:EXAMPLES]
             self.summary.bytes_written += file.size if file is not None else 0
         self.summary.counts = dict(counts)
-        self.pending = []
-        self.summary.commits += bool(made)
-        self.summary.commit_seconds += time.monotonic() - start
+        return bool(files)
 
 
 class UpdateWorker(IngestWorker):
     """One actor. Its unit is `{"name", "fragment", "parts"}`, parts with what `PART` names."""
 
     def __init__(self, config: IngestConfig, table_uri: str, run_id: str, tracker: Any):
-        super().__init__(config, table_uri, run_id, tracker, known=None)
+        super().__init__(config, table_uri, run_id, tracker, index=None)
 
     def _work(self, unit: dict[str, Any]) -> dict[str, Any]:
         task = _Update(self, unit)
@@ -154,16 +120,12 @@ class UpdateWorker(IngestWorker):
         return result
 
 
-class _Update(_Task):
+class _Update(UnitTask):
     """One fragment on its way through a worker."""
 
     def __init__(self, worker: UpdateWorker, unit: dict[str, Any]):
-        self.unit, self.source, self.each = unit, worker.source, worker.each
-        self.config, self.filters, self.tracker = worker.config, worker.config.filters, worker.tracker
-        self.table_uri, self.run_id = worker.table_uri, worker.run_id
-        self.counts: Counter[str] = Counter()
+        super().__init__(worker, unit)
         self.said: list[str] = []  # of a few rows: why they stay as they are
-        self.attempt = ray.get(self.tracker.begin.remote(unit["name"], worker.process))
         self.dataset = Table(self.table_uri).open()
         self.fragment: lance.LanceFragment = self.dataset.get_fragment(unit["fragment"])  # type: ignore[assignment]
         self.parts = {part["position"]: (number, part) for number, part in enumerate(unit["parts"])}
@@ -250,7 +212,7 @@ class _Update(_Task):
         ray.get(self.tracker.enter.remote(self.unit["name"], number, number + 1))  # reading it may be what kills
         record = next(iter(self.source.records([part["item"]])))
         record.drop_long_texts()
-        (looked,) = self._looked_at([(number, record)])
+        (looked,) = self.looked_at([(number, record)])
         row = looked.row
         if row is None:
             self._keep(record.place, f"its image or caption does not pass {looked.filtered}")

@@ -35,7 +35,7 @@ from pipelines.sources.registry import open_source
 WINDOW_ROWS = 256  # rows that are checked, claimed and written together; with WINDOW_BYTES bounds an actor's memory
 WINDOW_BYTES = 32 << 20
 EXAMPLES = 5  # errors of a unit that are shown in the summary
-NOT_NEW = {IN_TABLE: "already_there", IN_RUN: "repeated", REPEATED: "repeated"}  # what `Known` says -> count
+NOT_NEW = {IN_TABLE: "already_there", IN_RUN: "repeated", REPEATED: "repeated"}  # what `DedupIndex` says -> count
 DIED = "the process died on this row, and again when it was tried alone"
 DIED_READING = "the process died while it read what is here, and again when nothing else was done: out of memory?"
 
@@ -60,10 +60,10 @@ class _Looked:
 class IngestWorker:
     """One actor. Its unit is `{"name": str, "parts": [items or pieces]}`."""
 
-    def __init__(self, config: IngestConfig, table_uri: str, run_id: str, tracker: Any, known: Any):
+    def __init__(self, config: IngestConfig, table_uri: str, run_id: str, tracker: Any, index: Any):
         warnings.simplefilter("ignore", DecompressionBombWarning)  # sizes are checked, against a limit of our own
         self.config, self.table_uri, self.run_id = config, table_uri, run_id
-        self.tracker, self.known = tracker, known
+        self.tracker, self.index = tracker, index
         self.source = open_source(config.source, config.columns)
         if config.filters.near_duplicates is not None:
             importlib.import_module("imagehash")  # now, and not in the first unit's time
@@ -90,7 +90,7 @@ class IngestWorker:
         begun = time.time()
         self.source.left_out.clear()
         self.source.unread.clear()
-        task = _Task(self, unit)
+        task = _Ingest(self, unit)
         try:
             files = task.run()
         except Unforeseen as error:
@@ -147,20 +147,71 @@ class at:  # a class, and no generator: every row goes through it
         raise Unforeseen(self.where()) from error
 
 
-class _Task:
-    """One unit on its way through a worker."""
+class UnitTask:
+    """A unit in hand: the parts of its worker that it needs, and looking at its records."""
 
     def __init__(self, worker: IngestWorker, unit: dict[str, Any]):
         self.unit, self.source, self.each = unit, worker.source, worker.each
-        self.config, self.filters = worker.config, worker.config.filters
-        self.tracker, self.known = worker.tracker, worker.known
-        self.files = _Files(worker.table_uri, worker.source, worker.run_id, worker.config.rows_per_fragment)
+        self.config, self.filters, self.tracker = worker.config, worker.config.filters, worker.tracker
+        self.table_uri, self.run_id = worker.table_uri, worker.run_id
         self.counts: Counter[str] = Counter()
+        self.attempt: Attempt = ray.get(self.tracker.begin.remote(unit["name"], worker.process))
+
+    def looked_at(self, fresh: Sequence[tuple[int, Record]]) -> list[_Looked]:
+        """Looks at records, given with their numbers. If a process died among them, each is taken alone."""
+        if not fresh:
+            return []
+        name, first, stop = self.unit["name"], fresh[0][0], fresh[-1][0] + 1
+        if not any(first < to and since < stop for since, to in self.attempt.careful):
+            ray.get(self.tracker.enter.remote(name, first, stop))
+            return self.each(self._look, [record for _, record in fresh])
+        looked = []
+        for number, record in fresh:
+            if number in self.attempt.quarantined:
+                # By its content, so that the next run knows it, wherever it lies, before it kills again.
+                looked.append(_Looked({**error_row(record, DIED), columns.IMAGE_ID: record.identify()}))
+                continue
+            ray.get(self.tracker.enter.remote(name, number, number + 1))
+            looked.append(self._look(record))
+            ray.get(self.tracker.leave.remote(name, {}))
+        return looked
+
+    def _look(self, record: Record) -> _Looked:
+        """A record as a row, if it passes the filters."""
+        with at(lambda: f"looking at {record.place}"):
+            return self._row(record)
+
+    def _row(self, record: Record) -> _Looked:
+        filters, nulled = self.filters, None
+        if record.error is None:
+            if (failed := filters.score(record.score)) is not None:
+                return _Looked(filtered=failed)
+            if (nulled := filters.caption(record.caption)) is not None:
+                if filters.bad_caption == "drop":
+                    return _Looked(filtered=f"caption_{nulled}")
+                record.caption = None
+        sizes: list[str | None] = []
+
+        def wanted(height: int, width: int) -> bool:
+            sizes.append(filters.size(height, width))
+            return sizes[-1] is None
+
+        with_phash = filters.near_duplicates is not None
+        row = make_row(record, self.source.has_images, self.config.check == "decode", with_phash, wanted)
+        return _Looked(row, sizes[-1] if row is None else None, nulled)
+
+
+class _Ingest(UnitTask):
+    """A unit whose new rows become files."""
+
+    def __init__(self, worker: IngestWorker, unit: dict[str, Any]):
+        super().__init__(worker, unit)
+        self.index = worker.index
+        self.files = _Files(self.table_uri, self.source, self.run_id, self.config.rows_per_fragment)
         self.errors = 0
         self.examples: list[dict[str, Any]] = []
         self.told = False  # whether the tracker knows what is read now, as it must where a process has died
-        self.attempt: Attempt = ray.get(self.tracker.begin.remote(unit["name"], worker.process))
-        self.number: int = ray.get(self.known.begin.remote(unit["name"]))
+        self.number: int = ray.get(self.index.begin.remote(unit["name"]))
 
     def run(self) -> list[ColumnFile]:
         """Reads a window ahead and writes a window behind, while images are looked at."""
@@ -215,12 +266,12 @@ class _Task:
         counts: Counter[str] = Counter(read=len(window.records))
         ids = self.each(Record.identify, window.records)
         fresh = []
-        for number, (record, state) in enumerate(zip(window.records, ray.get(self.known.seen.remote(ids)))):
+        for number, (record, state) in enumerate(zip(window.records, ray.get(self.index.seen.remote(ids)))):
             if state == UNKNOWN:
                 fresh.append((window.first + number, record))
             else:
                 counts[NOT_NEW[state]] += 1
-        rows = self._claimed(self._looked_at(fresh), counts)
+        rows = self._claimed(self.looked_at(fresh), counts)
         failed = [f"{row.get(columns.SOURCE)}: {row[ERROR_FIELD.name]}" for row in rows if row.get(ERROR_FIELD.name)]
         self.examples = [*self.examples, *({"error": reason} for reason in failed)][:EXAMPLES]
         self.errors += len(failed)
@@ -232,49 +283,6 @@ class _Task:
         )  # in order with what follows: no need to wait
         return rows
 
-    def _looked_at(self, fresh: Sequence[tuple[int, Record]]) -> list[_Looked]:
-        """Looks at records, given with their numbers. If a process died among them, each is taken alone."""
-        if not fresh:
-            return []
-        name, first, stop = self.unit["name"], fresh[0][0], fresh[-1][0] + 1
-        if not any(first < to and since < stop for since, to in self.attempt.careful):
-            ray.get(self.tracker.enter.remote(name, first, stop))
-            return self.each(self._look, [record for _, record in fresh])
-        looked = []
-        for number, record in fresh:
-            if number in self.attempt.quarantined:
-                # By its content, so that the next run knows it, wherever it lies, before it kills again.
-                looked.append(_Looked({**error_row(record, DIED), columns.IMAGE_ID: record.identify()}))
-                continue
-            ray.get(self.tracker.enter.remote(name, number, number + 1))
-            looked.append(self._look(record))
-            ray.get(self.tracker.leave.remote(name, {}))
-        return looked
-
-    def _look(self, record: Record) -> _Looked:
-        """A record as a row, if it passes the filters."""
-        with at(lambda: f"looking at {record.place}"):
-            return self._row(record)
-
-    def _row(self, record: Record) -> _Looked:
-        filters, nulled = self.filters, None
-        if record.error is None:
-            if (failed := filters.score(record.score)) is not None:
-                return _Looked(filtered=failed)
-            if (nulled := filters.caption(record.caption)) is not None:
-                if filters.bad_caption == "drop":
-                    return _Looked(filtered=f"caption_{nulled}")
-                record.caption = None
-        sizes: list[str | None] = []
-
-        def wanted(height: int, width: int) -> bool:
-            sizes.append(filters.size(height, width))
-            return sizes[-1] is None
-
-        with_phash = filters.near_duplicates is not None
-        row = make_row(record, self.source.has_images, self.config.check == "decode", with_phash, wanted)
-        return _Looked(row, sizes[-1] if row is None else None, nulled)
-
     def _claimed(self, looked: list[_Looked], counts: Counter[str]) -> list[dict[str, Any]]:
         """Those of the rows that are new and no duplicates."""
         counts.update(f"filtered_{one.filtered}" for one in looked if one.filtered)
@@ -285,7 +293,7 @@ class _Task:
         asked = [[row.get(name) for row, _ in found] for name in names]
         kept = []
         for (row, nulled), verdict in zip(
-            found, ray.get(self.known.claim.remote(self.unit["name"], self.number, *asked))
+            found, ray.get(self.index.claim.remote(self.unit["name"], self.number, *asked))
         ):
             if verdict == NEW:
                 kept.append(row)

@@ -128,7 +128,7 @@ def known(rows: int, store: str) -> dict[str, float]:
     """The keeper of a table with so many rows: time to load, rows/s of asking for them all, memory beyond its start."""
     from pipelines.engine.column_file import ColumnFileWriter
     from pipelines.engine.table import Table
-    from pipelines.ingestion.dedup import Known
+    from pipelines.ingestion.dedup import DedupIndex
     from pipelines.sources.base import ID_FIELD
 
     table, schema = Table(f"{store}/samples.lance"), pa.schema([ID_FIELD])
@@ -138,7 +138,7 @@ def known(rows: int, store: str) -> dict[str, float]:
     writer.write(pa.record_batch([pa.array(ids)], schema))
     table.append([writer.finish(table.open())])
     start = time.perf_counter()
-    keeper = Known(table.uri)
+    keeper = DedupIndex(table.uri)
     loaded = time.perf_counter()
     for first in range(0, rows, 256):
         assert set(keeper.seen(ids[first : first + 256])) == {"in_table"}

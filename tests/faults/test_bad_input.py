@@ -22,7 +22,8 @@ from lidit.store import columns
 from pipelines import embed, ingest, verify
 from pipelines.embed import EmbedConfig
 from pipelines.engine.pool import ActorsConfig
-from pipelines.engine.stage import CommitConfig, ErrorRateExceeded, StageConfig, run_stage
+from pipelines.engine.stage import StageConfig, run_stage
+from pipelines.engine.unit_pass import CommitConfig, ErrorRateExceeded
 from pipelines.engine.worker import READS, Columns
 from pipelines.ingest import IngestConfig
 from pipelines.verify import VerifyConfig

@@ -17,8 +17,9 @@ import ray
 from lidit.store.codec import decode_latents_bytes
 from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.pool import ActorsConfig
-from pipelines.engine.stage import CommitConfig, run_stage
+from pipelines.engine.stage import run_stage
 from pipelines.engine.table import Table
+from pipelines.engine.unit_pass import CommitConfig
 from pipelines.latents import EncodeLatents, LatentsConfig
 from tests.support import processes
 from tests.support.stores import World

@@ -22,7 +22,7 @@ from pipelines import ingest, recaption
 from pipelines.captioning.openai_engine import EndpointCaptioner, EndpointConfig
 from pipelines.captioning.request import INSTRUCTION, CaptionAnswer, CaptionRequest
 from pipelines.engine.pool import ActorsConfig
-from pipelines.engine.stage import CommitConfig
+from pipelines.engine.unit_pass import CommitConfig
 from pipelines.engine.worker import Unavailable
 from pipelines.ingest import IngestConfig
 from pipelines.recaption import RecaptionConfig

@@ -16,7 +16,7 @@ from lidit.store.codec import decode
 from pipelines import embed, ingest, verify
 from pipelines.embed import EmbedConfig
 from pipelines.engine.pool import ActorsConfig
-from pipelines.engine.stage import CommitConfig
+from pipelines.engine.unit_pass import CommitConfig
 from pipelines.ingest import IngestConfig
 from pipelines.verify import VerifyConfig
 

@@ -20,7 +20,8 @@ import pytest
 
 from pipelines import ingest
 from pipelines.engine.pool import ActorsConfig
-from pipelines.ingest import IngestConfig, TooManyErrors
+from pipelines.engine.unit_pass import ErrorRateExceeded
+from pipelines.ingest import IngestConfig
 from pipelines.ingestion.filters import FiltersConfig
 from pipelines.sources.base import ColumnsConfig
 from pipelines.sources.registry import open_source
@@ -187,7 +188,7 @@ def test_columns_named_wrongly_stop_the_job(world: Any, pairs: list[Pair]) -> No
     wrong = pa.table({"embedding": [text.encode() for text in texts], "caption": texts})
     pq.write_table(wrong, world.folder / "a.parquet", row_group_size=16)
     with pytest.raises(
-        TooManyErrors, match=r"max_error_rate 0.5 allows; such as: .*text, not an image.*--columns.image"
+        ErrorRateExceeded, match=r"max_error_rate 0.5 allows; such as: .*text, not an image.*--columns.image"
     ):
         put(world, f"parquet:{world.folder}/a.parquet", columns=ColumnsConfig(image="embedding"))
     assert world.table.count_rows() == 0

@@ -24,8 +24,8 @@ from pipelines import embed, ingest, latents, verify
 from pipelines.embed import EmbedConfig
 from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.pool import ActorsConfig
-from pipelines.engine.stage import CommitConfig
 from pipelines.engine.table import Table
+from pipelines.engine.unit_pass import CommitConfig
 from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
 from pipelines.verify import VerifyConfig

@@ -18,7 +18,7 @@ from pipelines import preprocess
 from pipelines.embed import EmbedConfig
 from pipelines.engine.pool import ActorsConfig
 from pipelines.engine.retention import RetentionConfig
-from pipelines.engine.stage import CommitConfig
+from pipelines.engine.unit_pass import CommitConfig
 from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
 from pipelines.preprocess import PreprocessConfig

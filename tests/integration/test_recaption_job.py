@@ -19,7 +19,7 @@ from pipelines import embed, ingest, recaption, verify
 from pipelines.captioning.request import CaptionRequest, prompt_text
 from pipelines.captioning.transformers_engine import Captioner
 from pipelines.engine.pool import ActorsConfig
-from pipelines.engine.stage import CommitConfig
+from pipelines.engine.unit_pass import CommitConfig
 from pipelines.ingest import IngestConfig
 from pipelines.recaption import DEMO_VLM, RecaptionConfig
 from pipelines.verify import VerifyConfig

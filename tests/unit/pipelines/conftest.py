@@ -15,7 +15,7 @@ from pipelines.engine.pool import Tracker
 from pipelines.engine.table import Table
 from pipelines.ingest import IngestConfig
 from pipelines.ingestion import worker as ingest_worker
-from pipelines.ingestion.dedup import Known
+from pipelines.ingestion.dedup import DedupIndex
 from pipelines.ingestion.work import Work
 from pipelines.ingestion.worker import IngestWorker
 from pipelines.sources.registry import open_source
@@ -77,14 +77,14 @@ class Job:
         self.work = Work.of(self.config, self.source, self.table)
         filters = self.config.filters
         self.tracker = Near(Tracker())
-        self.known = Near(Known(self.table.uri, filters.duplicates, filters.near_duplicates))
-        self.worker = IngestWorker(self.config, self.table.uri, "ingest-1", self.tracker, self.known)
+        self.index = Near(DedupIndex(self.table.uri, filters.duplicates, filters.near_duplicates))
+        self.worker = IngestWorker(self.config, self.table.uri, "ingest-1", self.tracker, self.index)
 
     def run(self) -> list[dict[str, Any]]:
         """Every unit's result; its rows are appended."""
         results = [self.worker(unit) for unit in self.work.units]
         for result in results:
-            self.known.settle.remote(result["name"], result["attempt"])
+            self.index.settle.remote(result["name"], result["attempt"])
             self.table.append([ColumnFile(**file) for file in result["files"]])
         return results
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.ingest import TooManyErrors, _Pass
+from pipelines.engine.unit_pass import ErrorRateExceeded
+from pipelines.ingest import IngestPass
 from pipelines.ingestion.summary import IngestSummary
 from pipelines.sources.base import ColumnsConfig
 from pipelines.sources.registry import open_source
@@ -104,9 +105,9 @@ def test_more_than_half_damaged_stop_the_job(job, cases, name, errors, rows):
     made = job(f"webdataset:{cases}/{name}/x.tar")
     (result,) = made.run()
     assert (result["errors"], len(made.rows())) == (errors, rows)
-    driver = _Pass(made.config, made.table, None, made.work, IngestSummary("ingest", "s"))
-    with pytest.raises(TooManyErrors, match=f"{errors} of {rows} rows are damaged"):
-        driver._check_errors(made.tracker.totals.remote(), made.tracker.first_error.remote, at_end=True)
+    driver = IngestPass(made.config, made.table, None, made.work, IngestSummary("ingest", "s"))
+    with pytest.raises(ErrorRateExceeded, match=f"{errors} of {rows} rows are damaged"):
+        driver.check_errors(made.tracker.totals.remote(), made.tracker.first_error.remote, at_end=True)
 
 
 def test_no_file_outside_of_a_set_is_read(job, cases):

@@ -11,6 +11,7 @@ from lidit.store import columns
 from pipelines import ingest
 from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.table import Table
+from pipelines.engine.unit_pass import ErrorRateExceeded
 from pipelines.ingest import IngestConfig
 from pipelines.ingestion import worker as ingest_worker
 from pipelines.ingestion.done_pieces import DonePieces
@@ -243,12 +244,12 @@ def test_more_than_half_is_asked_of_the_true_number_at_the_end(job, photo, tmp_p
     write(tmp_path / "a.parquet", [(photo(0), "x")])
     made = job(f"parquet:{tmp_path}/a.parquet")
     made.work.rows = None
-    driver = ingest._Pass(made.config, made.table, None, made.work, IngestSummary("ingest", "s"))
+    driver = ingest.IngestPass(made.config, made.table, None, made.work, IngestSummary("ingest", "s"))
     first = made.tracker.first_error.remote
-    driver._check_errors({"rows": 40, "errors": errors}, first)
-    with pytest.raises(ingest.TooManyErrors, match=f"{errors} of 40 rows are damaged"):
-        driver._check_errors({"rows": 40, "errors": errors}, first, at_end=True)
-    driver._check_errors({"rows": 40, "errors": 20}, first, at_end=True)
+    driver.check_errors({"rows": 40, "errors": errors}, first)
+    with pytest.raises(ErrorRateExceeded, match=f"{errors} of 40 rows are damaged"):
+        driver.check_errors({"rows": 40, "errors": errors}, first, at_end=True)
+    driver.check_errors({"rows": 40, "errors": 20}, first, at_end=True)
 
 
 def test_the_same_damage_in_many_places_is_as_many_errors(job, photo, tmp_path):
@@ -287,15 +288,16 @@ def test_one_result_of_a_unit_counts(job, photo, tmp_path, monkeypatch):
     monkeypatch.setattr(ingest.ray, "get", lambda value: value)
     write(tmp_path / "a.parquet", [(photo(seed), "x") for seed in range(3)])
     made = job(f"parquet:{tmp_path}/a.parquet")
-    driver = ingest._Pass(made.config, made.table, None, made.work, IngestSummary("ingest", "s"))
+    driver = ingest.IngestPass(made.config, made.table, None, made.work, IngestSummary("ingest", "s"))
+    driver.index = made.index
     (unit,) = made.work.units
     first, second = made.worker(unit), made.worker(unit)
     assert [[file["rows"] for file in result["files"]] for result in (first, second)] == [[3], [3]]
-    assert driver._settled(first, made.known) and not driver._settled(first, made.known)
-    assert not driver._settled(second, made.known)
+    assert driver.take(first) and not driver.take(first)
+    assert not driver.take(second)
     assert driver.pending == [first] and not driver.unsettled
     third = made.worker(unit)
-    assert third["files"] == [] and not driver._settled(third, made.known)
+    assert third["files"] == [] and not driver.take(third)
 
 
 def test_unit_that_fails_leaves_no_unfinished_file(job, photo, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ def test_a_worker_that_dies_and_its_successor(job, photo, tmp_path, monkeypatch)
     monkeypatch.setattr(ingest_worker, "WINDOW_ROWS", 4)
     made = job(f"parquet:{tmp_path}/a.parquet", rows_per_fragment=100)
     (unit,) = made.work.units
-    look = ingest_worker._Task._look
+    look = ingest_worker.UnitTask._look
 
     class Death(BaseException):
         """As far as the tracker can see, the process is gone."""
@@ -30,7 +30,7 @@ def test_a_worker_that_dies_and_its_successor(job, photo, tmp_path, monkeypatch)
             raise Death
         return look(task, record)
 
-    monkeypatch.setattr(ingest_worker._Task, "_look", fatal)
+    monkeypatch.setattr(ingest_worker.UnitTask, "_look", fatal)
     for number in range(3):  # in its window, then twice alone
         with pytest.raises(Death):
             made.worker(unit)
@@ -137,14 +137,14 @@ def test_a_row_that_kills_behind_a_piece_that_does(job, photo, tmp_path, monkeyp
         write(tmp_path / f"{name}.parquet", [(photo(5 * number + row), f"{name}{row}") for row in range(4)])
     made = job(f"parquet:{tmp_path}", rows_per_fragment=100)
     (unit,) = made.work.units
-    look = ingest_worker._Task._look
+    look = ingest_worker.UnitTask._look
 
     def fatal(task, record):
         if record.caption == "b2":
             raise Death
         return look(task, record)
 
-    monkeypatch.setattr(ingest_worker._Task, "_look", fatal)
+    monkeypatch.setattr(ingest_worker.UnitTask, "_look", fatal)
     successors(made, unit, 3)
     dies_behind(monkeypatch, made.worker.source, "a.parquet", 1)
     successors(made, unit, 5)  # twice in the piece; in the window, then twice at the row, under its new number
@@ -181,11 +181,12 @@ def test_what_was_not_read_is_named_and_not_noted_as_done(job, photo, tmp_path, 
     made = job(f"parquet:{tmp_path}", rows_per_fragment=100)
     summary = IngestSummary("ingest", "s")
     run = type("Run", (), {"id": "ingest-1", "check": staticmethod(lambda: None)})
-    driver = ingest._Pass(made.config, made.table, run, made.work, summary)
+    driver = ingest.IngestPass(made.config, made.table, run, made.work, summary)
+    driver.index = made.index
     (unit,) = made.work.units
     result = made.worker(unit) | {"unread": [unit["parts"][0]["place"]]}
-    assert driver._settled(result, made.known)
-    driver._commit()
+    assert driver.take(result)
+    driver.flush()
     driver._note([unit["name"]])
     assert [piece["place"] for piece in Work.of(made.config, made.source, made.table).units[0]["parts"]] == result[
         "unread"

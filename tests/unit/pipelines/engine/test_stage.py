@@ -13,17 +13,16 @@ from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.pool import ActorsConfig
 from pipelines.engine.runs import Fenced, Run
 from pipelines.engine.stage import (
-    CommitConfig,
-    ErrorRateExceeded,
     StageConfig,
+    StagePass,
     _check_owner,
     _check_reads,
     _overwrite,
-    _Pass,
     _reads,
     _units,
 )
 from pipelines.engine.summary import Summary
+from pipelines.engine.unit_pass import CommitConfig, ErrorRateExceeded
 from pipelines.engine.worker import MAY_BE_NULL, READS
 
 pytestmark = pytest.mark.unit
@@ -194,17 +193,19 @@ def test_overwrite_of_nothing(fill):
 
 @pytest.fixture
 def make_pass(table, tmp_path):
-    def make(**changes):
+    def make(rows=10, **changes):
         config = StageConfig(store=str(tmp_path / "store"), **changes)
         run = Run(config.store, "embed")
-        return _Pass(NamedStage, config, table, run, Summary("embed", config.store))
+        rate, summary = config.max_error_rate, Summary("embed", config.store)
+        return StagePass("embed", table, run, summary, rows=rows, when=config.commit, max_error_rate=rate)
 
     return make
 
 
 def result(file, errors=0, **counts):
     examples = [{"row": 0, "error": f"reason {number}"} for number in range(errors)]
-    return file, {
+    return {
+        "file": file.to_json(),
         "fragment": file.fragment_id,
         "errors": errors,
         "examples": examples,
@@ -230,30 +231,30 @@ def result(file, errors=0, **counts):
     ],
 )
 def test_error_rate(make_pass, errors, rows, total, rate, stops):
-    made = make_pass(max_error_rate=rate)
+    made = make_pass(total, max_error_rate=rate)
     if not stops:
-        made._check_errors({"errors": errors, "rows": rows}, total, lambda: "reason 0")
+        made.check_errors({"errors": errors, "rows": rows}, lambda: "reason 0")
         return
     with pytest.raises(
         ErrorRateExceeded, match=rf"{errors} of {rows:,} rows failed, more than max_error_rate {rate:g}"
     ):
-        made._check_errors({"errors": errors, "rows": rows}, total, lambda: "reason 0")
+        made.check_errors({"errors": errors, "rows": rows}, lambda: "reason 0")
 
 
 def test_error_rate_shows_an_example(make_pass):
-    made = make_pass(max_error_rate=0.0)
+    made = make_pass(2, max_error_rate=0.0)
     with pytest.raises(ErrorRateExceeded, match="such as: reason 0"):
-        made._check_errors({"errors": 1, "rows": 2}, 2, lambda: "reason 0")
+        made.check_errors({"errors": 1, "rows": 2}, lambda: "reason 0")
 
 
 def test_commit_counts_what_it_added(make_pass, table):
     made = make_pass()
-    made._commit()
+    made.flush()
     assert made.summary.commits == 0
     table.attach([column_file(table, 1)])
     files = [column_file(table, 0), column_file(table, 1), column_file(table, 2)]
     made.pending = [result(file, errors=1, tokens=7) for file in files]
-    made._commit()
+    made.flush()
     summary = made.summary
     assert (summary.fragments, summary.rows, summary.errors, summary.commits) == (2, 4, 2, 1)
     assert summary.counts == {"tokens": 14} and made.pending == []
@@ -265,7 +266,7 @@ def test_commit_counts_what_it_added(make_pass, table):
 def test_commit_shows_a_few_examples_only(make_pass, table):
     made = make_pass()
     made.pending = [result(column_file(table, fragment), errors=4) for fragment in range(3)]
-    made._commit()
+    made.flush()
     assert len(made.summary.error_examples) == stage.EXAMPLES and made.summary.errors == 12
     assert made.summary.examples == {"ok": ["caption 0", "caption 1", "caption 2", "caption 3", "caption 0"]}
 
@@ -273,28 +274,28 @@ def test_commit_shows_a_few_examples_only(make_pass, table):
 def test_run_that_was_taken_for_dead_commits_nothing(make_pass, table):
     made = make_pass()
     made.pending = [result(column_file(table, 0))]
-    with Run(made.run_.store, "latents") as other:
-        Path(made.run_.store, "runs", made.run_.id).mkdir(parents=True)
-        Path(made.run_.store, "runs", made.run_.id, "fence").touch()
-        assert other.end_dead(table) == {made.run_.id}
+    with Run(made.run.store, "latents") as other:
+        Path(made.run.store, "runs", made.run.id).mkdir(parents=True)
+        Path(made.run.store, "runs", made.run.id, "fence").touch()
+        assert other.end_dead(table) == {made.run.id}
     with pytest.raises(Fenced, match="was silent for so long"):
-        made._commit()
+        made.flush()
     assert 0 in todo(table)[0]
 
 
 def test_when_a_commit_is_due(make_pass, table):
     file = column_file(table, 0)
     made = make_pass(commit=CommitConfig(fragments=2, seconds=1000.0))
-    assert not made._due()
+    assert not made.is_due()
     made.pending = [result(file)]
-    assert not made._due()
+    assert not made.is_due()
     made.pending *= 2
-    assert made._due()
+    assert made.is_due()
     made.last_commit_took = 1000.0  # then committing would take over a hundredth of the time
-    assert not made._due()
+    assert not made.is_due()
     made.pending, made.last_commit_took = [result(file)], 0.0
     made.oldest = time.monotonic() - 1001
-    assert made._due()
+    assert made.is_due()
 
 
 # -- config -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pipelines.ingestion import worker as ingest_worker
 from pipelines.ingestion.filters import FiltersConfig
 from pipelines.ingestion.listed_sizes import note_sizes, read_sizes
 from pipelines.ingestion.summary import IngestSummary
-from pipelines.ingestion.update import UpdateWorker, _Committer, units_of
+from pipelines.ingestion.update import UpdatePass, UpdateWorker, units_of
 from pipelines.ingestion.work import Work
 from pipelines.sources import files as sources_listed
 from pipelines.sources.base import ERROR_FIELD, MAX_TEXT_BYTES
@@ -24,6 +24,13 @@ from pipelines.sources.registry import open_source
 from tests.unit.pipelines.conftest import Near
 
 pytestmark = pytest.mark.unit
+
+
+def updating(table, run, summary, units):
+    """The driver's side of an update of these units."""
+    made = UpdatePass("ingest --update", table, run, summary, rows=len(units))
+    made.unsettled = set(units)
+    return made
 
 
 class Edited:
@@ -57,11 +64,11 @@ class Edited:
         results = self.results(**options)
         with Run(self.uri, "ingest") as run:
             summary = IngestSummary("ingest", self.uri)
-            committer = _Committer(self.table, run, summary, {result["name"] for result in results})
+            committer = updating(self.table, run, summary, {result["name"] for result in results})
             for result in results:
                 committer.take(result)
                 committer.take(result)  # Ray may give a result twice
-            committer.commit()
+            committer.flush()
             assert committer.unsettled == set()
         self.summary = summary
         return summary.counts
@@ -340,9 +347,9 @@ def test_a_fragment_that_others_changed_is_not_overwritten(edited):
     one.put("1.txt", "second")
     assert one.update() == {"updated": 1}
     with Run(one.uri, "ingest") as run:
-        committer = _Committer(one.table, run, IngestSummary("ingest", one.uri), {result["name"] for result in late})
+        committer = updating(one.table, run, IngestSummary("ingest", one.uri), {result["name"] for result in late})
         committer.take(late[0])
-        committer.commit()
+        committer.flush()
         assert committer.unsettled == {"fragment 0"} and one.rows()["1.jpg"]["caption_original"] == "second"
     one.put("1.txt", "third")
     work = one.work()
@@ -357,9 +364,9 @@ def test_a_run_that_was_taken_for_dead_updates_nothing(edited):
     results = one.results()
     with pytest.raises(Fenced), Run(one.uri, "ingest") as run:
         run._mark(run.id, "fence")
-        committer = _Committer(one.table, run, IngestSummary("ingest", one.uri), {"fragment 0"})
+        committer = updating(one.table, run, IngestSummary("ingest", one.uri), {"fragment 0"})
         committer.take(results[0])
-        committer.commit()
+        committer.flush()
     assert one.rows()["1.jpg"]["caption_original"] == "text 1"
 
 
