@@ -141,7 +141,7 @@ def test_texts_count_in_a_window(job, photo, tmp_path, monkeypatch):
     texts = [f"{number} {LONGEST[:50_000]}" for number in range(20)]
     pq.write_table(pa.table({"image": [b"x"] * 20, "caption": texts}), tmp_path / "a.parquet")
     made = job(f"parquet:{tmp_path}/a.parquet")
-    windows = list(ingest_worker._Task(made.worker, made.work.units[0])._windows())
+    windows = list(ingest_worker._Ingest(made.worker, made.work.units[0])._windows())
     assert [len(window.records) for window in windows] == [6, 6, 6, 2]
 
 
@@ -155,7 +155,7 @@ def test_names_without_end_are_cut_and_count_in_a_window(job, photo, tmp_path, m
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     made = job(f"webdataset:{tmp_path}/x.tar")
-    windows = list(ingest_worker._Task(made.worker, made.work.units[0])._windows())
+    windows = list(ingest_worker._Ingest(made.worker, made.work.units[0])._windows())
     assert max(len(window.records) for window in windows) <= 4
     made.run()
     assert [len(row["source"]) for row in made.rows()] == [4096] * 6
