@@ -14,12 +14,13 @@ What is done to an image, in this order; all of it but the limits is part of wha
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import io
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -167,11 +168,9 @@ def open_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Im
         ImageError: no image, of an unknown format, larger than `max_pixels`, or damaged.
     """
     image = open_image(data, max_pixels)
-    try:
+    with image_errors(image):
         decode_image(image)
         return image.convert("RGB")
-    except Exception as error:  # whatever a damaged file makes its decoder raise
-        raise ImageError(f"damaged {image.format}: {type(error).__name__}: {error}") from error
 
 
 def decode_image(image: Image.Image) -> None:
@@ -229,37 +228,68 @@ def bucket_pixels(
         ImageError: no image, damaged, too large, or too small for its bucket.
     """
     image = open_image(data, max_pixels)
+    height, width = upright_size(image)
+    bucket = nearest_bucket(height, width, buckets)
+    if (factor := upscale_needed(height, width, bucket)) > max_upscale:
+        raise ImageError(
+            f"{height} x {width} pixels (height x width): bucket {bucket_name(bucket)} would need it {factor:.2f} times "
+            f"larger, more than the {max_upscale:g} allowed"
+        )
+    return bucket, np.asarray(load(image, bucket, (image.width * factor, image.height * factor), crop=True))
+
+
+def reduced_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) of an image brought to a longer side of at most `side` pixels."""
+    factor = min(1.0, side / max(height, width))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def reduced_image(data: bytes | memoryview, side: int) -> Image.Image:
+    """The whole image, upright, as RGB, with a longer side of at most `side` pixels. May run in many threads at once.
+
+    Raises:
+        ImageError: no image, damaged, or too large to be decoded safely.
+    """
+    image = open_image(data)
+    return load(image, reduced_size(*upright_size(image), side))
+
+
+def load(
+    image: Image.Image, size: tuple[int, int], draft_to: tuple[float, float] | None = None, crop: bool = False
+) -> Image.Image:
+    """Decodes an opened image -> upright RGB of `size`: the one way from a file to pixels that are used.
+
+    Args:
+        image: of `open_image`.
+        size: (height, width) in pixels, upright.
+        draft_to: (width, height), as the file lies, that a JPEG is decoded to at least, times `DRAFT_MARGIN`; default: `size`.
+        crop: take the centered part that has the aspect ratio of `size`; else the whole image is stretched to it.
+
+    Raises:
+        ImageError: damaged.
+    """
+    turn = orientation(image)
+    height, width = size if turn < 5 else size[::-1]
+    with image_errors(image):
+        needed_width, needed_height = draft_to or (width, height)
+        image.draft(None, (round(needed_width * DRAFT_MARGIN), round(needed_height * DRAFT_MARGIN)))
+        with large_images if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
+            decode_image(image)
+            flat = eight_bits(image)
+            box = center_box(flat.height, flat.width, (height, width)) if crop else None
+            pixels = flat.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0).convert("RGB")
+        return pixels.transpose(UPRIGHT[turn]) if turn in UPRIGHT else pixels
+
+
+@contextlib.contextmanager
+def image_errors(image: Image.Image) -> Iterator[None]:
+    """Turns whatever a damaged file makes its decoder raise into an ImageError."""
     try:
-        turn = orientation(image)
-        height, width = upright_size(image)
-        bucket = nearest_bucket(height, width, buckets)
-        if (factor := upscale_needed(height, width, bucket)) > max_upscale:
-            raise ImageError(
-                f"{height} x {width} pixels (height x width): bucket {bucket_name(bucket)} would need it {factor:.2f} times "
-                f"larger, more than the {max_upscale:g} allowed"
-            )
-        size = bucket if turn < 5 else (bucket[1], bucket[0])  # (height, width) as the file lies
-        image.draft(None, (round(image.width * DRAFT_MARGIN * factor), round(image.height * DRAFT_MARGIN * factor)))
-        if image.width * image.height <= LARGE_PIXELS:
-            pixels = _resized(image, size)
-        else:
-            with large_images:
-                pixels = _resized(image, size)
-        if turn in UPRIGHT:
-            pixels = pixels.transpose(UPRIGHT[turn])
+        yield
     except ImageError:
         raise
-    except Exception as error:  # whatever a damaged file makes its decoder raise
-        raise ImageError(f"damaged {image.format}: {type(error).__name__}: {error}") from error
-    return bucket, np.asarray(pixels)
-
-
-def _resized(image: Image.Image, size: Bucket) -> Image.Image:
-    """The centered part of the aspect ratio of `size` (height, width), as RGB of that size."""
-    decode_image(image)
-    flat = eight_bits(image)
-    box = center_box(flat.height, flat.width, size)
-    return flat.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0).convert("RGB")
+    except Exception as error:
+        raise ImageError(f"damaged {image.format}: {type(error).__name__}: {str(error).strip()}") from error
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

@@ -28,9 +28,9 @@ from transformers import LogitsProcessorList
 
 from lidit.frozen.batching import one_ahead, plan_batches
 from lidit.frozen.loading import load_config, load_model, load_processor
-from lidit.images.pixels import ImageError
+from lidit.images.pixels import ImageError, reduced_image
 from lidit.runtime.model_files import config_digest, processor_digest, resolve_model, tokenizer_digest, weights_digest
-from pipelines.captioning.image import blank_image, shown_image, shown_size
+from pipelines.captioning.image import blank_image, shown_size
 from pipelines.captioning.request import GRAY, CaptionAnswer, CaptionRequest, conversation
 from pipelines.captioning.row_sampling import RowSampler
 
@@ -237,7 +237,7 @@ class Captioner:
     def _decoded(self, request: CaptionRequest) -> Image.Image | ImageError:
         """The request's image, upright RGB; a gray one of its size if it asks for that."""
         try:
-            return (blank_image if request.blank else shown_image)(request.image, self.image_side)
+            return (blank_image if request.blank else reduced_image)(request.image, self.image_side)
         except ImageError as error:
             return error
 

@@ -30,6 +30,7 @@ from pipelines.engine.table import Table
 from pipelines.ingestion.config import IngestConfig
 from pipelines.ingestion.dedup import IN_RUN, IN_TABLE, NEW, REPEATED, UNKNOWN
 from pipelines.sources.base import ERROR_FIELD, Record, Source, error_row, make_row, writable
+from pipelines.sources.image_check import Unwanted
 from pipelines.sources.registry import open_source
 
 WINDOW_ROWS = 256  # rows that are checked, claimed and written together; with WINDOW_BYTES bounds an actor's memory
@@ -190,15 +191,12 @@ class UnitTask:
                 if filters.bad_caption == "drop":
                     return _Looked(filtered=f"caption_{nulled}")
                 record.caption = None
-        sizes: list[str | None] = []
-
-        def wanted(height: int, width: int) -> bool:
-            sizes.append(filters.size(height, width))
-            return sizes[-1] is None
-
-        with_phash = filters.near_duplicates is not None
-        row = make_row(record, self.source.has_images, self.config.check == "decode", with_phash, wanted)
-        return _Looked(row, sizes[-1] if row is None else None, nulled)
+        decode, with_phash = self.config.check == "decode", filters.near_duplicates is not None
+        try:
+            row = make_row(record, self.source.has_images, decode, with_phash, filters.size)
+        except Unwanted as unwanted:
+            return _Looked(filtered=str(unwanted))
+        return _Looked(row, nulled=nulled)
 
 
 class _Ingest(UnitTask):

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from lidit.images.pixels import UPRIGHT, bucket_pixels, eight_bits, open_image, orientation, to_bytes
+from lidit.images.pixels import ImageError, bucket_pixels, reduced_image, to_bytes
 from lidit.runtime.config_files import MAX_BYTES, load_yaml
 from lidit.runtime.uris import shown
 from lidit.store import columns
@@ -136,15 +136,9 @@ def _decoder_of(model: str, revision: str | None, wanted: dict[str, Any], downlo
 def thumbnail(data: bytes, side: int = THUMBNAIL) -> Picture | None:
     """An encoded image, upright and small; None where it cannot be shown."""
     try:
-        image = open_image(data)
-        turn = orientation(image)
-        image.draft("RGB", (2 * side, 2 * side))
-        image.load()
-        small = eight_bits(image).convert("RGB")
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    except Exception:  # damaged in whatever way: the page shows that there is none
+        return _picture(reduced_image(data, side))
+    except ImageError:  # the page shows that there is none
         return None
-    return _picture(small.transpose(UPRIGHT[turn]) if turn in UPRIGHT else small)
 
 
 def _drawn(dataset: lance.LanceDataset, count: int, seed: int) -> np.ndarray:

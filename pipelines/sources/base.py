@@ -256,11 +256,14 @@ def make_row(
     has_image: bool,
     decode: bool = True,
     with_phash: bool = False,
-    wanted: Callable[[int, int], bool] | None = None,
-) -> dict[str, Any] | None:
+    size_filter: Callable[[int, int], str | None] = lambda height, width: None,
+) -> dict[str, Any]:
     """A record as a row of its source's schema: nulls and a reason where it can be no good one.
 
-    `decode`, `with_phash` as `check_image` has them. None: `wanted`, given height and width, does not want it.
+    `decode`, `with_phash`, `size_filter` as `check_image` has them.
+
+    Raises:
+        Unwanted: the size filter leaves the image out.
     """
     record.drop_long_texts()
     row = {columns.IMAGE_ID: record.identify(), **record.values}
@@ -271,11 +274,9 @@ def make_row(
     if record.image is None:
         return error_row(record, "there is no image")
     try:
-        look = check_image(record.image, decode, with_phash, wanted)
+        look = check_image(record.image, decode, with_phash, size_filter)
     except ValueError as error:
         return error_row(record, str(error))
-    if wanted is not None and not wanted(look.height, look.width):
-        return None
     return {
         **row,
         columns.IMAGE: record.image,

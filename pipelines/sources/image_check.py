@@ -18,6 +18,7 @@ from lidit.images.pixels import (
     check_mode,
     decode_image,
     eight_bits,
+    image_errors,
     open_image,
     orientation,
     upright_size,
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 LOOK_PIXELS = 64  # a JPEG is decoded at an eighth, a quarter or a half of its size, as long as both sides keep this
 REDUCED = 512  # pixels: a larger image is averaged down before its hash is made
 PHASH_PIXELS = 32
+
+
+class Unwanted(Exception):
+    """An image that a filter leaves out because of its size; the message is the filter's name."""
 
 
 @dataclass
@@ -49,7 +54,7 @@ def check_image(
     data: bytes,
     decode: bool = True,
     with_phash: bool = False,
-    keep: Callable[[int, int], bool] | None = None,
+    size_filter: Callable[[int, int], str | None] = lambda height, width: None,
 ) -> ImageCheck:
     """Looks at an image's bytes. May run in many threads at once.
 
@@ -58,19 +63,20 @@ def check_image(
         decode: decode it (a JPEG at an eighth of its size where that is enough), so that damage is found; else it is only
             seen that the file's end is there.
         with_phash: also make the perceptual hash, which needs decoding.
-        keep: is given height and width once the header is read; False: the image is not wanted, nothing is decoded.
+        size_filter: is given height and width once the header is read, and names what leaves such an image out, if so.
 
     Raises:
+        Unwanted: the size filter leaves it out; nothing is decoded.
         ValueError: no image, a format that is not read here, too many pixels, or damaged; says which.
     """
     try:
         image = open_image(data)
     except ValueError as error:
         raise ValueError(what_it_is(data) or str(error)) from error
-    try:
-        height, width = upright_size(image)
-        if keep is not None and not keep(height, width):
-            return ImageCheck(height, width, None)
+    height, width = upright_size(image)
+    if (unwanted := size_filter(height, width)) is not None:
+        raise Unwanted(unwanted)
+    with image_errors(image):
         if decode or with_phash:
             image.draft("L", (LOOK_PIXELS, LOOK_PIXELS))  # JPEG only: enough to see that it is whole
             decode_image(image)
@@ -78,10 +84,6 @@ def check_image(
             raise ImageError(f"{image.format} cut short: its end is missing")
         check_mode(image)
         return ImageCheck(height, width, perceptual_hash(image) if with_phash else None)
-    except ImageError:
-        raise
-    except Exception as error:  # whatever a damaged file makes its decoder raise
-        raise ImageError(f"damaged {image.format}: {type(error).__name__}: {str(error).strip()}") from error
 
 
 def perceptual_hash(image: Image.Image) -> int:

@@ -26,8 +26,8 @@ from typing import Any
 import report
 import torch
 
+from lidit.images.pixels import reduced_image
 from lidit.store import columns
-from pipelines.captioning.image import shown_image
 from pipelines.captioning.request import INSTRUCTION, CaptionRequest
 
 TARGET = 0.9
@@ -81,7 +81,7 @@ def bare(store: str, **settings: Any) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     start = time.perf_counter()
     for window in windows:
-        engine.inputs([shown_image(image, made.image_side) for image in window], [INSTRUCTION] * len(window))
+        engine.inputs([reduced_image(image, made.image_side) for image in window], [INSTRUCTION] * len(window))
     prepared = time.perf_counter() - start
     rows, tokens = len(answers), sum(answer.tokens for answer in answers)
     return {"rows_per_second": rows / seconds, "tokens": tokens, "seconds": seconds, "prepare_seconds": prepared}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lidit.images.pixels import ImageError
-from pipelines.captioning.image import blank_image, reduced_size, sendable, shown_image, shown_size
+from lidit.images.pixels import ImageError, reduced_image, reduced_size
+from pipelines.captioning.image import blank_image, sendable, shown_size
 from pipelines.captioning.request import GRAY
 
 pytestmark = pytest.mark.unit
@@ -43,7 +43,7 @@ def test_reduced_size(size: tuple[int, int], side: int, expected: tuple[int, int
 
 
 def test_a_small_image_is_shown_as_it_is() -> None:
-    shown = shown_image(encoded(picture()), 1024)
+    shown = reduced_image(encoded(picture()), 1024)
     assert shown.mode == "RGB" and np.array_equal(np.asarray(shown), np.asarray(picture()))
 
 
@@ -57,24 +57,24 @@ def test_size_and_pixels_are_upright(turn: int) -> None:
     exif[0x0112] = turn
     data = encoded(lying, exif=exif)
     assert shown_size(data, 30) == (20, 30)
-    assert np.array_equal(np.asarray(shown_image(data, 1024)), np.asarray(picture()))
-    small = np.asarray(shown_image(data, 30))
+    assert np.array_equal(np.asarray(reduced_image(data, 1024)), np.asarray(picture()))
+    small = np.asarray(reduced_image(data, 30))
     assert small.shape == (20, 30, 3) and small[5, 20, 0] > 150 and small[15, 20, 2] > 150 and small[10, 2, 1] > 150
 
 
 def test_a_large_jpeg_is_decoded_small_and_right() -> None:
     data = encoded(picture(2400, 3600), "JPEG", quality=95)
-    shown = np.asarray(shown_image(data, 300)).astype(int)
+    shown = np.asarray(reduced_image(data, 300)).astype(int)
     assert shown.shape == (200, 300, 3)
     assert np.abs(shown[50, 200] - (200, 0, 0)).max() < 12 and np.abs(shown[150, 200] - (0, 0, 200)).max() < 12
 
 
 def test_other_modes_become_rgb_and_transparency_white() -> None:
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert np.asarray(shown_image(encoded(clear), 64)).tolist() == [[[255, 255, 255]] * 8] * 8
+    assert np.asarray(reduced_image(encoded(clear), 64)).tolist() == [[[255, 255, 255]] * 8] * 8
     for mode in ("L", "P", "1", "CMYK"):
         kind = "TIFF" if mode == "CMYK" else "PNG"
-        assert shown_image(encoded(picture().convert(mode), kind), 64).mode == "RGB"
+        assert reduced_image(encoded(picture().convert(mode), kind), 64).mode == "RGB"
 
 
 def test_blank_image_has_the_size_shown() -> None:
@@ -96,7 +96,7 @@ def test_others_are_sent_as_jpeg_and_blank_ones_as_png() -> None:
         sent, mime = sendable(data, 300)
         assert mime == "image/jpeg"
         with Image.open(io.BytesIO(sent)) as image:
-            assert image.size == shown_image(data, 300).size
+            assert image.size == reduced_image(data, 300).size
     sent, mime = sendable(large, 300, blank=True)
     assert mime == "image/png" and Image.open(io.BytesIO(sent)).getcolors() == [(60000, GRAY)]
 
@@ -111,6 +111,6 @@ def test_what_cannot_be_shown_says_why(ending: str, reason: str) -> None:
         b"BM" + bytes(12) + (40).to_bytes(4, "little") + (30000).to_bytes(4, "little") * 2 + b"\1\0\x18\0" + bytes(24)
     )
     data = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"not an image", "bomb": bomb}[ending]
-    for use in (lambda: shown_image(data, 64), lambda: sendable(data, 64)):
+    for use in (lambda: reduced_image(data, 64), lambda: sendable(data, 64)):
         with pytest.raises(ImageError, match=reason):
             use()

@@ -4,6 +4,7 @@ import pytest
 
 from lidit.store import columns
 from pipelines.sources.base import Record, error_row, make_row
+from pipelines.sources.image_check import Unwanted
 
 pytestmark = pytest.mark.unit
 
@@ -40,8 +41,10 @@ def test_row(photo):
 
 
 def test_row_that_is_not_wanted(photo):
-    assert make_row(Record("a", photo(1)), True, wanted=lambda height, width: height > 64) is None
-    assert make_row(Record("a", photo(1)), True, wanted=lambda height, width: height >= 64) is not None
+    with pytest.raises(Unwanted, match="min_side"):
+        make_row(Record("a", photo(1)), True, size_filter=lambda height, width: None if height > 64 else "min_side")
+    row = make_row(Record("a", photo(1)), True, size_filter=lambda height, width: None if height >= 64 else "min_side")
+    assert row["height"] == 64
 
 
 @pytest.mark.parametrize(

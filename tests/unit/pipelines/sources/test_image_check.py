@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from lidit.images.pixels import bucket_pixels
 from pipelines.sources import image_check
-from pipelines.sources.image_check import check_image, digest, has_end, perceptual_hash
+from pipelines.sources.image_check import Unwanted, check_image, digest, has_end, perceptual_hash
 
 pytestmark = pytest.mark.unit
 
@@ -76,10 +76,11 @@ def test_bomb_is_refused_before_it_is_decoded(zoo):
 @pytest.mark.parametrize("name", ["cut.jpg", "cut.png"])
 def test_unwanted_sizes_are_not_decoded(zoo, name):
     asked = []
-    look = check_image(zoo.bad[name][0], keep=lambda height, width: asked.append((height, width)))
-    assert asked == [(64, 96)] == [(look.height, look.width)], "decoding it would have raised"
+    with pytest.raises(Unwanted, match="min_side"):  # decoding it would have raised another error
+        check_image(zoo.bad[name][0], size_filter=lambda height, width: asked.append((height, width)) or "min_side")
+    assert asked == [(64, 96)], "it is asked once"
     with pytest.raises(ValueError, match="damaged"):
-        check_image(zoo.bad[name][0], keep=lambda height, width: True)
+        check_image(zoo.bad[name][0], size_filter=lambda height, width: None)
 
 
 @pytest.mark.parametrize("decode", [True, False])
