@@ -32,6 +32,7 @@ from pipelines.report.page import Chart, Page, human, render
 from pipelines.report.samples import draw_samples, open_decoder
 
 BUCKETS_SHOWN = 16
+HISTOGRAM_ROWS = 1_000_000  # that histograms are made of at most, the first ones
 SHORT = 88  # characters of a line's text
 
 
@@ -49,19 +50,14 @@ class InspectConfig:
     """Rows that the page shows."""
     seed: int = 0
     """Which rows."""
-    histogram_rows: int = 1_000_000
-    """Rows that histograms are made of at most, from the first on."""
     vae: str | None = None
-    """Autoencoder that latents are decoded with: folder or hub id. Default: the one that the newest latents run names."""
-    vae_revision: str | None = None
-    """Full commit hash of a hub id."""
+    """Autoencoder that latents are decoded with: folder or `owner/name@commit`. Default: the one that the newest latents run
+    names."""
 
     def __post_init__(self) -> None:
         check_config(self)
-        if self.samples < 0 or self.histogram_rows < 1:
-            raise ValueError(
-                f"expected samples >= 0 and histogram_rows >= 1, received {self.samples}, {self.histogram_rows}"
-            )
+        if self.samples < 0:
+            raise ValueError(f"expected samples >= 0, received {self.samples}")
 
 
 @dataclass
@@ -97,24 +93,24 @@ def main(config: InspectConfig) -> InspectResult:
     if config.html is None:
         return found
     dataset = Table(facts.uri).open(facts.version)
-    decoder = open_decoder(config.store, dataset, config.vae, config.vae_revision)
+    decoder = open_decoder(config.store, dataset, config.vae)
     notes = [] if decoder is None or not decoder.problem else [f"Latents are not decoded: {decoder.problem}."]
     samples = draw_samples(dataset, config.samples, config.seed, decoder)
     notes += [f"{stale.words}." for stale in facts.stale]
-    page = Page(facts, list(_charts(dataset, config.histogram_rows)), samples, notes)
+    page = Page(facts, list(_charts(dataset)), samples, notes)
     with fsspec.open(config.html, "w", encoding="utf-8") as file:
         file.write(render(page))
     return InspectResult(facts, config.html, notes)
 
 
-def _charts(dataset: lance.LanceDataset, most_rows: int) -> Iterator[Chart]:
+def _charts(dataset: lance.LanceDataset) -> Iterator[Chart]:
     """Lengths of texts, of captions in tokens, of embeddings; sizes and shapes of images; buckets."""
     names = dataset.schema.names
-    seen = min(dataset.count_rows(), most_rows)
+    seen = min(dataset.count_rows(), HISTOGRAM_ROWS)
     rows = f"of {seen:,} rows" if seen == dataset.count_rows() else f"of the first {seen:,} rows"
 
     def of(name: str, title: str, unit: str) -> Iterator[Chart]:
-        values = numbers(dataset, name, most_rows)
+        values = numbers(dataset, name, HISTOGRAM_ROWS)
         if len(values):
             yield Chart(title, f"{name}: {len(values):,} values {rows}", histogram(values, unit))
 
@@ -127,16 +123,16 @@ def _charts(dataset: lance.LanceDataset, most_rows: int) -> Iterator[Chart]:
         elif "_length_" in stored.name and columns.META_ENCODER in metadata_of(stored):
             yield from of(stored.name, f"Prompt tokens of {metadata_of(stored)[columns.META_ENCODER]}", "tokens")
     if columns.HEIGHT in names and columns.WIDTH in names:
-        height, width = (numbers(dataset, name, most_rows) for name in (columns.HEIGHT, columns.WIDTH))
+        height, width = (numbers(dataset, name, HISTOGRAM_ROWS) for name in (columns.HEIGHT, columns.WIDTH))
         if len(height) and len(height) == len(width):
             about = f"{len(height):,} images {rows}"
             yield Chart("Shorter side", about, histogram(np.minimum(height, width), "pixels"))
             yield Chart("Aspect ratio", about, histogram(width / height, "(width over height)"))
     for name in names:
         if name.startswith(columns.BUCKET) and pa.types.is_string(dataset.schema.field(name).type):
-            yield _bar_chart("Buckets, height x width", name, labels(dataset, name, most_rows), rows, True)
+            yield _bar_chart("Buckets, height x width", name, labels(dataset, name, HISTOGRAM_ROWS), rows, True)
         elif name.endswith("_status") and pa.types.is_string(dataset.schema.field(name).type):
-            yield _bar_chart("What the gate says of captions", name, labels(dataset, name, most_rows), rows)
+            yield _bar_chart("What the gate says of captions", name, labels(dataset, name, HISTOGRAM_ROWS), rows)
 
 
 def _bar_chart(title: str, name: str, counts: Counter[str], rows: str, with_shape: bool = False) -> Chart:

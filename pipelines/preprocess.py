@@ -70,8 +70,6 @@ class PreprocessConfig:
     verify: VerifyConfig = VerifyConfig(sample=0)
     """As for `lidit verify`; without `since`, what has changed since the last run that found nothing wrong. `sample` loads all
     LLMs into the driver's process, on its CPU: none by default."""
-    verify_all: bool = False
-    """Verify the whole table, not only what is new: reads every byte of it."""
     retention: RetentionConfig = RetentionConfig()
     """Which old versions of the tables stay readable."""
     if_busy: Literal["leave", "wait"] = "leave"
@@ -221,7 +219,7 @@ def _verify(config: PreprocessConfig) -> Any:
     """Verifies what has changed since the version that was verified last, and marks the version it looked at."""
     table = _samples(config)
     tags = table.open().tags
-    since = config.verify.since or ("" if config.verify_all or VERIFIED_TAG not in tags.list() else VERIFIED_TAG)
+    since = config.verify.since or (VERIFIED_TAG if VERIFIED_TAG in tags.list() else "")
     report = verify.main(dataclasses.replace(config.verify, store=config.store, since=since))
     if report.ok:
         with flushed_commit(table.uri):

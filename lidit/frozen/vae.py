@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lidit.frozen.taef2 import DOWNSCALE, LATENT_CHANNELS, load_taef2
 from lidit.runtime.model_files import (
     AUTOENCODER,
     PROJECT_ROOT,
@@ -82,18 +83,17 @@ class VAE:
         self.dtype = dtype
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._taef2 = _taef2_file(model)
+        self.config: dict[str, Any] = {}
+        self.kind, self.has_deviation = "TAEF2", False
         if self._taef2:
             check_pin(f"autoencoder {self._taef2}", revision, functools.partial(file_digest, self._taef2))
-        self.folder = self._taef2.parent if self._taef2 else resolve_model(model, revision, AUTOENCODER, download)
-        self.config = {} if self._taef2 else _read_config(self.folder)
-        self.kind = "TAEF2" if self._taef2 else self.config["_class_name"]
-        self.has_deviation = self.kind == "AutoencoderKL"
-        if self._taef2:
-            from lidit.frozen import taef2
-
-            self.channels, self.downscale = taef2.LATENT_CHANNELS, taef2.DOWNSCALE
+            self.folder, self.channels, self.downscale = self._taef2.parent, LATENT_CHANNELS, DOWNSCALE
             self.scaling_factor, self.shift_factor = 1.0, 0.0
         else:
+            self.folder = resolve_model(model, revision, AUTOENCODER, download)
+            self.config = _read_config(self.folder)
+            self.kind = self.config["_class_name"]
+            self.has_deviation = self.kind == "AutoencoderKL"
             settings = {**_defaults(self.kind), **self.config}
             levels = settings["block_out_channels" if self.has_deviation else "encoder_block_out_channels"]
             self.channels, self.downscale = settings["latent_channels"], 2 ** (len(levels) - 1)
@@ -157,8 +157,6 @@ class VAE:
     def weights(self) -> Any:
         """The model on its device, frozen."""
         if self._taef2:
-            from lidit.frozen.taef2 import load_taef2
-
             model: Any = load_taef2(self._taef2).to(DTYPES[self.dtype])
         else:
             model = _load_diffusers(self.folder, self.kind, DTYPES[self.dtype])

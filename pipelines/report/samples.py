@@ -20,6 +20,7 @@ from PIL import Image
 
 from lidit.images.pixels import ImageError, bucket_pixels, reduced_image, to_bytes
 from lidit.runtime.config_files import MAX_BYTES, load_yaml
+from lidit.runtime.model_files import split_revision
 from lidit.runtime.uris import shown
 from lidit.store import columns
 from lidit.store.buckets import parse_bucket
@@ -100,7 +101,7 @@ def latents_bucket(latents: str) -> str:
     return f"{columns.BUCKET}{suffix}"
 
 
-def open_decoder(store: str, dataset: lance.LanceDataset, model: str | None, revision: str | None) -> Decoder | None:
+def open_decoder(store: str, dataset: lance.LanceDataset, model: str | None) -> Decoder | None:
     """The autoencoder of the table's latents: the one named, or one that a latents run names, the newest first.
 
     None: the table has no latents. The autoencoder must be the one that made them, by its fingerprint.
@@ -109,7 +110,7 @@ def open_decoder(store: str, dataset: lance.LanceDataset, model: str | None, rev
     if latents is None:
         return None
     wanted = json.loads(metadata_of(dataset.schema.field(latents))[columns.META_FINGERPRINT])
-    candidates = _models_of_runs(store) if model is None else [(model, revision)]
+    candidates = _models_of_runs(store) if model is None else [split_revision(model)]
     decoder = Decoder(problem="no run says which autoencoder made the latents; name it with --vae")
     for candidate in candidates:
         decoder = _decoder_of(*candidate, wanted, download=model is not None)

@@ -243,7 +243,7 @@ def encoded(store, tmp_path):
 
 def test_latents_are_decoded_back(store, encoded):
     dataset = Table(f"{store}/{columns.SAMPLES_TABLE}").open()
-    decoder = open_decoder(store, dataset, str(encoded), None)
+    decoder = open_decoder(store, dataset, str(encoded))
     assert decoder.problem == "" and decoder.vae is not None
     samples = draw_samples(dataset, 20, 0, decoder)
     shown = [sample for sample in samples if sample.decoded]
@@ -264,10 +264,10 @@ def test_moments_are_shown_by_their_mean():
 
 def test_the_autoencoder_is_found_by_the_run_that_used_it(store, encoded):
     dataset = Table(f"{store}/{columns.SAMPLES_TABLE}").open()
-    assert "no run says" in open_decoder(store, dataset, None, None).problem
+    assert "no run says" in open_decoder(store, dataset, None).problem
     with Run(store, "latents") as run:
         run.write("config.yaml", f"model: {encoded}\nrevision: null\n")
-    assert open_decoder(store, dataset, None, None).vae is not None
+    assert open_decoder(store, dataset, None).vae is not None
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_runs_whose_files_are_broken_are_passed_over(store, encoded, text):
     with Run(store, "latents") as run:
         run.write("config.yaml", text)
         run.write("summary.json", text)
-    assert "no run says" in open_decoder(store, dataset, None, None).problem
+    assert "no run says" in open_decoder(store, dataset, None).problem
     assert InspectConfig(store) and inspection.main(InspectConfig(store)).to_text()
 
 
@@ -290,13 +290,13 @@ def test_another_autoencoder_is_not_used(store, encoded, tmp_path):
     dataset = Table(f"{store}/{columns.SAMPLES_TABLE}").open()
     config = json.loads((encoded / "config.json").read_text())
     (encoded / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
-    problem = open_decoder(store, dataset, str(encoded), None).problem
+    problem = open_decoder(store, dataset, str(encoded)).problem
     assert "is not the one that made the latents: config, scaling_factor differ" in problem
-    assert "cannot be loaded here" in open_decoder(store, dataset, str(tmp_path / "none"), None).problem
+    assert "cannot be loaded here" in open_decoder(store, dataset, str(tmp_path / "none")).problem
 
 
 def test_no_latents_no_decoder(store):
-    assert open_decoder(store, Table(f"{store}/{columns.SAMPLES_TABLE}").open(), None, None) is None
+    assert open_decoder(store, Table(f"{store}/{columns.SAMPLES_TABLE}").open(), None) is None
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
