@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from lidit.runtime.fields import JobConfig, PositiveInt
 from lidit.runtime.places import settled
-from lidit.runtime.uris import check_config
 from lidit.store import columns
 from pipelines import ingest, recaption
 from pipelines.engine.pool import ActorsConfig
@@ -21,20 +21,15 @@ from pipelines.engine.table import samples_of
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(JobConfig):
     """The demo's store."""
 
     store: str = "./store"
     """Folder or URI of the feature store; made if it is not there."""
-    scenes: int = 1000
+    scenes: PositiveInt = 1000
     """How many scenes it has in the end."""
     actors: ActorsConfig = ActorsConfig()
     """The pool of workers that describe them."""
-
-    def __post_init__(self) -> None:
-        check_config(self)
-        if self.scenes < 1:
-            raise ValueError(f"scenes: expected at least 1, received {self.scenes}")
 
 
 def main(config: DemoConfig) -> Summary:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from lidit.runtime.fields import Config, NonNegativeInt, PositiveInt
 
 Instruction = Literal["kept", "cut"]
 RefinerAttention = Literal["full", "causal"]
@@ -18,27 +20,27 @@ HEAD_CHANNELS_STEP = 8  # fused attention kernels want K in whole steps of it
 
 
 @dataclass(frozen=True)
-class LIDiTConfig:
+class LIDiTConfig(Config):
     """The model's shape. The defaults are the paper's; the refiner's switches are those of its ablations (table 5)."""
 
     encoders: dict[str, int]
     """Hidden width E of every text encoder, by name. One refiner branch each; the order is the context's."""
-    depth: int
+    depth: PositiveInt
     """Number of DiT blocks."""
-    width: int
+    width: PositiveInt
     """Model width D, of the DiT and the refiners."""
-    heads: int
+    heads: PositiveInt
     """Attention heads N, in the DiT and the refiners; each has D / N channels."""
-    in_channels: int = 16
+    in_channels: PositiveInt = 16
     """Latent channels C."""
-    patch_size: int = 2
+    patch_size: PositiveInt = 2
     """Patch size p: latent pixels along a side of an image token."""
-    ffn_ratio: int = 4
+    ffn_ratio: PositiveInt = 4
     """Width of every feed-forward layer, as a multiple F / D of the model's."""
     instruction: Instruction = "kept"
     """`kept`: the instruction's tokens go through both refiners and are cut off after. `cut`: the refiners do not see
     them. A text model that was given no instruction has an empty one, (0, E): then the two are the same."""
-    refiner_blocks: int = 2
+    refiner_blocks: NonNegativeInt = 2
     """Number of blocks of each linguistic refiner; 0 leaves its input projection alone."""
     refiner_attention: RefinerAttention = "full"
     """Attention in the linguistic refiner: a token sees every token, or, `causal`, those before it."""
@@ -52,6 +54,7 @@ class LIDiTConfig:
     DiT's self-attention rotates queries and keys by row and column."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "encoders", dict(self.encoders))  # ours: a caller's later change must not reach it
         if not self.encoders:
             raise ValueError("encoders: expected at least one, as {name: hidden width}, received none")
@@ -61,26 +64,13 @@ class LIDiTConfig:
                     f"encoders: expected names of letters, digits and underscores, received {name!r}; it names modules "
                     f"of the model, so it must not be an attribute of torch.nn.ModuleDict either"
                 )
-            _check_positive(f"encoders[{name}]", width)
-        for field in ("depth", "width", "heads", "in_channels", "patch_size", "ffn_ratio"):
-            _check_positive(field, getattr(self, field))
+            if not isinstance(width, int) or width < 1:
+                raise ValueError(f"encoders[{name}]: expected a whole number >= 1, received {width!r}")
         if self.width % (self.heads * HEAD_CHANNELS_STEP):
             raise ValueError(
                 f"width {self.width}, heads {self.heads}: expected a multiple of {HEAD_CHANNELS_STEP} channels per head, "
                 f"received {self.width / self.heads:g}"
             )
-        if self.refiner_blocks < 0:
-            raise ValueError(f"refiner_blocks: expected 0 or more, received {self.refiner_blocks}")
-        for field, choice in (
-            ("instruction", Instruction),
-            ("refiner_attention", RefinerAttention),
-            ("fusion", Fusion),
-            ("position", Position),
-        ):
-            if getattr(self, field) not in get_args(choice):
-                raise ValueError(
-                    f"{field}: expected {' or '.join(get_args(choice))}, received {getattr(self, field)!r}"
-                )
 
     @property
     def head_channels(self) -> int:
@@ -143,8 +133,3 @@ def _taken(name: str) -> bool:
     import torch  # here: whoever only reads a config need not wait for torch
 
     return hasattr(torch.nn.ModuleDict(), name)
-
-
-def _check_positive(field: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field}: expected a whole number of at least 1, received {value!r}")

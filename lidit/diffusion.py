@@ -31,11 +31,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lidit.runtime.fields import Config, PositiveFloat, PositiveInt
+
 BINS = 10  # of `timestep_bins`: fixed, so that runs and ranks can be compared and added
 
 
 @dataclass(frozen=True)
-class Flow:
+class Flow(Config):
     """Rectified flow: a straight line from data to noise, and the model predicts its velocity.
 
     Liu et al. 2022 (arXiv 2209.03003); timestep density and shift of Esser et al. 2024 (SD3, arXiv 2403.03206).
@@ -43,26 +45,17 @@ class Flow:
 
     name: ClassVar[str] = "flow"
 
-    shift: float = 1.0
+    shift: PositiveFloat = 1.0
     """Moves timesteps towards noise, t' = s t / (1 + (s - 1) t), SD3 eq. 23: larger images need more noise to lose the same
     detail. 1 at 256 px, 3 above. The sampler uses the same shift unless told otherwise."""
     density: Literal["logit_normal", "uniform"] = "logit_normal"
     """Distribution of timesteps before the shift. `logit_normal`: sigmoid of a normal variable, most of them in the middle."""
     logit_mean: float = 0.0
     """Mean of that normal variable; above 0 leans towards noise."""
-    logit_std: float = 1.0
+    logit_std: PositiveFloat = 1.0
     """Its standard deviation."""
-    min_snr_gamma: float | None = None
+    min_snr_gamma: PositiveFloat | None = None
     """Loss weight min(SNR, gamma) on the error in the latents (arXiv 2303.09556); none by default: the density weighs."""
-
-    def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise ValueError(f"flow: expected shift > 0 (1 leaves timesteps as they are), received {self.shift}")
-        if self.density not in ("logit_normal", "uniform"):
-            raise ValueError(f"flow: expected density logit_normal or uniform, received {self.density!r}")
-        if self.logit_std <= 0:
-            raise ValueError(f"flow: expected logit_std > 0, received {self.logit_std}")
-        _check_gamma(self.name, self.min_snr_gamma)
 
     def timestep_at(self, uniform: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) -> timesteps in (0, 1): the inverse of the density's distribution function."""
@@ -94,7 +87,7 @@ class Flow:
 
 
 @dataclass(frozen=True)
-class DDPM:
+class DDPM(Config):
     """Discrete diffusion with linear betas, the paper's objective.
 
     Ho et al. 2020 (arXiv 2006.11239); v-prediction of Salimans and Ho 2022 (arXiv 2202.00512).
@@ -102,7 +95,7 @@ class DDPM:
 
     name: ClassVar[str] = "ddpm"
 
-    num_steps: int = 1000
+    num_steps: PositiveInt = 1000
     """T, the steps of the chain."""
     beta_start: float = 1e-4
     """Variance of the first step's noise."""
@@ -110,19 +103,15 @@ class DDPM:
     """Variance of the last step's noise; linear in between."""
     prediction_type: Literal["epsilon", "v"] = "epsilon"
     """The model's prediction: `epsilon`, the noise (the paper), or `v`, which stays well defined where noise is all."""
-    min_snr_gamma: float | None = None
+    min_snr_gamma: PositiveFloat | None = None
     """Loss weight min(SNR, gamma) on the error in the latents (arXiv 2303.09556 uses 5); none by default, as the paper."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"ddpm: expected num_steps >= 1, received {self.num_steps}")
+        super().__post_init__()
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"ddpm: expected 0 < beta_start <= beta_end < 1, received {self.beta_start} and {self.beta_end}"
             )
-        if self.prediction_type not in ("epsilon", "v"):
-            raise ValueError(f"ddpm: expected prediction_type epsilon or v, received {self.prediction_type!r}")
-        _check_gamma(self.name, self.min_snr_gamma)
 
     def timestep_at(self, uniform: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) -> timesteps, each of the T steps equally often."""
@@ -273,8 +262,3 @@ def _alpha_bars(num_steps: int, beta_start: float, beta_end: float, device: torc
     betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
     table = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, dim=0)])
     return table.float().to(device)
-
-
-def _check_gamma(name: str, gamma: float | None) -> None:
-    if gamma is not None and gamma <= 0:
-        raise ValueError(f"{name}: expected min_snr_gamma > 0 or none, received {gamma}")

@@ -19,8 +19,8 @@ from lidit.cli import run
 from lidit.config import SIZES, LIDiTConfig
 from lidit.flops import Flops, model_flops
 from lidit.model import LIDiT
+from lidit.runtime.fields import JobConfig, NonNegativeInt, PositiveInt
 from lidit.runtime.result import JobResult, table
-from lidit.runtime.uris import check_config
 
 PARTS = {
     "timestep": "timestep embedding",
@@ -35,7 +35,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class InfoConfig:
+class InfoConfig(JobConfig):
     """The model, and the shapes of a sample."""
 
     size: Literal["tiny", "small", "1b", "10b"] = "1b"
@@ -46,25 +46,16 @@ class InfoConfig:
     """Hidden width of every text encoder by name; default: the size's own."""
     in_channels: int = 16
     """Channels of the latents."""
-    height: int = 256
+    height: PositiveInt = 256
     """Image height in pixels."""
-    width: int = 256
+    width: PositiveInt = 256
     """Image width in pixels."""
-    downscale: int = 8
+    downscale: PositiveInt = 8
     """Pixels along a side of one latent pixel."""
-    prompt_tokens: int = 100
+    prompt_tokens: NonNegativeInt = 100
     """Tokens of a prompt, for every encoder."""
-    instruction_tokens: int = 40
+    instruction_tokens: NonNegativeInt = 40
     """Tokens before every prompt, for every encoder."""
-
-    def __post_init__(self) -> None:
-        check_config(self)
-        for name in ("height", "width", "downscale"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, received {getattr(self, name)}")
-        for name in ("prompt_tokens", "instruction_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected at least 0, received {getattr(self, name)}")
 
     def model(self) -> LIDiTConfig:
         """The model's config. Raises ValueError where the weights folder has none."""

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lidit.cli import run
+from lidit.runtime.fields import JobConfig, PositiveInt
 from lidit.runtime.result import JobResult
-from lidit.runtime.uris import check_config
 from lidit.sampler import SamplerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(SamplerConfig):
+class SampleConfig(SamplerConfig, JobConfig):
     """The sample job."""
 
     weights: str
@@ -29,7 +29,7 @@ class SampleConfig(SamplerConfig):
     """Description of the image."""
     out: str = "sample.png"
     """Image file; the format is told by its ending. Several images are numbered: sample-0.png, sample-1.png ..."""
-    images: int = 1
+    images: PositiveInt = 1
     """Number of images; image k begins with the noise of `seed + k`."""
     seed: int = 0
     """Seed of the noise: the same seed gives the same image."""
@@ -52,10 +52,7 @@ class SampleConfig(SamplerConfig):
     chose them."""
 
     def __post_init__(self) -> None:
-        check_config(self)
         super().__post_init__()
-        if self.images < 1:
-            raise ValueError(f"images: expected at least 1, received {self.images}")
         _check_ending(self.out)
 
     @property

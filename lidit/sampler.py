@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lidit.diffusion import DDPM, Flow, Objective, shift_timestep
+from lidit.runtime.fields import Config, NonNegativeFloat, PositiveFloat, PositiveInt
 
 OnStep = Callable[[int, int, Tensor], None]
 """Called after every step with (steps done, steps in all, latents (B, C, H, W) so far)."""
@@ -30,33 +31,26 @@ Predict = Callable[[Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(Config):
     """Settings of sampling: how latents are made from noise."""
 
-    num_inference_steps: int = 28
+    num_inference_steps: PositiveInt = 28
     """Steps from noise to data; each runs the model once (on twice the rows where guidance is on)."""
-    guidance_scale: float = 4.5
+    guidance_scale: NonNegativeFloat = 4.5
     """unconditional + guidance_scale * (conditional - unconditional). 1 = no guidance, and half the work."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Timesteps from, to (0 = data, 1 = noise) where guidance is on; outside, the prompt's prediction alone is used, at half
     the work (arXiv 2404.07724). All of them by default."""
-    shift: float | None = None
+    shift: PositiveFloat | None = None
     """flow: shift of the sigmas towards noise; by default the one that the weights were trained with."""
     spacing: Literal["linear", "diffusers", "diffusers_dynamic"] = "linear"
     """flow: spacing of the sigmas, see `flow_sigmas`."""
 
     def __post_init__(self) -> None:
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps: expected at least 1, received {self.num_inference_steps}")
-        if self.guidance_scale < 0:
-            raise ValueError(f"guidance_scale: expected at least 0 (1 = none), received {self.guidance_scale}")
+        super().__post_init__()
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval: expected 0 <= from <= to <= 1, received {low} and {high}")
-        if self.shift is not None and self.shift <= 0:
-            raise ValueError(f"shift: expected > 0 (1 = none), received {self.shift}")
-        if self.spacing not in ("linear", "diffusers", "diffusers_dynamic"):
-            raise ValueError(f"spacing: expected linear, diffusers or diffusers_dynamic, received {self.spacing!r}")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from lidit.cli import run
 from lidit.frozen.text import DEMO_ENCODERS, EncoderConfig, PromptEncoder
+from lidit.runtime.fields import PositiveInt
 from lidit.store import columns
 from lidit.store.codec import bytes_per_token, decode_bytes, excess
 from lidit.store.fingerprints import comparable
@@ -42,7 +43,7 @@ class EmbedConfig(StageConfig):
     """Text columns to embed."""
     encoders: Sequence[EncoderConfig] = DEMO_ENCODERS
     """The frozen LLMs. On the command line, `--encoders NAME ...` runs a subset of the config's, by name."""
-    batch_tokens: int = 8192
+    batch_tokens: PositiveInt = 8192
     """Prompt tokens of one forward pass, padding included. Lower it if a GPU runs out of memory."""
 
     def __post_init__(self) -> None:
@@ -52,8 +53,6 @@ class EmbedConfig(StageConfig):
             raise ValueError(f"encoders: expected at least one, each with a name of its own, received {names}")
         if not self.text or len(set(self.text)) < len(self.text):
             raise ValueError(f"text: expected at least one column, each once, received {list(self.text)}")
-        if self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens: expected at least 1, received {self.batch_tokens}")
 
     def only(self, names: list[str]) -> EmbedConfig:
         """The same job with some of its encoders."""

@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from lidit.cli import run
 from lidit.components import Components
+from lidit.runtime.fields import PositiveInt
 from lidit.runtime.model_files import config_digest, split_revision, weights_digest
 from lidit.runtime.places import settled
 from lidit.sampler import SamplerConfig
@@ -60,7 +61,7 @@ class GenerateConfig(StageConfig):
     """How files are named in `out`, and how many images with which seeds a prompt gets where the fields below say nothing."""
     out: str | None = None
     """Folder for the files; null: none, the table has the images."""
-    images_per_prompt: int | None = None
+    images_per_prompt: PositiveInt | None = None
     """Images of each prompt; null: as the layout has it."""
     seed: int | None = None
     """Image k of every prompt begins with the noise of `seed` + k; null: as the layout has it."""
@@ -70,9 +71,9 @@ class GenerateConfig(StageConfig):
     """Pixels; null: what the weights were trained at."""
     width: int | None = None
     """Pixels; null: what the weights were trained at."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Images made at once; changes speed and memory, not the images."""
-    rows_per_fragment: int = 64
+    rows_per_fragment: PositiveInt = 64
     """Images of a fragment: what is done again after a kill, at most, per actor."""
     long_prompts: Literal["refuse", "cut"] = "refuse"
     """What to do about prompts that are longer than an encoder reads: stop before anything is made, or cut their ends and count
@@ -89,12 +90,6 @@ class GenerateConfig(StageConfig):
         super().__post_init__()
         if (self.prompts is None) == (self.prompt is None):
             raise ValueError("expected either --prompts FILE or --prompt TEXT")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, received {self.layout!r}")
-        for name in ("images_per_prompt", "batch_size", "rows_per_fragment"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, received {value}")
 
     @property
     def count(self) -> int:

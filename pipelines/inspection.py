@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 
 from lidit.cli import run
+from lidit.runtime.fields import JobConfig, NonNegativeInt
 from lidit.runtime.printable import one_line
 from lidit.runtime.result import JobResult, table
-from lidit.runtime.uris import check_config
 from lidit.store import columns
 from pipelines.engine.table import Table
 from pipelines.report.charts import bars, histogram
@@ -37,7 +37,7 @@ SHORT = 88  # characters of a line's text
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(JobConfig):
     """The inspect job."""
 
     store: str = "./store"
@@ -46,18 +46,13 @@ class InspectConfig:
     """Version of the table. Default: the newest."""
     html: str | None = None
     """File (or URI) that the page is written to. Default: no page."""
-    samples: int = 24
+    samples: NonNegativeInt = 24
     """Rows that the page shows."""
     seed: int = 0
     """Which rows."""
     vae: str | None = None
     """Autoencoder that latents are decoded with: folder or `owner/name@commit`. Default: the one that the newest latents run
     names."""
-
-    def __post_init__(self) -> None:
-        check_config(self)
-        if self.samples < 0:
-            raise ValueError(f"expected samples >= 0, received {self.samples}")
 
 
 @dataclass

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from lidit.cli import run
 from lidit.frozen.batching import one_ahead, to_host
 from lidit.frozen.vae import DTYPES, VAE
 from lidit.images.pixels import MAX_PIXELS, RULES, ImageError, bucket_pixels, open_image, to_unit_range, upright_size
+from lidit.runtime.fields import Interval, PositiveInt
 from lidit.store import codec, columns
 from lidit.store.buckets import Bucket, bucket_name, make_buckets, nearest_bucket
 from pipelines.engine.column_file import UNCOMPRESSED
@@ -63,34 +64,24 @@ class LatentsConfig(StageConfig):
     """Sides of buckets are multiples of it, pixels: the autoencoder's downscale times the model's patch size, or more."""
     max_aspect: float = 2.0
     """Longer side of a bucket over its shorter side, at most."""
-    max_upscale: float = 1.25
+    max_upscale: Annotated[float, Interval(ge=1)] = 1.25
     """How many times smaller than its bucket an image may be; smaller ones get a row error, no blurred latents."""
-    max_pixels: int = MAX_PIXELS
+    max_pixels: PositiveInt = MAX_PIXELS
     """Pixels that an image's header may claim; more is a row error before anything is decoded."""
     name: str = ""
     """Suffix of the columns, `latents_<name>` and `bucket_<name>`: for a second resolution or autoencoder in one table."""
-    batch_pixels: int | None = None
+    batch_pixels: PositiveInt | None = None
     """Pixels of one forward pass. Default: 2,097,152 on a GPU (32 images of 256 x 256), 65,536 on a CPU (it keeps to its
     cache). Lower it if a GPU runs out of memory."""
-    decode_threads: int | None = None
+    decode_threads: PositiveInt | None = None
     """Threads per actor that decode and resize images. Default: 16 (or the machine's cores, if fewer) beside a GPU,
     `actors.num_cpus` without one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         make_buckets(self.resolution, self.step, self.max_aspect)
-        codec.bytes_per_value(self.codec)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, received {self.dtype!r}")
-        if self.max_upscale < 1 or self.max_pixels < 1:
-            raise ValueError(
-                f"expected max_upscale and max_pixels of at least 1, received {self.max_upscale:g} and {self.max_pixels}"
-            )
         if self.name and not f"x{self.name}".isidentifier():
             raise ValueError(f"name: expected letters, digits and underscores, received {self.name!r}")
-        for what, number in (("batch_pixels", self.batch_pixels), ("decode_threads", self.decode_threads)):
-            if number is not None and number < 1:
-                raise ValueError(f"{what}: expected at least 1, received {number}")
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:

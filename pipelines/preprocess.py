@@ -26,12 +26,13 @@ import yaml
 
 from lidit.cli import run
 from lidit.runtime.durable import flushed_commit
+from lidit.runtime.fields import JobConfig, NonNegativeFloat
 from lidit.runtime.files import replace_file
 from lidit.runtime.lease import Lease, LeaseHeld, LeaseLost
 from lidit.runtime.outage import outlast
 from lidit.runtime.places import absolute, settled
 from lidit.runtime.result import JobResult, filled
-from lidit.runtime.uris import check_config, shown
+from lidit.runtime.uris import shown
 from lidit.store import columns
 from pipelines import embed, ingest, latents, recaption, verify
 from pipelines.embed import EmbedConfig
@@ -52,7 +53,7 @@ DEFAULT_STORE = "./store"
 
 
 @dataclass(frozen=True)
-class PreprocessConfig:
+class PreprocessConfig(JobConfig):
     """The scheduled job. The stages' own `store`, `dry_run`, `overwrite` and `reread` are not set here."""
 
     store: str = DEFAULT_STORE
@@ -74,14 +75,14 @@ class PreprocessConfig:
     """Which old versions of the tables stay readable."""
     if_busy: Literal["leave", "wait"] = "leave"
     """What to do while another run works on the store: leave it to that one, or wait and then look for what is left."""
-    wait_seconds: float = 3600.0
+    wait_seconds: NonNegativeFloat = 3600.0
     """How long to wait at most, with `if_busy: wait`; then the run fails. A run killed on another machine counts as gone after
     900 s."""
     dry_run: bool = False
     """Print the plan of every stage and exit; what a stage would read of an earlier one may not be there yet."""
 
     def __post_init__(self) -> None:
-        check_config(self)
+        super().__post_init__()
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown or not self.stages or len(set(self.stages)) < len(self.stages):
             raise ValueError(f"stages: expected some of {', '.join(STAGES)}, each once, received {list(self.stages)}")
@@ -90,8 +91,6 @@ class PreprocessConfig:
                 "ingest: expected at least one source, such as `ingest: [{source: 'webdataset:s3://bucket/set'}]`; or leave "
                 "ingest out of `stages`"
             )
-        if self.wait_seconds < 0:
-            raise ValueError(f"wait_seconds: expected 0 or more, received {self.wait_seconds:g}")
         for name, part in self.parts():
             _check_part(name, part, self.store)
 

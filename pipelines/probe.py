@@ -26,8 +26,8 @@ from torch import Tensor
 
 from lidit.cli import run
 from lidit.frozen.text import DEMO_ENCODERS, EncoderConfig
+from lidit.runtime.fields import JobConfig, PositiveInt
 from lidit.runtime.result import JobResult, table
-from lidit.runtime.uris import check_config
 from pipelines.evaluation.intervals import NORMAL
 from pipelines.evaluation.linear_probe import Reading, Split, read_labels, split_rows
 from pipelines.evaluation.probe_states import Pooled, Way, pooled_states, ways_of
@@ -37,7 +37,7 @@ MOST_CLASSES = 64
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(JobConfig):
     """The probe job: labels of texts, and the states that they are read from."""
 
     texts: str
@@ -59,9 +59,9 @@ class ProbeConfig:
     """`both`: decoder-only LLMs are tried with the encoder's instruction and without any."""
     norms: Literal["none", "both"] = "none"
     """`both`: states are also tried with each token scaled to mean square 1, as the refiner's first norm does."""
-    rows: int = 4000
+    rows: PositiveInt = 4000
     """Texts read at most, the file's first ones."""
-    batch_tokens: int = 8192
+    batch_tokens: PositiveInt = 8192
     """Prompt tokens of one forward pass, padding included."""
     seed: int = 0
     """Decides which texts a probe is fitted on and which it is asked about."""
@@ -69,11 +69,9 @@ class ProbeConfig:
     """Where the encoders run; default: the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        check_config(self)
+        super().__post_init__()
         if not self.encoders or len({encoder.name for encoder in self.encoders}) < len(self.encoders):
             raise ValueError("encoders: expected at least one, each with a name of its own")
-        if self.rows < 1 or self.batch_tokens < 1:
-            raise ValueError(f"rows, batch_tokens: expected at least 1, received {self.rows} and {self.batch_tokens}")
         if any(len(average) < 2 for average in self.averages):
             raise ValueError(f"averages: expected sets of two hidden states or more, received {list(self.averages)}")
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from lidit.cli import run
+from lidit.runtime.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 from lidit.runtime.printable import one_line
 from lidit.runtime.result import filled
 from lidit.store import columns
@@ -57,23 +58,23 @@ class RecaptionConfig(StageConfig):
     """What is asked of every image."""
     hint: bool = False
     """Also show the model `caption_original`, where there is one, as a text that may be wrong."""
-    max_new_tokens: int = 256
+    max_new_tokens: PositiveInt = 256
     """Longest caption, in tokens; what is cut off there does not pass the gate."""
-    image_side: int = 1024
+    image_side: PositiveInt = 1024
     """Larger images are brought to this longer side, in pixels, before the model's own processing."""
-    temperature: float = 0.0
+    temperature: NonNegativeFloat = 0.0
     """Of the first try; 0 takes the likeliest word each time."""
-    retry_temperature: float = 0.7
+    retry_temperature: NonNegativeFloat = 0.7
     """Of every further try, if higher than `temperature`."""
-    retries: int = 2
+    retries: NonNegativeInt = 2
     """Further tries, each with another seed, of a caption that does not pass the gate."""
     seed: int = 0
     """Decides what is drawn, together with image and prompt: the same row gives the same caption, whatever stands beside it."""
     gate: GateConfig = GateConfig()
     """What a caption must be like."""
-    blank_share: float = 0.02
+    blank_share: Fraction = 0.02
     """Share of images (0 to 1) that are also shown blank: a caption that stays the same did not look."""
-    batch_tokens: int = 16384
+    batch_tokens: PositiveInt = 16384
     """Tokens of one batch of the engine `transformers`, images and room for the answers included. Lower it if a GPU runs out
     of memory."""
 
@@ -85,12 +86,6 @@ class RecaptionConfig(StageConfig):
             raise ValueError("endpoint.model: expected the model's name at the server (`GET /v1/models` lists them)")
         if not self.instruction.strip():
             raise ValueError("instruction: expected words, received none")
-        if min(self.max_new_tokens, self.image_side, self.batch_tokens) < 1:
-            raise ValueError("max_new_tokens, image_side, batch_tokens: expected at least 1 each")
-        if self.retries < 0 or min(self.temperature, self.retry_temperature) < 0:
-            raise ValueError("retries, temperature, retry_temperature: expected 0 or more")
-        if not 0 <= self.blank_share <= 1:
-            raise ValueError(f"blank_share: expected a share from 0 to 1, received {self.blank_share}")
 
     def make_engine(self) -> CaptionEngine:
         """The engine, on this process's device. Loads no weights before it is called."""

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from lidit.cli import run
 from lidit.images.pixels import ImageError, open_rgb
+from lidit.runtime.fields import PositiveInt
 from lidit.runtime.files import is_there, replace_file
 from lidit.runtime.outage import outlast
 from lidit.runtime.places import settled
@@ -56,7 +57,7 @@ class ScoreConfig(StageConfig):
     """What makes the features of `fid`: a CLIP's folder, or a TorchScript file with its digest (`FILE.pt@sha256:DIGEST`)."""
     fid_reference: str | None = None
     """Store whose images are the real ones."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Images of a model's forward pass."""
 
     def __post_init__(self) -> None:
@@ -67,8 +68,6 @@ class ScoreConfig(StageConfig):
                 f"metrics: expected some of {', '.join(METRICS)}, fid, each once, received {list(self.metrics)}"
             )
         _ = self.of_images  # so that a name that is none is told now
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, received {self.batch_size}")
 
     @property
     def of_images(self) -> list[type[Metric]]:

@@ -33,9 +33,10 @@ from lidit.cli import run
 from lidit.frozen.loading import load_config, load_model, load_tokenizer
 from lidit.frozen.text import DTYPES, ENCODER_ONLY, EncoderConfig
 from lidit.frozen.truncation import beginnings
+from lidit.runtime.fields import JobConfig
 from lidit.runtime.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
 from lidit.runtime.result import JobResult
-from lidit.runtime.uris import check_config, shown
+from lidit.runtime.uris import shown
 from lidit.store import columns
 from lidit.store.checksum import no_panic
 from lidit.store.codec import bytes_per_token, decode, decode_bytes, excess, finite_values
@@ -67,7 +68,7 @@ REMEDIES = {
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(JobConfig):
     """The verify job."""
 
     store: str = "./store"
@@ -82,9 +83,6 @@ class VerifyConfig:
     download_models: bool = False
     """Fetch encoders that the store names by a hub id and that are not in the local hub cache: the store's author chose
     them."""
-
-    def __post_init__(self) -> None:
-        check_config(self)
 
 
 @dataclass

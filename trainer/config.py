@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from lidit.diffusion import DDPM, Flow, Objective
-from lidit.runtime.uris import check_config
+from lidit.runtime.fields import Config, Interval, JobConfig, PositiveFloat, PositiveInt
 from lidit.store import columns
 from trainer.config_parts import (
     CheckpointConfig,
@@ -22,7 +22,6 @@ from trainer.config_parts import (
     OptimizerConfig,
     ValidationConfig,
     ZeroConfig,
-    at_least,
     from_plain,
     to_plain,
 )
@@ -51,18 +50,18 @@ NOT_COMPARED = ("phases", "dry_run", "stop_after_steps", "resume", "num_workers"
 
 
 @dataclass(frozen=True)
-class PhaseConfig:
+class PhaseConfig(Config):
     """Images of one resolution, for a number of steps. Phases follow each other; optimizer and EMA go on."""
 
-    steps: int
+    steps: PositiveInt
     """Number of optimizer steps."""
-    global_batch_size: int
+    global_batch_size: PositiveInt
     """Samples per optimizer step, over all GPUs and accumulation steps."""
-    resolution: int = 256
+    resolution: PositiveInt = 256
     """Side in pixels of a square with the images' area. Refused where the table's buckets have another."""
-    flow_shift: float = 1.0
+    flow_shift: PositiveFloat = 1.0
     """Shift of the flow's timesteps towards noise: 1 at 256 px, 3 above. `ddpm` has none."""
-    microbatch_size: int | None = None
+    microbatch_size: PositiveInt | None = None
     """Largest number of samples in a GPU's forward pass; null: the run's `microbatch_size`."""
     store: str | None = None
     """Feature store of this phase; null: the run's."""
@@ -70,13 +69,6 @@ class PhaseConfig:
     """Column of the latents: `latents`, or `latent_moments`, from which every visit of a row draws anew."""
     bucket: str = columns.BUCKET
     """Column with the image size that the latents belong to, `HEIGHTxWIDTH`."""
-
-    def __post_init__(self) -> None:
-        at_least(1, self, "steps", "global_batch_size", "resolution")
-        if self.microbatch_size is not None:
-            at_least(1, self, "microbatch_size")
-        if self.flow_shift <= 0:
-            raise ValueError(f"phases: expected flow_shift > 0, received {self.flow_shift}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ class RunPhase(PhaseConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(JobConfig):
     """The training job."""
 
     name: str = "scenes"
@@ -143,17 +135,17 @@ class TrainConfig:
     """ZeRO sharding and offloading by DeepSpeed."""
     precision: Precision = "bf16"
     """Precision of weights, gradients and activations; optimizer state, EMA and loss are always fp32."""
-    microbatch_size: int = 32
+    microbatch_size: PositiveInt = 32
     """Largest number of samples in a GPU's forward pass; gradients are accumulated over the rest of its batch."""
-    num_workers: int = 1
+    num_workers: PositiveInt = 1
     """Number of ranks: one per GPU, or processes on CPUs."""
     use_gpu: bool | None = None
     """Train on one GPU per rank (nccl), or on CPUs (gloo); null: on GPUs if the cluster has some."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: PositiveFloat = 1.0
     """CPUs that Ray reserves for a rank."""
     accelerator_type: str | None = None
     """Kind of GPU that every rank must have, as Ray names it (`H100`): keeps a run off a cluster's other GPUs; null: any."""
-    max_failures: int = 3
+    max_failures: Annotated[int, Interval(ge=-1)] = 3
     """Restarts of the ranks after a failure, each from the newest valid checkpoint; -1: no limit."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """How often the run is saved, and which checkpoints are kept."""
@@ -163,17 +155,17 @@ class TrainConfig:
     """Logging: interval, TensorBoard, Weights & Biases."""
     hardware: HardwareConfig = HardwareConfig()
     """GPU figures that `--dry-run` and the MFU are computed with."""
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     """Seed for initialization, data order, caption choice, prompt dropout, timesteps and noise."""
     resume: ResumeMode = "auto"
     """`auto`: from the newest valid checkpoint if there is one. `must`: refuse without. `never`: refuse with."""
-    stop_after_steps: int | None = None
+    stop_after_steps: PositiveInt | None = None
     """End (and save) after this many steps of the whole run, as if it were stopped; schedules do not change."""
     dry_run: bool = False
     """Print what the run would need (parameters, memory, steps, FLOPs, reading) and exit."""
 
     def __post_init__(self) -> None:
-        check_config(self)
+        super().__post_init__()
         object.__setattr__(self, "phases", tuple(self.phases))
         if not self.name or not all(letter.isalnum() or letter in "-_." for letter in self.name) or self.name[0] == ".":
             raise ValueError(f"name: expected letters, digits and -_., it names a folder, received {self.name!r}")
@@ -181,12 +173,8 @@ class TrainConfig:
             raise ValueError("phases: expected at least one, received none")
         if self.flow.shift != 1.0:
             raise ValueError(f"flow.shift: set `flow_shift` of each phase instead, received {self.flow.shift}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected 0 to 2**63 - 1, received {self.seed}")
         if self.validation.every_steps and not self.data.holdout and not self.validation.prompts:
             raise ValueError("validation: needs rows that are not trained on; set data.holdout, such as 0.01")
-        if self.max_failures < -1:
-            raise ValueError(f"max_failures: expected -1 (no end) or more, received {self.max_failures}")
         if self.optimizer.name == "muon" and self.zero.stage > 0:
             raise ValueError(f"optimizer.name: muon needs whole matrices, zero.stage 0, received {self.zero.stage}")
         if self.model.compile == "blocks" and self.zero.stage == 3:
@@ -194,11 +182,6 @@ class TrainConfig:
                 "model.compile: blocks cannot be compiled whole at zero.stage 3, which gathers weights inside them; use "
                 "pointwise, or stage 0 to 2"
             )
-        if self.cpus_per_worker <= 0:
-            raise ValueError(f"cpus_per_worker: expected more than 0, received {self.cpus_per_worker}")
-        at_least(1, self, "microbatch_size", "num_workers")
-        if self.stop_after_steps is not None:
-            at_least(1, self, "stop_after_steps")
         if self.num_workers % self.zero.hpz_partition_size:
             raise ValueError(
                 f"zero.hpz_partition_size {self.zero.hpz_partition_size} does not divide num_workers {self.num_workers}"

@@ -8,9 +8,18 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from lidit.config import SIZES, LIDiTConfig
+from lidit.runtime.fields import (
+    Config,
+    Fraction,
+    Interval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from lidit.store import columns
 
 Size = Literal["tiny", "small", "1b", "10b"]
@@ -21,7 +30,7 @@ ZeroStage = Literal[0, 1, 2, 3]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Config):
     """Size and options of the LI-DiT model. Encoder widths and latent channels come from the table."""
 
     size: Size = "tiny"
@@ -33,10 +42,6 @@ class ModelConfig:
     compile: Compile | None = None
     """`pointwise`: compile what lies between the matmuls, at any ZeRO stage. `blocks`: whole blocks, faster, up to stage 2.
     null: nothing. On CPUs it needs a C++ compiler."""
-
-    def __post_init__(self) -> None:
-        if self.compile not in (None, *get_args(Compile)):
-            raise ValueError(f"model.compile: expected pointwise, blocks or null, received {self.compile!r}")
 
     def build(self, encoders: Mapping[str, int], in_channels: int) -> LIDiTConfig:
         """The model's shape for a table's encoders (name -> width) and latent channels."""
@@ -50,48 +55,43 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Config):
     """Data that the model is trained on, and how they are loaded."""
 
     encoders: Sequence[str] = ("llama", "qwen")
     """Text encoders whose embeddings the model gets, in the order of its refiner branches."""
     text_mix: dict[str, float] = field(default_factory=lambda: {columns.CAPTION: 1.0})
     """Text column -> probability that a sample is shown with it. Rows where the drawn one is null fall back to another."""
-    prompt_drop_prob: float = 0.1
+    prompt_drop_prob: Fraction = 0.1
     """Fraction of samples whose prompt is replaced by the empty one (its instruction stays), for classifier-free guidance."""
     version: int | None = None
     """Version of the table; null: the newest one at the first start, kept over every resume."""
-    holdout: float = 0.0
+    holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Fraction of rows that are held out: validated with, never trained on."""
-    block_rows: int = 8
+    block_rows: PositiveInt = 8
     """Neighboring rows of a bucket that are read together."""
-    block_steps: int = 8
+    block_steps: PositiveInt = 8
     """Steps that a block's rows are spread over, at most `block_rows`: more steps mix better and hold more in memory."""
-    pad_multiple: int = 16
+    pad_multiple: PositiveInt = 16
     """Prompts are padded to the batch's longest, rounded up to a multiple of this: fewer shapes, on a GPU."""
-    read_threads: int = 4
+    read_threads: PositiveInt = 4
     """Threads per rank that read and decode."""
-    ahead_steps: int = 2
+    ahead_steps: PositiveInt = 2
     """Steps whose batches are prefetched."""
-    buffer_mb: int = 2048
+    buffer_mb: PositiveInt = 2048
     """Memory per rank, in MB, for rows that were read and not used yet. Less than `block_steps` asks for: smaller reads."""
     verify: bool = True
     """Read each data file once while the run trains, slowly and in the background, against the digests in it, and stop where
     one is damaged. Stores on local or mounted disks alone: object stores check their own content."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "encoders", tuple(self.encoders))
         if not self.encoders or len(set(self.encoders)) < len(self.encoders):
             raise ValueError(f"data.encoders: expected at least one name, each once, received {list(self.encoders)}")
         shares = self.text_mix.values()
         if not self.text_mix or min(shares) <= 0 or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
             raise ValueError(f"data.text_mix: expected shares above 0 that sum to 1, received {self.text_mix}")
-        if not 0 <= self.prompt_drop_prob <= 1 or not 0 <= self.holdout < 1:
-            raise ValueError(
-                f"data: expected prompt_drop_prob from 0 to 1 and holdout from 0 to below 1, received "
-                f"{self.prompt_drop_prob} and {self.holdout}"
-            )
-        at_least(1, self, "block_rows", "block_steps", "pad_multiple", "read_threads", "ahead_steps", "buffer_mb")
         if self.block_rows % self.block_steps:
             raise ValueError(
                 f"data: expected block_rows to be a multiple of block_steps, so that each of the steps takes as many rows "
@@ -100,51 +100,35 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """Optimizer and learning rate over the steps."""
 
     name: OptimizerName = "adamw"
     """`adamw`; or `muon` for the matrices of blocks and refiners, AdamW for the rest: needs whole matrices (`zero.stage` 0)."""
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """Learning rate after the warm-up, of Muon and AdamW alike."""
-    muon_momentum: float = 0.95
+    muon_momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.95
     """Muon momentum."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """AdamW beta1: decay of the mean of gradients."""
-    beta2: float = 0.999
+    beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.999
     """AdamW beta2: decay of the mean of squared gradients."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """AdamW epsilon, added to the root of the mean of squares."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay, on matrices alone: norms, biases and embeddings have none."""
-    grad_clip: float = 1.0
+    grad_clip: NonNegativeFloat = 1.0
     """Norm that the gradient of all parameters together is clipped to; 0: no clipping."""
     schedule: Schedule = "constant"
     """Learning rate schedule after the warm-up: constant, or a decay to `final_share` at the run's last step."""
-    fall_share: float = 1.0
+    fall_share: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Fraction of the run's steps, its last ones, over which the rate decays; before them it is constant."""
-    warmup_steps: int = 1000
+    warmup_steps: NonNegativeInt = 1000
     """Steps of linear warm-up from 0."""
-    final_share: float = 0.0
+    final_share: Fraction = 0.0
     """Fraction of `learning_rate` that is left at the end of a linear or cosine schedule."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: PositiveInt = 10
     """Consecutive steps with a loss or gradient that is not finite, after which the run stops."""
-
-    def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or self.eps <= 0 or self.weight_decay < 0 or self.grad_clip < 0:
-            raise ValueError(
-                f"optimizer: expected learning_rate > 0, eps > 0, weight_decay >= 0, grad_clip >= 0, received {self}"
-            )
-        if self.name not in get_args(OptimizerName):
-            raise ValueError(f"optimizer.name: expected adamw or muon, received {self.name!r}")
-        if not all(0 <= value < 1 for value in (self.beta1, self.beta2, self.muon_momentum)):
-            raise ValueError(f"optimizer: expected muon_momentum and betas from 0 to below 1, received {self}")
-        if not (0 <= self.final_share <= 1 and 0 < self.fall_share <= 1):
-            raise ValueError(
-                f"optimizer: expected final_share from 0 to 1 and fall_share above 0 up to 1, received {self}"
-            )
-        at_least(0, self, "warmup_steps")
-        at_least(1, self, "max_skipped_steps")
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
         """Learning rate of the step with that number, counted from 0; a pure function, so that a resumed run needs no state."""
@@ -159,17 +143,13 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class EMAConfig:
+class EMAConfig(Config):
     """Exponential moving average of the weights, fp32, sharded like the optimizer's state."""
 
-    decay: float = 0.9999
+    decay: Annotated[float, Interval(ge=0, lt=1)] = 0.9999
     """Fraction of the old average that a step keeps; 0: no average is kept."""
     warmup: bool = True
     """Use the decay (1 + step) / (10 + step) while that is smaller: the start is forgotten sooner."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"ema: expected decay from 0 to below 1, received {self.decay}")
 
     def decay_at(self, step: int) -> float:
         """Decay of the update after the step with that number, counted from 0."""
@@ -177,7 +157,7 @@ class EMAConfig:
 
 
 @dataclass(frozen=True)
-class ZeroConfig:
+class ZeroConfig(Config):
     """ZeRO sharding and offloading by DeepSpeed; see engine/zero.py for what is derived from it."""
 
     stage: ZeroStage = 3
@@ -186,18 +166,14 @@ class ZeroConfig:
     """Keep the optimizer's state in host memory."""
     offload_parameters: bool = False
     """Keep weights in host memory too (stage 3)."""
-    hpz_partition_size: int = 1
+    hpz_partition_size: PositiveInt = 1
     """Number of ranks, those of a node, that keep a second copy of the weights among them, so that the backward pass gathers
     inside the node (stage 3); 1: no copy."""
-    persistent_elements: int | None = None
+    persistent_elements: NonNegativeInt | None = None
     """Parameters up to this size stay whole on every rank (stage 3); null: norms, biases and modulation vectors do."""
 
     def __post_init__(self) -> None:
-        if self.stage not in get_args(ZeroStage):
-            raise ValueError(f"zero.stage: expected 0, 1, 2 or 3, received {self.stage}")
-        at_least(1, self, "hpz_partition_size")
-        if self.persistent_elements is not None:
-            at_least(0, self, "persistent_elements")
+        super().__post_init__()
         if self.stage < 3 and (self.offload_parameters or self.hpz_partition_size > 1):
             raise ValueError(f"zero: offload_parameters and hpz_partition_size need stage 3, received {self.stage}")
         if self.stage < 1 and self.offload_optimizer:
@@ -205,19 +181,18 @@ class ZeroConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Config):
     """How often the run is saved, and which checkpoints are kept."""
 
-    every_steps: int = 1000
+    every_steps: PositiveInt = 1000
     """Steps between two checkpoints; the last step and a preemption save as well."""
-    keep_last: int = 2
+    keep_last: PositiveInt = 2
     """Number of newest checkpoints to keep."""
-    keep_every_steps: int = 0
+    keep_every_steps: NonNegativeInt = 0
     """Keep the checkpoints of every so many steps for good; 0: none."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "every_steps", "keep_last")
-        at_least(0, self, "keep_every_steps")
+        super().__post_init__()
         if self.keep_every_steps % self.every_steps:
             raise ValueError(
                 f"checkpoint: expected keep_every_steps to be a multiple of every_steps {self.every_steps}, received "
@@ -226,69 +201,50 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
+class ValidationConfig(Config):
     """Held-out loss at fixed timesteps and noise, and sample grids."""
 
-    every_steps: int = 0
+    every_steps: NonNegativeInt = 0
     """Steps between two validations; 0: never."""
-    rows: int = 256
+    rows: PositiveInt = 256
     """Largest number of held-out rows to validate with; needs `data.holdout`."""
-    timesteps: int = 4
+    timesteps: PositiveInt = 4
     """Number of fixed timesteps, evenly over (0, 1), that the loss of each row is taken at."""
     prompts: str | None = None
     """Store whose `samples` table holds encoded prompts to draw; null: no grids."""
-    images: int = 16
+    images: PositiveInt = 16
     """Largest number of images in a sample grid."""
-    guidance_scale: float = 4.5
+    guidance_scale: NonNegativeFloat = 4.5
     """Guidance scale of sample grids."""
-    num_inference_steps: int = 28
+    num_inference_steps: PositiveInt = 28
     """Number of sampling steps of sample grids."""
-
-    def __post_init__(self) -> None:
-        at_least(0, self, "every_steps")
-        at_least(1, self, "rows", "timesteps", "images", "num_inference_steps")
 
 
 @dataclass(frozen=True)
-class MetricsConfig:
+class MetricsConfig(Config):
     """Logging of a training run."""
 
-    every_steps: int = 10
+    every_steps: PositiveInt = 10
     """Steps between two lines of metrics; means are over all steps in between."""
     tensorboard: bool = True
     """Write TensorBoard files beside the JSON lines."""
     wandb: str | None = None
     """Weights & Biases project (extra `wandb`); null: none."""
 
-    def __post_init__(self) -> None:
-        at_least(1, self, "every_steps")
-
 
 @dataclass(frozen=True)
-class HardwareConfig:
+class HardwareConfig(Config):
     """GPU figures that `--dry-run` and the MFU are computed with."""
 
-    gpu_tflops: float = 989.0
+    gpu_tflops: PositiveFloat = 989.0
     """Peak TFLOP/s of dense bf16 matmuls on a GPU (989: H100 SXM); the MFU is a fraction of it."""
-    gpu_memory_gb: float = 80.0
+    gpu_memory_gb: PositiveFloat = 80.0
     """GPU memory in GB."""
-    expected_mfu: float = 0.4
+    expected_mfu: Annotated[float, Interval(gt=0, le=1)] = 0.4
     """Fraction of the peak that the dry run expects."""
-
-    def __post_init__(self) -> None:
-        if self.gpu_tflops <= 0 or self.gpu_memory_gb <= 0 or not 0 < self.expected_mfu <= 1:
-            raise ValueError(f"hardware: expected values above 0 and expected_mfu at most 1, received {self}")
 
 
 # -- fields -------------------------------------------------------------------------------------------------------------
-
-
-def at_least(least: int, config: Any, *names: str) -> None:
-    """Raises ValueError unless these fields of a config are whole numbers of at least `least`."""
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}: expected a whole number of at least {least}, received {value!r}")
 
 
 def to_plain(value: Any) -> Any:

@@ -22,10 +22,10 @@ from torch import Tensor
 from lidit.cli import run
 from lidit.config import LIDiTConfig
 from lidit.model import LIDiT
+from lidit.runtime.fields import JobConfig
 from lidit.runtime.model_files import split_revision
 from lidit.runtime.places import absolute
 from lidit.runtime.result import JobResult
-from lidit.runtime.uris import check_config
 from lidit.weights import expected_shapes, save_weights
 from trainer.checkpoints.manifest import Damaged, Manifest, check_content, read_manifest, steps_in
 from trainer.checkpoints.resume import read_state
@@ -49,7 +49,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(JobConfig):
     """The export job."""
 
     run: str = "./runs/scenes"
@@ -66,13 +66,6 @@ class ExportConfig:
     """Autoencoder to name in the weights, where the run's config does not (folder, or `owner/name@commit`)."""
     overwrite: bool = False
     """Replace `out` if it exists."""
-
-    def __post_init__(self) -> None:
-        check_config(self)
-        if self.weights not in ("auto", "ema", "raw"):
-            raise ValueError(f"weights: expected auto, ema or raw, received {self.weights!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, received {self.dtype!r}")
 
 
 @dataclass

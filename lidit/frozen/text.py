@@ -38,6 +38,7 @@ from lidit.frozen.early_exit import (
 )
 from lidit.frozen.loading import load_config, load_model, load_tokenizer
 from lidit.frozen.truncation import beginnings
+from lidit.runtime.fields import Config, PositiveInt
 from lidit.runtime.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
 from lidit.store import codec
 
@@ -57,7 +58,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(Config):
     """A frozen text model, and how prompts are put to it."""
 
     name: str
@@ -74,7 +75,7 @@ class EncoderConfig:
     template: Literal["chat", "plain"] = "chat"
     """`chat`: the tokenizer's chat template, instruction as the system message, prompt as the user's. `plain`: the
     tokenizer's BOS if it has one, the instruction, a newline, the prompt."""
-    max_prompt_tokens: int = 256
+    max_prompt_tokens: PositiveInt = 256
     """Longest prompt in tokens, the prefix not counted; what is beyond is cut off, counted and marked in the row."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the model's weights and arithmetic. fp16 is not offered: Qwen-class models overflow it."""
@@ -82,13 +83,9 @@ class EncoderConfig:
     """Storage format of the embeddings: bytes per value 2, 4, 1 (and 4 per token)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.name.isidentifier():
             raise ValueError(f"encoder name: expected letters, digits and underscores, received {self.name!r}")
-        if self.max_prompt_tokens < 1:
-            raise ValueError(
-                f"encoder {self.name}: max_prompt_tokens must be at least 1, received {self.max_prompt_tokens}"
-            )
-        codec.check_codec(self.codec)
 
 
 DEMO_ENCODERS = tuple(

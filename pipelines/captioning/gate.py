@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lidit.runtime.fields import Config, Fraction, PositiveInt
+
 OK = "ok"
 EMPTY = "empty"
 CUT_OFF = "cut_off"
@@ -50,22 +52,19 @@ MANY_WORDS = 40
 
 
 @dataclass(frozen=True)
-class GateConfig:
+class GateConfig(Config):
     """Conditions that a caption must meet."""
 
-    min_words: int = 4
+    min_words: PositiveInt = 4
     """Least number of words (characters, where the script has no spaces)."""
     scripts: Sequence[str] = ("latin",)
     """Scripts a caption may be written in, as Unicode names them: latin, cjk, hiragana, katakana, hangul, cyrillic, arabic,
     ... Empty: any."""
-    max_other_script: float = 0.1
+    max_other_script: Fraction = 0.1
     """Share of letters (0 to 1) that may belong to other scripts."""
 
     def __post_init__(self) -> None:
-        if self.min_words < 1:
-            raise ValueError(f"gate.min_words: expected at least 1, received {self.min_words}")
-        if not 0 <= self.max_other_script <= 1:
-            raise ValueError(f"gate.max_other_script: expected a share from 0 to 1, received {self.max_other_script}")
+        super().__post_init__()
         unknown = [name for name in self.scripts if name != name.lower() or not name.isalpha()]
         if unknown:
             raise ValueError(f"gate.scripts: expected names such as latin or cjk, in lower case, received {unknown}")

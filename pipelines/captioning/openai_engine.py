@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lidit.images.pixels import ImageError
+from lidit.runtime.fields import Config, PositiveFloat, PositiveInt
 from lidit.runtime.uris import shown
 from pipelines.captioning.image import sendable
 from pipelines.captioning.request import CaptionAnswer, CaptionRequest, conversation
@@ -41,7 +42,7 @@ GATEWAY = {502, 503, 504}  # what stands in front of the server says that it is 
 
 
 @dataclass(frozen=True)
-class EndpointConfig:
+class EndpointConfig(Config):
     """A server of the OpenAI protocol, and how patient its clients are."""
 
     url: str = "http://127.0.0.1:8000/v1"
@@ -52,14 +53,15 @@ class EndpointConfig:
     """Version of what is served under that name, in your words (a commit hash, a date): part of the fingerprint, not sent."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the key, on every node. Unset there: no key is sent."""
-    concurrency: int = 16
+    concurrency: PositiveInt = 16
     """Requests in flight at once, per actor."""
-    timeout_seconds: float = 120.0
+    timeout_seconds: PositiveFloat = 120.0
     """Longest wait for an answer."""
-    tries: int = 8
+    tries: PositiveInt = 8
     """Tries of a request before it counts as failed; by default they span about half a minute."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         address, _, query = self.url.partition("?")
         if query or shown(self.url) != self.url:
             raise ValueError(
@@ -69,10 +71,6 @@ class EndpointConfig:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"endpoint.url: expected http(s)://HOST[:PORT]/v1, received {self.url!r}")
-        if self.concurrency < 1 or self.tries < 1 or self.timeout_seconds <= 0:
-            raise ValueError(
-                f"endpoint: expected concurrency and tries >= 1 and timeout_seconds above 0, received {self}"
-            )
 
 
 class EndpointCaptioner:

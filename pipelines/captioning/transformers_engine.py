@@ -29,6 +29,7 @@ from transformers import LogitsProcessorList
 from lidit.frozen.batching import one_ahead, plan_batches
 from lidit.frozen.loading import load_config, load_model, load_processor
 from lidit.images.pixels import ImageError, reduced_image
+from lidit.runtime.fields import Config
 from lidit.runtime.model_files import config_digest, processor_digest, resolve_model, tokenizer_digest, weights_digest
 from pipelines.captioning.image import blank_image, shown_size
 from pipelines.captioning.request import GRAY, CaptionAnswer, CaptionRequest, conversation
@@ -40,7 +41,7 @@ KNOWN_SIZES = 65536  # image sizes whose number of tokens is remembered
 
 
 @dataclass(frozen=True)
-class VlmConfig:
+class VlmConfig(Config):
     """One vision-language model of transformers' image-text-to-text classes."""
 
     model: str

@@ -24,6 +24,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lidit.runtime.cluster import start_ray
+from lidit.runtime.fields import Config, PositiveInt
 from pipelines.engine.job_metrics import JobMetrics
 
 DEATHS_OF_A_ROW = 2  # before it is quarantined
@@ -37,12 +38,12 @@ Window = TypeVar("Window")
 
 
 @dataclass(frozen=True)
-class ActorsConfig:
+class ActorsConfig(Config):
     """The pool of actors, each with its own copy of the models."""
 
-    min: int = 1
+    min: PositiveInt = 1
     """Actors to start with."""
-    max: int | None = None
+    max: PositiveInt | None = None
     """Actors at most. Default: as many as the cluster's GPUs (or CPUs, without GPUs) hold now."""
     num_cpus: float = 1.0
     """CPU cores per actor; also its torch threads."""
@@ -52,8 +53,9 @@ class ActorsConfig:
     """Kind of GPU that every actor must have, as Ray names it (`L40S`, `H100`). Default: any."""
 
     def __post_init__(self) -> None:
-        if self.min < 1 or (self.max is not None and self.max < self.min):
-            raise ValueError(f"actors: expected 1 <= min <= max, received min {self.min}, max {self.max}")
+        super().__post_init__()
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"actors: expected min <= max, received min {self.min}, max {self.max}")
 
     def device(self) -> str:
         """The device that models are on in an actor: "cuda" where it has a GPU, or a part of one."""

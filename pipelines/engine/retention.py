@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from lidit.runtime.fields import Config, NonNegativeFloat, PositiveInt
 from lidit.store import columns
 from pipelines.engine.table import Table
 
@@ -13,17 +14,13 @@ VERIFIED_TAG = "lidit-verified"  # the version that a scheduled run has verified
 
 
 @dataclass(frozen=True)
-class RetentionConfig:
+class RetentionConfig(Config):
     """Old versions are removed where they are older than `days` and not among the last `versions`; tagged ones never are."""
 
-    days: float | None = 14.0
+    days: NonNegativeFloat | None = 14.0
     """Age, in days, from which an old version may go; null keeps all."""
-    versions: int = 1
+    versions: PositiveInt = 1
     """Newest versions that stay however old they are."""
-
-    def __post_init__(self) -> None:
-        if (self.days is not None and self.days < 0) or self.versions < 1:
-            raise ValueError(f"retention: expected days >= 0 (or null) and versions >= 1, received {self}")
 
 
 def clean_up(store: str, config: RetentionConfig) -> dict[str, Any]:

@@ -18,8 +18,8 @@ import pyarrow as pa
 import yaml
 from lance.file import LanceFileReader
 
+from lidit.runtime.fields import Fraction, JobConfig
 from lidit.runtime.places import settled
-from lidit.runtime.uris import check_config
 from lidit.store import columns
 from lidit.store.checksum import is_ours
 from lidit.store.stale import stale_columns
@@ -39,7 +39,7 @@ SAMPLE_ROWS = 256  # that a dry run estimates from
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(JobConfig):
     """Fields that every stage's config has."""
 
     store: str = "./store"
@@ -48,7 +48,7 @@ class StageConfig:
     """The pool of workers."""
     commit: CommitConfig = CommitConfig()
     """When finished fragments become visible."""
-    max_error_rate: float = 0.01
+    max_error_rate: Fraction = 0.01
     """Share of rows that may fail (0 to 1); above it the job stops and says so."""
     overwrite: bool = False
     """Replace columns that were made with another fingerprint, or anew if they are complete."""
@@ -60,11 +60,6 @@ class StageConfig:
     Pillow, instead of a warning."""
     dry_run: bool = False
     """Print the plan (fragments, rows, resources, bytes) and exit."""
-
-    def __post_init__(self) -> None:
-        check_config(self)
-        if not 0 <= self.max_error_rate <= 1:
-            raise ValueError(f"max_error_rate: expected a share from 0 to 1, received {self.max_error_rate}")
 
 
 def run_stage(stage: type[Stage], config: StageConfig) -> Summary:

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from lidit.runtime.fields import Config, NonNegativeFloat, PositiveInt
 from pipelines.engine.pool import ActorsConfig, run_units, start_ray_data, start_tracker
 from pipelines.engine.progress import JobProgress
 from pipelines.engine.runs import Run
@@ -27,17 +28,13 @@ Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class CommitConfig:
+class CommitConfig(Config):
     """When finished fragments become visible: whichever comes first."""
 
-    fragments: int = 32
+    fragments: PositiveInt = 32
     """Finished fragments that wait at most."""
-    seconds: float = 30.0
+    seconds: NonNegativeFloat = 30.0
     """Seconds that a finished fragment waits at most (longer where committing would take over a hundredth of the time)."""
-
-    def __post_init__(self) -> None:
-        if self.fragments < 1 or self.seconds < 0:
-            raise ValueError(f"commit: expected fragments >= 1 and seconds >= 0, received {self}")
 
 
 class ErrorRateExceeded(RuntimeError):

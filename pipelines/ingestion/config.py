@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lidit.runtime.uris import check_config
+from lidit.runtime.fields import Fraction, JobConfig, PositiveInt
 from pipelines.engine.pool import ActorsConfig
 from pipelines.ingestion.filters import FiltersConfig
 from pipelines.sources.base import ColumnsConfig
 
 
 @dataclass(frozen=True)
-class IngestConfig:
+class IngestConfig(JobConfig):
     """The ingest job."""
 
     source: str
@@ -21,7 +21,7 @@ class IngestConfig:
     environment."""
     store: str = "./store"
     """Folder or URI of the feature store; made if it is not there."""
-    rows_per_fragment: int = 1024
+    rows_per_fragment: PositiveInt = 1024
     """Rows of a fragment, the unit of work of every later stage; the last one of a shard may have fewer."""
     actors: ActorsConfig = ActorsConfig(num_gpus=0.0)
     """The pool of workers that read, look at images and write; `num_cpus` of each decode at the same time."""
@@ -32,7 +32,7 @@ class IngestConfig:
     check: Literal["decode", "header"] = "decode"
     """How an image is looked at. `decode`: decoded once, so that damage is found here. `header`: only its header and that its
     end is there, many times faster; damage inside is then the next stage's to find."""
-    max_error_rate: float = 0.5
+    max_error_rate: Fraction = 0.5
     """Share of rows that may be damaged (0 to 1); above it the job stops, for then the columns are probably named wrongly."""
     compare: Literal["auto", "quick", "all"] = "auto"
     """How rows that are in the table are held against a folder or a COCO set. `quick`: captions (of those in files of their
@@ -46,11 +46,7 @@ class IngestConfig:
     """Print the plan (shards, rows, bytes, workers) and exit."""
 
     def __post_init__(self) -> None:
-        check_config(self)
-        if self.rows_per_fragment < 1:
-            raise ValueError(f"rows_per_fragment: expected at least 1, received {self.rows_per_fragment}")
-        if not 0 <= self.max_error_rate <= 1:
-            raise ValueError(f"max_error_rate: expected a share from 0 to 1, received {self.max_error_rate}")
+        super().__post_init__()
         if self.filters.min_score is not None and self.columns.score is None:
             raise ValueError("filters.min_score: expected with --columns.score, which says what to hold it against")
 

@@ -9,7 +9,9 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from lidit.runtime.fields import Config, Interval, PositiveFloat, PositiveInt
 
 BAD_CAPTIONS = ("url", "file_name", "tag_list")
 
@@ -41,18 +43,18 @@ SENTENCE_WORDS = (  # they hold a sentence together; a tag has none
 
 
 @dataclass(frozen=True)
-class FiltersConfig:
+class FiltersConfig(Config):
     """Filters of rows, all of them off by default. What is taken away is counted in the summary."""
 
-    min_side: int | None = None
+    min_side: PositiveInt | None = None
     """Shorter side in pixels at least."""
-    min_aspect: float | None = None
+    min_aspect: PositiveFloat | None = None
     """Width over height at least, such as 0.5."""
-    max_aspect: float | None = None
+    max_aspect: PositiveFloat | None = None
     """Width over height at most, such as 2."""
-    min_caption: int | None = None
+    min_caption: PositiveInt | None = None
     """Characters of a caption at least; a shorter one is bad."""
-    max_caption: int | None = None
+    max_caption: PositiveInt | None = None
     """Characters of a caption at most; a longer one is bad."""
     captions: Sequence[str] = ()
     """What makes a caption bad besides its length, any of: url, file_name, tag_list."""
@@ -60,16 +62,13 @@ class FiltersConfig:
     """What becomes of a bad caption: `null` takes the caption away and keeps the image, `drop` the whole row."""
     duplicates: bool = False
     """Leave out images whose very bytes are in the table, or came before, whatever their caption."""
-    near_duplicates: int | None = None
+    near_duplicates: Annotated[int, Interval(ge=0, le=11)] | None = None
     """Leave out images whose perceptual hash differs from an earlier one's in at most so many of its 64 bits (0 to 11)."""
     min_score: float | None = None
     """Value of `columns.score` at least; a row without one is left out."""
 
     def __post_init__(self) -> None:
-        for name in ("min_side", "min_caption", "max_caption", "min_aspect", "max_aspect"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"filters.{name}: expected more than 0, received {value}")
+        super().__post_init__()
         for low, high in (("min_caption", "max_caption"), ("min_aspect", "max_aspect")):
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and most < least:
@@ -77,8 +76,6 @@ class FiltersConfig:
         unknown = [kind for kind in self.captions if kind not in BAD_CAPTIONS]
         if unknown:
             raise ValueError(f"filters.captions: expected any of {', '.join(BAD_CAPTIONS)}; received {unknown[0]!r}")
-        if self.near_duplicates is not None and not 0 <= self.near_duplicates <= 11:
-            raise ValueError(f"filters.near_duplicates: expected 0 to 11 bits, received {self.near_duplicates}")
 
     def size(self, height: int, width: int) -> str | None:
         """Name of the filter that an image of so many pixels does not pass, None if it passes."""

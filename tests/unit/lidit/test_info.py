@@ -59,8 +59,8 @@ def test_larger_images_cost_more_and_have_as_many_parameters():
 
 
 @pytest.mark.parametrize("values, match", [
-    ({"height": 0}, "height: expected at least 1"),
-    ({"prompt_tokens": -1}, "prompt_tokens: expected at least 0"),
+    ({"height": 0}, "height: expected a whole number >= 1"),
+    ({"prompt_tokens": -1}, "prompt_tokens: expected a whole number >= 0"),
     ({"encoders": {"a-b": 3}}, "letters, digits"),
 ])  # fmt: skip
 def test_refuses(values, match):

@@ -77,8 +77,8 @@ def test_every_option_reaches_the_images(weights_folder, llms, vae_folder, tmp_p
             r"out: expected an image file .* received 'star.txt'",
         ),
         (["--weights", "w", "--prompt", "p", "--out", "star"], "out: expected an image file"),
-        (["--weights", "w", "--prompt", "p", "--images", "0"], "images: expected at least 1"),
-        (["--weights", "w", "--prompt", "p", "--guidance-scale", "-1"], "guidance_scale: expected at least 0"),
+        (["--weights", "w", "--prompt", "p", "--images", "0"], "images: expected a whole number >= 1"),
+        (["--weights", "w", "--prompt", "p", "--guidance-scale", "-1"], "guidance_scale: expected a number >= 0"),
     ],
 )
 def test_wrong_flags(flags, match):

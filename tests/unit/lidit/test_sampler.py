@@ -313,11 +313,11 @@ def test_progress(objective):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"num_inference_steps": 0}, "num_inference_steps: expected at least 1"),
-        ({"guidance_scale": -1.0}, "guidance_scale: expected at least 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps: expected a whole number >= 1"),
+        ({"guidance_scale": -1.0}, "guidance_scale: expected a number >= 0"),
         ({"guidance_interval": (0.7, 0.3)}, "0 <= from <= to <= 1, received 0.7 and 0.3"),
         ({"guidance_interval": (0.0, 1.5)}, "guidance_interval"),
-        ({"shift": 0.0}, "shift: expected > 0"),
+        ({"shift": 0.0}, "shift: expected a number > 0 or null"),
         ({"spacing": "karras"}, "spacing: expected linear, .* received 'karras'"),
     ],
 )

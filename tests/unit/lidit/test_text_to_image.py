@@ -186,7 +186,7 @@ def test_sizes_that_cannot_be_made(pipe, height, width, near):
         ({"negative_prompt": ["a"]}, "negative_prompt: expected one, or one for each of 2 prompts, received 1"),
         ({"images_per_prompt": 0}, "at least 1, received 0 and 8"),
         ({"batch_size": 0}, "at least 1, received 1 and 0"),
-        ({"num_inference_steps": 0}, "num_inference_steps: expected at least 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps: expected a whole number >= 1"),
     ],
 )
 def test_calls_that_cannot_be(pipe, options, match):

@@ -104,9 +104,9 @@ def test_encoders_that_are_not_those_of_training(config):
 def test_config_says_what_it_expects(config):
     with pytest.raises(ValueError, match="either --prompts FILE or --prompt"):
         config(prompts="x.txt")
-    with pytest.raises(ValueError, match="layout: expected one of"):
+    with pytest.raises(ValueError, match="layout: expected geneval, t2i-compbench, dpg, drawbench or flat"):
         config(layout="coco")
-    with pytest.raises(ValueError, match="images_per_prompt: expected at least 1"):
+    with pytest.raises(ValueError, match="images_per_prompt: expected a whole number >= 1 or null"):
         config(images_per_prompt=0)
     with pytest.raises(ValueError, match="some words"):
         main(config(prompt="  "))

@@ -32,8 +32,8 @@ ERROR = columns.error("ingest")
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"rows_per_fragment": 0}, "rows_per_fragment: expected at least 1"),
-        ({"max_error_rate": 1.5}, "max_error_rate: expected a share from 0 to 1"),
+        ({"rows_per_fragment": 0}, "rows_per_fragment: expected a whole number >= 1"),
+        ({"max_error_rate": 1.5}, "max_error_rate: expected a number >= 0 and <= 1"),
         ({"filters": FiltersConfig(min_score=5.0)}, "filters.min_score: expected with --columns.score"),
     ],
 )

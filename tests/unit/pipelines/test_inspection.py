@@ -420,5 +420,5 @@ def test_bytes_in_words(size, words):
 
 
 def test_config_is_checked():
-    with pytest.raises(ValueError, match="expected samples >= 0"):
+    with pytest.raises(ValueError, match="samples: expected a whole number >= 0, received -1"):
         InspectConfig(samples=-1)

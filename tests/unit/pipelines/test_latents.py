@@ -237,12 +237,12 @@ def test_window_rows_bound_the_decoded_pixels(config):
 WRONG = {
     "resolution": ({"resolution": 250}, "multiple of step 16, received 250"),
     "aspect": ({"max_aspect": 0.5}, "max_aspect of at least 1"),
-    "upscale": ({"max_upscale": 0.5}, "max_upscale and max_pixels of at least 1, received 0.5"),
+    "upscale": ({"max_upscale": 0.5}, "max_upscale: expected a number >= 1, received 0.5"),
     "name": ({"name": "a-b"}, "letters, digits and underscores, received 'a-b'"),
-    "codec": ({"codec": "int8"}, "expected one of bf16, fp16, fp32, received 'int8'"),
-    "dtype": ({"dtype": "int8"}, "expected one of bf16, fp16, fp32, received 'int8'"),
-    "batch": ({"batch_pixels": 0}, "batch_pixels: expected at least 1"),
-    "threads": ({"decode_threads": 0}, "decode_threads: expected at least 1"),
+    "codec": ({"codec": "int8"}, "expected bf16, fp16 or fp32, received 'int8'"),
+    "dtype": ({"dtype": "int8"}, "expected bf16, fp16 or fp32, received 'int8'"),
+    "batch": ({"batch_pixels": 0}, "batch_pixels: expected a whole number >= 1 or null"),
+    "threads": ({"decode_threads": 0}, "decode_threads: expected a whole number >= 1 or null"),
     "rate": ({"max_error_rate": 2.0}, "max_error_rate"),
 }
 

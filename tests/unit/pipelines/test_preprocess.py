@@ -165,7 +165,7 @@ def test_from_yaml_and_flags(tmp_path):
         ({"stages": ("embed", "train")}, "stages: expected some of ingest, recaption, embed, latents, verify"),
         ({"stages": ("embed", "embed")}, "each once"),
         ({"stages": ()}, "stages: expected some of"),
-        ({"wait_seconds": -1}, "wait_seconds: expected 0 or more"),
+        ({"wait_seconds": -1}, "wait_seconds: expected a number >= 0"),
         ({"embed": EmbedConfig(store="s3://other")}, r"embed.store: expected none, .* received 's3://other'"),
         ({"latents": LatentsConfig(overwrite=True)}, "latents.overwrite: not for a job that runs by a schedule"),
         ({"ingest": (IngestConfig("scenes:1", reread=True),)}, "ingest.0.reread: .* run `lidit ingest` by hand"),

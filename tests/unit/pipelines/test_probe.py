@@ -159,7 +159,7 @@ def test_the_command_ranks_and_says_it_in_json(tmp_path: Path, capfd, ending: st
         (["--at", "colour"], "must be \\[first, last\\)"),
         (["--rows", "20"], "expected texts enough"),
         (["--averages", "[[1]]"], "sets of two"),
-        (["--rows", "0"], "at least 1"),
+        (["--rows", "0"], "rows: expected a whole number >= 1"),
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, capsys, flags: list[str], said: str):

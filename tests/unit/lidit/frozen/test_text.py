@@ -390,8 +390,8 @@ def test_missing_chat_template_is_refused(own_llama):
     "changes, match",
     [
         ({"name": "a b"}, "encoder name"),
-        ({"max_prompt_tokens": 0}, "at least 1"),
-        ({"codec": "fp16"}, "expected one of"),
+        ({"max_prompt_tokens": 0}, "encoder.max_prompt_tokens: expected a whole number >= 1"),
+        ({"codec": "fp16"}, "encoder.codec: expected bf16, fp32 or fp8_e4m3"),
     ],
 )
 def test_config_is_checked(changes, match):

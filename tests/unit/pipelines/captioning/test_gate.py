@@ -131,8 +131,8 @@ def test_same_text() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"min_words": 0}, "min_words: expected at least 1"),
-        ({"max_other_script": 1.5}, "expected a share from 0 to 1"),
+        ({"min_words": 0}, "gate.min_words: expected a whole number >= 1"),
+        ({"max_other_script": 1.5}, "gate.max_other_script: expected a number >= 0 and <= 1"),
         ({"scripts": ("Latin",)}, "expected names such as latin"),
     ],
 )

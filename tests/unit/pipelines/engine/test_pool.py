@@ -217,9 +217,17 @@ def test_finished_unit_is_forgotten():
 # -- ActorsConfig -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [{"min": 0}, {"min": -1}, {"min": 2, "max": 1}, {"max": 0}])
-def test_actors_config_is_checked(bad):
-    with pytest.raises(ValueError, match="1 <= min <= max"):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"min": 0}, "actors.min: expected a whole number >= 1, received 0"),
+        ({"min": -1}, "actors.min: expected a whole number >= 1, received -1"),
+        ({"min": 2, "max": 1}, "actors: expected min <= max, received min 2, max 1"),
+        ({"max": 0}, "actors.max: expected a whole number >= 1 or null, received 0"),
+    ],
+)
+def test_actors_config_is_checked(bad, message):
+    with pytest.raises(ValueError, match=message):
         ActorsConfig(**bad)
 
 

@@ -76,7 +76,13 @@ def test_an_empty_store(tmp_path):
     assert clean_up(str(tmp_path), RetentionConfig()) == {"removed": 0, "bytes_freed": 0, "tagged": {}}
 
 
-@pytest.mark.parametrize("values", [{"days": -1}, {"versions": 0}])
-def test_wrong_values(values):
-    with pytest.raises(ValueError, match=r"retention: expected days >= 0 \(or null\) and versions >= 1"):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"days": -1}, "retention.days: expected a number >= 0 or null, received -1"),
+        ({"versions": 0}, "retention.versions: expected a whole number >= 1, received 0"),
+    ],
+)
+def test_wrong_values(values, message):
+    with pytest.raises(ValueError, match=message):
         RetentionConfig(**values)

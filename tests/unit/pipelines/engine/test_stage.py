@@ -304,10 +304,10 @@ def test_when_a_commit_is_due(make_pass, table):
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda: CommitConfig(fragments=0), "fragments >= 1"),
-        (lambda: CommitConfig(seconds=-1), "seconds >= 0"),
-        (lambda: StageConfig(max_error_rate=-0.1), "share from 0 to 1"),
-        (lambda: StageConfig(max_error_rate=1.1), "share from 0 to 1"),
+        (lambda: CommitConfig(fragments=0), "commit.fragments: expected a whole number >= 1"),
+        (lambda: CommitConfig(seconds=-1), "commit.seconds: expected a number >= 0"),
+        (lambda: StageConfig(max_error_rate=-0.1), "max_error_rate: expected a number >= 0 and <= 1"),
+        (lambda: StageConfig(max_error_rate=1.1), "max_error_rate: expected a number >= 0 and <= 1"),
     ],
 )
 def test_config_is_checked(make, match):

@@ -58,13 +58,13 @@ def test_only_the_kinds_that_are_asked_for_count():
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"min_side": 0}, "min_side: expected more than 0"),
-        ({"max_aspect": -1.0}, "max_aspect: expected more than 0"),
+        ({"min_side": 0}, "min_side: expected a whole number >= 1 or null, received 0"),
+        ({"max_aspect": -1.0}, "max_aspect: expected a number > 0 or null"),
         ({"min_aspect": 2.0, "max_aspect": 1.0}, "min_aspect <= max_aspect, received 2.0 and 1.0"),
         ({"min_caption": 9, "max_caption": 3}, "min_caption <= max_caption"),
         ({"captions": ["urls"]}, "any of url, file_name, tag_list; received 'urls'"),
-        ({"near_duplicates": 12}, "expected 0 to 11 bits"),
-        ({"near_duplicates": -1}, "expected 0 to 11 bits"),
+        ({"near_duplicates": 12}, "filters.near_duplicates: expected a whole number >= 0 and <= 11"),
+        ({"near_duplicates": -1}, "filters.near_duplicates: expected a whole number >= 0 and <= 11"),
     ],
 )
 def test_options_are_checked(options, match):
