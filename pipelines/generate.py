@@ -200,7 +200,9 @@ def fingerprint(config: GenerateConfig) -> dict[str, Any]:
     return {
         "weights": weights_digest(folder, FILES),
         "objective": saved.get("objective"),
-        "encoders": {name: _encoder_print(config, name, one) for name, one in saved.get("encoders", {}).items()},
+        "encoders": {
+            name: _encoder_print(config, name, encoder) for name, encoder in saved.get("encoders", {}).items()
+        },
         "vae": saved.get("vae", {}).get("fingerprint"),
         "size": list(config.size()),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config.sampler).items()},
@@ -289,11 +291,13 @@ def _prompts(config: GenerateConfig) -> tuple[list[Prompt], str]:
 def _write_files(config: GenerateConfig, wanted: Sequence[Picture], summary: Summary) -> None:
     dataset = samples_of(config.store).open()
     ids = dataset.to_table(columns=[columns.IMAGE_ID])[columns.IMAGE_ID].to_pylist()
-    place = {image_id: row for row, image_id in enumerate(ids)}
+    row_of = {image_id: row for row, image_id in enumerate(ids)}
 
     def read(image_ids: Sequence[str]) -> Mapping[str, bytes]:
-        taken = dataset.take([place[one] for one in image_ids], columns=[columns.IMAGE])[columns.IMAGE].to_pylist()
-        return {one: data for one, data in zip(image_ids, taken) if data is not None}
+        taken = dataset.take([row_of[image_id] for image_id in image_ids], columns=[columns.IMAGE])[
+            columns.IMAGE
+        ].to_pylist()
+        return {image_id: data for image_id, data in zip(image_ids, taken) if data is not None}
 
     assert config.out is not None
     written = write_layout(config.layout, Path(config.out), wanted, config.count, read)

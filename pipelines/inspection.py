@@ -49,7 +49,7 @@ class InspectConfig(JobConfig):
     samples: NonNegativeInt = 24
     """Rows that the page shows."""
     seed: int = 0
-    """Which rows."""
+    """Decides which rows are shown."""
     vae: str | None = None
     """Autoencoder that latents are decoded with: folder or `owner/name@commit`. Default: the one that the newest latents run
     names."""
@@ -84,9 +84,8 @@ class InspectResult(JobResult):
 def main(config: InspectConfig) -> InspectResult:
     """Looks at the store; writes the page if there is to be one."""
     facts = gather(config.store, config.version)
-    found = InspectResult(facts)
     if config.html is None:
-        return found
+        return InspectResult(facts)
     dataset = Table(facts.uri).open(facts.version)
     decoder = open_decoder(config.store, dataset, config.vae)
     notes = [] if decoder is None or not decoder.problem else [f"Latents are not decoded: {decoder.problem}."]

@@ -123,7 +123,7 @@ class PreprocessResult(JobResult):
     plan: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
-        """How it ended; each stage has said its own before."""
+        """Says how the run ended; each stage has printed its own text before."""
         words = {"done": "done", "busy": "left, another run is at work", "failed": f"FAILED in {self.failed_stage}"}
         yield f"preprocess: {words[self.status]}, {self.new_rows:,} new rows, {self.seconds:,.1f} s"
         yield from filled(["  error      {error}"], vars(self))
@@ -180,9 +180,9 @@ def _run_stages(config: PreprocessConfig, lease: Lease, result: PreprocessResult
         result.stages.append(summary.values())
         result.new_rows += summary.rows if name == "ingest" else 0
         if not summary.ok:
-            found = [problem for problems in getattr(summary, "problems", {}).values() for problem in problems]
+            problems = [problem for of_check in getattr(summary, "problems", {}).values() for problem in of_check]
             result.status, result.failed_stage = "failed", name
-            result.error = found[0] if found else f"{name} did not finish"
+            result.error = problems[0] if problems else f"{name} did not finish"
             return
     try:
         lease.check()

@@ -63,9 +63,9 @@ class RecaptionConfig(StageConfig):
     image_side: PositiveInt = 1024
     """Larger images are brought to this longer side, in pixels, before the model's own processing."""
     temperature: NonNegativeFloat = 0.0
-    """Of the first try; 0 takes the likeliest word each time."""
+    """Temperature of the first try; 0 takes the likeliest word each time."""
     retry_temperature: NonNegativeFloat = 0.7
-    """Of every further try, if higher than `temperature`."""
+    """Temperature of every further try, if higher than `temperature`."""
     retries: NonNegativeInt = 2
     """Further tries, each with another seed, of a caption that does not pass the gate."""
     seed: int = 0
@@ -114,7 +114,7 @@ class RecaptionSummary(Summary):
     """Figures of one run of the recaption job."""
 
     def own_lines(self) -> Iterator[str]:
-        """How many rows have which status, the commonest first, with an example of each."""
+        """Says how many rows have which status, the commonest first, with an example of each."""
         for status, count in self.counts_of("status_"):
             example = f', such as "{one_line(texts[0])[:160]}"' if (texts := self.examples.get(status)) else ""
             yield f"  {status:<10} {count:,.0f} rows{example}"

@@ -124,9 +124,9 @@ class ScoreImages:
             if not rows or not set(metric.fields) & set(wanted):
                 continue
             texts = self._texts(window, metric.reads)
-            made = metric([images[row] for row in rows], [texts[row] for row in rows])
+            scores = metric([images[row] for row in rows], [texts[row] for row in rows])
             for name in set(metric.fields) & set(wanted):
-                for row, value in zip(rows, made[name]):
+                for row, value in zip(rows, scores[name]):
                     values[name][row] = value
         types = {name: kind for metric in self.metrics for name, kind in metric.fields.items()}
         arrays = {name: pa.array(values[name], types[name]) for name in wanted}

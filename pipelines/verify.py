@@ -76,7 +76,7 @@ class VerifyConfig(JobConfig):
     sample: int = 64
     """Random rows that are encoded again, per text column and encoder; 0 for none."""
     seed: int = 0
-    """Which random rows."""
+    """Decides which random rows are encoded again."""
     since: str = ""
     """Tag or version of the table: content, embeddings and latents are looked at in fragments that have changed since, and no
     others. Default: in all."""
@@ -99,7 +99,7 @@ class VerifyResult(JobResult):
 
     @property
     def ok(self) -> bool:  # type: ignore[override]  # others are told it, this one knows
-        """No problems."""
+        """Tells whether no check found a problem."""
         return not any(self.problems.values())
 
     def lines(self) -> Iterator[str]:
@@ -300,14 +300,14 @@ class PlainEncoder:
         if not ids:
             return np.zeros((0, self.model.config.get_text_config().hidden_size), np.float32)
         with torch.inference_mode():
-            made = self.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
-        hidden = made.hidden_states[self.index]
+            output = self.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        hidden = output.hidden_states[self.index]
         if not self.is_decoder and self.index == -1:
-            hidden = made.last_hidden_state
+            hidden = output.last_hidden_state
         return hidden[0].float().numpy()
 
     def _prefix(self) -> list[int]:
-        """What two conversations that differ in the prompt alone have in common."""
+        """Token ids of the prefix: what two conversations that differ in the prompt alone have in common."""
         instruction, tokenizer = self.config.instruction, self.tokenizer
         if self.config.template == "plain":
             ids = tokenizer(instruction + "\n", add_special_tokens=False)["input_ids"] if instruction else []

@@ -45,7 +45,7 @@ class Block(nn.Module):
         self.pool = pool_branch() if pool else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 64, H, W) -> (B, 64, H, W)."""
+        """Features (B, 64, H, W) -> features of the same shape."""
         if self.pool is not None:
             x = x + self.pool(x)
         return torch.relu(self.conv(x) + x)
@@ -55,7 +55,7 @@ class Squash(nn.Module):
     """Latents of any size -> (-3, 3), nearly unchanged around 0."""
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Element by element."""
+        """Latents -> latents of the same shape, element by element."""
         return torch.tanh(latents / 3) * 3
 
 

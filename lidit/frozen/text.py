@@ -198,7 +198,7 @@ class PromptEncoder:
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def _resolve_layer(self) -> int:
-        """`layer_index` -> number of blocks to run, 1 to `num_blocks`."""
+        """Turns `layer_index` into the number of blocks to run, 1 to `num_blocks`."""
         index = self.config.layer_index
         index = (-3 if self.is_decoder else -1) if index is None else index
         layer = index if index >= 0 else self.num_blocks + 1 + index
@@ -253,7 +253,7 @@ class PromptEncoder:
 
     @cached_property
     def _prefix(self) -> tuple[Cache | None, Tensor]:
-        """(keys and values of the prefix, its states (P, E)); None where there is no prefix."""
+        """The shared prefix: (its keys and values, its states (P, E)); None where there is none."""
         if not self.prefix_ids:
             return None, torch.zeros(0, self.width, device=self.device, dtype=DTYPES[self.config.dtype])
         grown = transformers.DynamicCache()

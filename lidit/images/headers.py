@@ -66,10 +66,10 @@ def cost_problem(data: bytes | memoryview, width: int, height: int) -> str | Non
     """Says why a JPEG 2000 asks for much more memory than a picture of that size needs; None where it does not."""
     pixels = width * height
     for match in SIZE.finditer(data):
-        found = _tiles(data, match.start())
-        if found is None:
+        size = _tiles(data, match.start())
+        if size is None:
             continue
-        tiles, components = found
+        tiles, components = size
         if components > MOST_COMPONENTS:
             return f"{components:,} components: more than the {MOST_COMPONENTS} allowed"
         if tiles > max(FEW_TILES, pixels // LEAST_TILE):
@@ -87,7 +87,7 @@ def cost_problem(data: bytes | memoryview, width: int, height: int) -> str | Non
 
 
 def _tiles(data: bytes | memoryview, at: int) -> tuple[int, int] | None:
-    """(tiles, components) of the SIZ there; None where it is none that a decoder would take."""
+    """Reads (tiles, components) from the SIZ marker at an offset; None where no decoder would take it for one."""
     if at + 40 > len(data):
         return None
     length, _, right, bottom, left, top, wide, high, first_x, first_y, components = struct.unpack_from(
@@ -104,7 +104,7 @@ def _tiles(data: bytes | memoryview, at: int) -> tuple[int, int] | None:
 
 
 def _coding(data: bytes | memoryview, at: int) -> tuple[int, int, int, list[int]] | None:
-    """(layers, log2 of a code-block's width and height, precincts by resolution) of the COD or COC there, or None."""
+    """(layers, log2 of a code-block's width and height, precincts by resolution) of a COD or COC marker, or None."""
     length = data[at + 3] if at + 3 < len(data) else 0
     body = bytes(data[at + 4 : at + 2 + length])
     skipped = 5 if data[at + 1] == 0x52 else 2  # of a COD: style, order, layers, transform; of a COC: component, style

@@ -36,27 +36,17 @@ if TYPE_CHECKING:  # an ingest's actors look at images too, and need no torch: 2
     from torch import Tensor
 
 # Formats that are pictures of pixels; none of their decoders starts another program, as that of EPS does.
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "AVIF",
-    "JPEG2000",
-    "PPM",
-    "QOI",
-)  # a JPEG with several pictures (MPO) is a JPEG
+# A JPEG with several pictures (MPO) is a JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
 OTHER_FILES = {
     b"%PDF": "PDF", b"%!PS": "PostScript", b"PK\x03\x04": "ZIP", b"\x1f\x8b": "gzip", b"\xff\x0a": "JPEG XL",
     b"\0\0\0\x0cJXL ": "JPEG XL", b"8BPS": "Photoshop", b"\0\0\1\0": "an icon",
 }  # fmt: skip
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")  # AVIF may be of the last two
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None  # the extra `heif`
-MAX_PIXELS = 100_000_000  # of an image's header
+MAX_PIXELS = 100_000_000  # height times width that an image may have by its header
 SCAN = re.compile(b"\xff\xda")  # a scan's begin in a JPEG; found at a third of the time that `bytes.count` takes
-MAX_SCANS = 100  # of a JPEG; the usual progressive one has ten
+MAX_SCANS = 100  # that a JPEG may have; the usual progressive one has ten
 MAX_SCAN_PIXELS = 2_000_000_000  # pixels times scans: each of them may cost a few bytes and goes over the whole picture
 MAX_TILE_PIXELS = 4_194_304  # of a TIFF's tile, or the picture's own where that is more: a tile is decoded whole
 MAX_SLOW_PIXELS = 16_000_000  # of what Pillow unpacks in Python (QOI, a BMP in runs, some PPM): up to 3 us each
@@ -141,10 +131,10 @@ def _tile_pixels(image: Image.Image) -> int:
 
 def _named(start: bytes) -> str:
     """Names the kind of a file that is no such image by its first bytes, which are not quoted: it may be anybody's file."""
-    found = next((name for sign, name in OTHER_FILES.items() if start.startswith(sign)), None)
+    kind = next((name for sign, name in OTHER_FILES.items() if start.startswith(sign)), None)
     if _is_heic(start):
-        found = "HEIC, which the extra heif reads (pip install 'lidit[heif]')"
-    return f": this is {found}" if found else ""
+        kind = "HEIC, which the extra heif reads (pip install 'lidit[heif]')"
+    return f": this is {kind}" if kind else ""
 
 
 def _is_heic(data: bytes | memoryview) -> bool:
@@ -153,7 +143,7 @@ def _is_heic(data: bytes | memoryview) -> bool:
 
 @functools.cache
 def _read_heif() -> bool:
-    """Has Pillow read HEIC, where that can be; its decoder is loaded at the first such file."""
+    """Registers Pillow's reader of HEIC, where it is installed; returns whether it is."""
     if HAS_HEIF:
         import pillow_heif
 
@@ -190,10 +180,10 @@ def orientation(image: Image.Image) -> int:
     if image.format == "PNG" and "exif" not in image.info and isinstance(file, io.BytesIO):
         _find_exif(image, file.getbuffer())
     try:
-        found = Image.Image.getexif(image).get(Base.Orientation, 1)
+        turn = Image.Image.getexif(image).get(Base.Orientation, 1)
     except Exception:  # whatever the reader of EXIF raises: a damaged note says nothing, and the pixels are whole
         return 1
-    return found if found in UPRIGHT else 1
+    return turn if turn in UPRIGHT else 1
 
 
 def _find_exif(image: Image.Image, data: memoryview) -> None:

@@ -53,7 +53,7 @@ MANY_WORDS = 40
 
 @dataclass(frozen=True)
 class GateConfig(Config):
-    """Conditions that a caption must meet."""
+    """Conditions that a caption must meet to be kept."""
 
     min_words: PositiveInt = 4
     """Least number of words (characters, where the script has no spaces)."""

@@ -43,7 +43,7 @@ class CaptionAnswer:
     tokens: int = 0
     """Tokens of the text, the end token not counted."""
     cut_off: bool = False
-    """It ran into the length limit."""
+    """True where the text ran into the length limit."""
     error: str | None = None
     """Reason why there is no text: the image cannot be decoded, or the engine refuses this request. None if there is one."""
 

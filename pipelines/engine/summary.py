@@ -74,7 +74,7 @@ class Summary(JobResult):
         return {**super().values(), **self.rates}
 
     def lines(self) -> Iterator[str]:
-        """What was done, how fast, what the job says of its own, what went wrong, and where it is."""
+        """Says what was done, how fast, what the job adds, what went wrong, and where the table is."""
         words = {
             **self.counts,
             **vars(self),
@@ -92,7 +92,7 @@ class Summary(JobResult):
         yield from filled(PLACE, words)
 
     def own_lines(self) -> Iterable[str]:
-        """What this job has to say and others have not."""
+        """Lines that this job alone has."""
         return ()
 
     def counts_of(self, prefix: str) -> list[tuple[str, float]]:

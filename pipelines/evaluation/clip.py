@@ -85,7 +85,7 @@ class ClipScore(Metric):
 
     @classmethod
     def summarise(cls, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The mean over images."""
+        """Takes the mean over images, with its interval."""
         groups: dict[str, list[float]] = defaultdict(list)
         for row in rows:
             if row[SCORE] is not None:

@@ -112,7 +112,7 @@ def update(distance: Any, images: list[np.ndarray], real: bool) -> None:
 
 
 def result(distance: Any) -> dict[str, Any]:
-    """The value, and of how many images. Raises ValueError where one side has fewer than two."""
+    """The distance, and the number of images on each side. Raises ValueError where one side has fewer than two."""
     generated, real = int(distance.fake_features_num_samples), int(distance.real_features_num_samples)
     if min(generated, real) < 2:
         raise ValueError(

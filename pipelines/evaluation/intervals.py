@@ -68,7 +68,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 
 def _means(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
-    """(mean of every prompt, its images)."""
+    """Averages each prompt's images: (mean of every prompt, number of its images)."""
     if not groups:
         raise ValueError("expected at least one image to take a mean of, received none")
     return (
@@ -78,7 +78,7 @@ def _means(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _resampled(means: np.ndarray, counts: np.ndarray, stream: int) -> np.ndarray:
-    """The mean over images of `RESAMPLES` draws of as many prompts, with replacement."""
+    """Draws as many prompts with replacement, `RESAMPLES` times; returns the mean over images of each draw."""
     rows = np.random.default_rng([SEED, stream]).integers(0, len(means), (RESAMPLES, len(means)))
     return (means[rows] * counts[rows]).sum(axis=1) / counts[rows].sum(axis=1)
 

@@ -32,14 +32,14 @@ class Reading:
     """Score of one label: how well it is read."""
 
     right: np.ndarray
-    """(test rows,) bool."""
+    """(test rows,) bool: which of them the probe reads correctly."""
     commonest: float
     """Accuracy of always saying what is most frequent in the rows of the fit."""
     classes: int
 
     @property
     def accuracy(self) -> float:
-        """Share of the test rows that are right."""
+        """Fraction of the test rows that the probe reads correctly."""
         return float(self.right.mean())
 
     def interval(self) -> tuple[float, float]:

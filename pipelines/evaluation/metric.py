@@ -15,13 +15,13 @@ class Metric(ABC):
 
     name: str
     reads: str
-    """Column that it looks at beside the image."""
+    """Column that the metric reads in addition to the image."""
     fields: dict[str, pa.DataType]
-    """The columns it adds."""
+    """Columns that the metric adds, and their types."""
 
     @abstractmethod
     def __init__(self, config: Any, device: str):
-        """Loads what it needs."""
+        """Loads the metric's model, if it has one."""
 
     @classmethod
     @abstractmethod

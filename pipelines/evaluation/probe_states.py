@@ -26,15 +26,15 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Way:
-    """One way to use an encoder."""
+    """One way to use an encoder: instruction, layers, norm."""
 
     encoder: str
     instruction: bool
-    """Whether the instruction stands before the text."""
+    """Put the instruction before the text."""
     layers: tuple[int, ...]
     """Hidden states, from 1; several: their mean. None at all: the control, the tokens' identities."""
     norm: bool
-    """Whether each token is scaled to mean square 1 first."""
+    """Scale each token to mean square 1 first."""
 
     def __str__(self) -> str:
         if not self.layers:
@@ -158,7 +158,7 @@ class _Tokens:
         return found
 
     def _parts(self, encoder: PromptEncoder, texts: list[str], spans: Sequence[tuple[int, int]]) -> np.ndarray:
-        """(N, longest L) bool."""
+        """Marks the tokens of the part that is asked about, (N, longest L) bool."""
         texts = beginnings(encoder.tokenizer, texts, encoder.max_prompt_tokens)
         given: Any = encoder.tokenizer(texts, add_special_tokens=not encoder.is_decoder, return_offsets_mapping=True)
         parts = np.zeros((len(texts), max(map(len, self.ids))), bool)
@@ -199,7 +199,7 @@ def _combined(states: dict[int, Tensor], way: Way) -> Tensor:
 
 
 def _mean(states: Tensor, mask: Tensor) -> Tensor:
-    """(B, L, E), (B, L) -> (B, E), over the mask's tokens."""
+    """Averages the states over the mask's tokens: (B, L, E), (B, L) -> (B, E)."""
     weights = mask.to(states.dtype)
     return torch.einsum("ble,bl->be", torch.where(mask[..., None], states, 0), weights) / weights.sum(
         dim=1, keepdim=True

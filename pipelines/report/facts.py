@@ -37,7 +37,7 @@ NUMBERS = re.compile(r"0x[0-9a-fA-F]+|\d[\d,.]*")
 
 @dataclass
 class ColumnFacts:
-    """One column."""
+    """A column of the table: its type, its size, and the stage that made it."""
 
     name: str
     type: str
@@ -50,7 +50,7 @@ class ColumnFacts:
 
 @dataclass
 class StageFacts:
-    """A stage's columns that were made alike."""
+    """Columns of a stage that have one fingerprint."""
 
     name: str
     columns: list[str]
@@ -71,7 +71,7 @@ class StaleFacts:
 
     @property
     def words(self) -> str:
-        """One sentence, with what to do."""
+        """Says in a sentence what is stale and what to do about it."""
         return (
             f"{', '.join(self.columns)}: in {self.fragments:,} fragments ({self.rows:,} rows) made from values that have "
             f"changed since; the command that made them (lidit {self.stage}) makes them again there"
@@ -80,7 +80,7 @@ class StaleFacts:
 
 @dataclass
 class Reason:
-    """Errors that differ in numbers only."""
+    """Rows whose error messages differ in their numbers only."""
 
     stage: str
     text: str  # numbers replaced by N
@@ -90,7 +90,7 @@ class Reason:
 
 @dataclass
 class Facts:
-    """All of it."""
+    """Everything that is known of a table without reading its large columns."""
 
     uri: str
     version: int
@@ -205,7 +205,7 @@ def _columns(dataset: lance.LanceDataset) -> list[ColumnFacts]:
 
 
 def _about(stored: pa.Field) -> str:
-    """What a column's metadata says of its values."""
+    """Describes in a few words how a column's values are stored, from its metadata."""
     metadata = metadata_of(stored)
     codec = metadata.get(columns.META_CODEC)
     if codec is None:
@@ -219,7 +219,7 @@ def _about(stored: pa.Field) -> str:
 
 
 def _stage_of_reasons(name: str) -> str | None:
-    """`embed_error` -> `embed`; None for other columns, and those of ingest."""
+    """Name of the stage that an error column belongs to: `embed_error` -> `embed`; None for other columns, and ingest's."""
     stage = name.removesuffix("_error")
     return stage if stage != name and stage != "ingest" else None
 
@@ -263,7 +263,7 @@ def _reasons(dataset: lance.LanceDataset) -> list[Reason]:
 
 
 def _encoders(store: str) -> list[dict[str, Any]]:
-    """Rows of the encoders table, states as counts of tokens."""
+    """Reads the encoders table; of its states only the number of tokens."""
     table = encoders_of(store)
     if not table.exists():
         return []
@@ -284,7 +284,7 @@ def _encoders(store: str) -> list[dict[str, Any]]:
 
 
 def _runs(store: str) -> list[dict[str, Any]]:
-    """The newest runs: job, when, and what their summaries say; `state` is done, alive or stopped."""
+    """Lists the newest runs: job, when, and what their summaries say; `state` is done, alive or stopped."""
     fs, root = runs_folder(store)
     if not fs.exists(root):
         return []

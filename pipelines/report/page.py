@@ -20,7 +20,7 @@ from pipelines.report.samples import Sample
 
 @dataclass
 class Chart:
-    """A histogram of the page."""
+    """A chart of the page: title, a line about it, and its SVG."""
 
     title: str
     about: str
@@ -29,7 +29,7 @@ class Chart:
 
 @dataclass
 class Page:
-    """All that is on it."""
+    """Everything that the page shows."""
 
     facts: Facts
     charts: list[Chart] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as HTML."""
+    """Renders the page as HTML."""
     facts = page.facts
     name = facts.uri.rstrip("/").rpartition("/")[0].rpartition("/")[2] or facts.uri
     largest = max((column.bytes for column in facts.columns), default=1) or 1
@@ -61,7 +61,7 @@ def fill(template: str, *folders: Path, **values: Any) -> str:
 
 
 def human(size: float) -> str:
-    """Bytes in words: 12.3 MB."""
+    """Writes a number of bytes for a person: 12.3 MB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
             return f"{size:,.0f} B" if unit == "B" else f"{size:,.1f} {unit}"

@@ -35,7 +35,7 @@ PEAK = 255.0  # of a pixel, for PSNR
 
 @dataclass
 class Picture:
-    """An image for the page."""
+    """An image of the page, as a `data:` address, and its size."""
 
     uri: str  # data:image/...
     height: int  # pixels as shown
@@ -44,7 +44,7 @@ class Picture:
 
 @dataclass
 class Sample:
-    """A row to look at."""
+    """A row that the page shows."""
 
     image_id: str
     source: str | None = None
@@ -135,7 +135,7 @@ def _decoder_of(model: str, revision: str | None, wanted: dict[str, Any], downlo
 
 
 def thumbnail(data: bytes, side: int = THUMBNAIL) -> Picture | None:
-    """An encoded image, upright and small; None where it cannot be shown."""
+    """Makes a small upright picture of an encoded image; None where it cannot be decoded."""
     try:
         return _picture(reduced_image(data, side))
     except ImageError:  # the page shows that there is none
@@ -143,7 +143,7 @@ def thumbnail(data: bytes, side: int = THUMBNAIL) -> Picture | None:
 
 
 def _drawn(dataset: lance.LanceDataset, count: int, seed: int) -> np.ndarray:
-    """Places of random rows in the table, in its order."""
+    """Draws positions of random rows in the table, sorted."""
     total = dataset.count_rows()
     drawn = np.random.default_rng(seed).permutation(total)[: 4 * count] if total < 1 << 24 else None
     if drawn is None:

@@ -74,13 +74,13 @@ class Unchecked:
         self._files: dict[tuple[str, ...], int] = {}
 
     def add(self, file: HeldFile) -> None:
-        """One more."""
+        """Counts a file without digests."""
         held = tuple(name for name in file.columns if name in self._stages)
         self._files[held] = self._files.get(held, 0) + 1
 
     @property
     def count(self) -> int:
-        """Files in all."""
+        """Number of files without digests."""
         return sum(self._files.values())
 
     def sentences(self) -> list[str]:

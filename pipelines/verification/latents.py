@@ -16,7 +16,7 @@ READ_ROWS = 64
 
 
 def latents_fields(schema: pa.Schema) -> list[pa.Field]:
-    """The table's columns of latents and of their moments."""
+    """Selects the columns of latents and of their moments."""
     return [field for field in schema if columns.META_CHANNELS.encode() in (field.metadata or {})]
 
 
@@ -44,7 +44,7 @@ def latents_problems(
 
 
 def _problem(row: pa.RecordBatch, stored: pa.Field, bucket: str, error: str) -> str | None:
-    """What is wrong with one row, None if nothing is."""
+    """Says what is wrong with a row; None where nothing is."""
     if row.column(stored.name).null_count != row.column(bucket).null_count:
         return "it has latents or a bucket, not both"
     if row.column(stored.name).null_count:

@@ -35,7 +35,7 @@ def fragments_since(dataset: lance.LanceDataset, since: str) -> list[lance.Lance
 def scan(
     dataset: lance.LanceDataset, fragments: Sequence[lance.LanceFragment], columns: list[str], rows: int
 ) -> Iterator[pa.RecordBatch]:
-    """Columns of these fragments, so many rows at a time."""
+    """Reads columns of these fragments, a few rows at a time."""
     for fragment in fragments:
         yield from dataset.scanner(columns=columns, batch_size=rows, fragments=[fragment]).to_batches()
 
@@ -63,6 +63,6 @@ def draw_rows(
 
 
 def _content_of(fragment: lance.LanceFragment) -> tuple[tuple[str, ...], str]:
-    """What tells one state of a fragment from another."""
+    """Identifies a fragment's state: its data files, and which of its rows are deleted."""
     metadata = fragment.metadata
     return tuple(f"{file.path}{list(file.fields)}" for file in metadata.files), str(metadata.deletion_file)
