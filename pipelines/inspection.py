@@ -23,7 +23,7 @@ import pyarrow as pa
 from lidit.cli import run
 from lidit.runtime.fields import JobConfig, NonNegativeInt
 from lidit.runtime.printable import one_line
-from lidit.runtime.result import JobResult, table
+from lidit.runtime.result import JobResult, filled, table
 from lidit.store import columns
 from pipelines.engine.table import Table
 from pipelines.report.charts import bars, histogram
@@ -76,9 +76,7 @@ class InspectResult(JobResult):
         for header, rows in _tables(facts):
             if rows:
                 yield from ("", *table(header, rows))
-        yield from (f"stale: {stale.words}" for stale in facts.stale)
-        yield from (f"note: {note}" for note in self.notes)
-        yield from [f"page       {self.html}"] if self.html else []
+        yield from filled(["stale: {stale.words}", "note: {notes}", "page       {html}"], {**vars(facts), **vars(self)})
 
 
 def main(config: InspectConfig) -> InspectResult:

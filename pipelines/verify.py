@@ -35,7 +35,7 @@ from lidit.frozen.text import DTYPES, ENCODER_ONLY, EncoderConfig
 from lidit.frozen.truncation import beginnings
 from lidit.runtime.fields import JobConfig
 from lidit.runtime.model_files import config_digest, resolve_model, tokenizer_digest, weights_digest
-from lidit.runtime.result import JobResult
+from lidit.runtime.result import JobResult, filled
 from lidit.runtime.uris import shown
 from lidit.store import columns
 from lidit.store.checksum import no_panic
@@ -115,8 +115,7 @@ class VerifyResult(JobResult):
                 yield f"            - and {len(problems) - SHOWN:,} more"
             if problems and name in REMEDIES:
                 yield f"            what to do: {REMEDIES[name]}"
-        yield from (f"  {'not':7} checked    {what}" for what in self.unchecked)
-        yield from (f"  {'stale':7} {what}" for what in self.stale)
+        yield from filled(["  not     checked    {unchecked}", "  stale   {stale}"], vars(self))
 
 
 def main(config: VerifyConfig) -> VerifyResult:

@@ -72,19 +72,19 @@ class ExportConfig(JobConfig):
 class ExportResult(JobResult):
     """Result of an export."""
 
+    LINES = (
+        "export: {weights} weights of step {step:,}, {parameters:,} parameters",
+        "  folder     {out}",
+        "  warning    {warnings}",
+        '  next       lidit sample --weights {out} --prompt "..."',
+    )
+
     out: str
     step: int
     weights: str  # ema or raw
     parameters: int
     ok: bool = True
     warnings: list[str] = dataclasses.field(default_factory=list)
-
-    def lines(self) -> Iterator[str]:
-        """What was exported, where to, what to do with it."""
-        yield f"export: {self.weights} weights of step {self.step:,}, {self.parameters:,} parameters"
-        yield f"  folder     {self.out}"
-        yield from (f"  warning    {warning}" for warning in self.warnings)
-        yield f'  next       lidit sample --weights {self.out} --prompt "..."'
 
 
 def main(config: ExportConfig) -> ExportResult:

@@ -38,19 +38,21 @@ from trainer.storage import Storage
 __all__ = ["RECIPES", "TrainConfig", "TrainResult", "main"]
 
 
-DONE = (
-    "train: {status}, {run} at step {step:,} of {total_steps:,} (from {resumed_from:,}), {images_seen:,} images seen, "
-    "{seconds:,.1f} s",
-    "  loss       {last[loss]:.4f} at step {last[step]:,}, after {first[loss]:.4f} at step {first[step]:,}",
-    "  speed      {last[samples_per_second]:,.1f} samples/s, data wait {last[data_wait]:.1%}",
-    "  held out   {validation[loss]:.4f}{ema} at step {validation[step]:,}",
-    "  skipped    {skipped_steps:,} steps had a loss or gradient that was not finite",
-)
-
-
 @dataclass
 class TrainResult(JobResult):
     """Result of a start of a run. `ok` if all steps that were asked for are done."""
+
+    LINES = (
+        "train: {status}, {run} at step {step:,} of {total_steps:,} (from {resumed_from:,}), {images_seen:,} images seen, "
+        "{seconds:,.1f} s",
+        "  loss       {last[loss]:.4f} at step {last[step]:,}, after {first[loss]:.4f} at step {first[step]:,}",
+        "  speed      {last[samples_per_second]:,.1f} samples/s, data wait {last[data_wait]:.1%}",
+        "  held out   {validation[loss]:.4f}{ema} at step {validation[step]:,}",
+        "  skipped    {skipped_steps:,} steps had a loss or gradient that was not finite",
+        "  warning    {warnings}",
+        "  folder     {folder}",
+        "  next       {next}",
+    )
 
     run: str
     folder: str
@@ -71,11 +73,9 @@ class TrainResult(JobResult):
     next: str = ""
 
     def lines(self) -> Iterator[str]:
-        """How far it is, what came of it, what to do next."""
+        """Says how far the run is, what came of it, and what to do next."""
         ema = f", EMA {self.validation['ema_loss']:.4f}" if "ema_loss" in self.validation else ""
-        yield from filled(DONE, {**vars(self), "ema": ema})
-        yield from (f"  warning    {warning}" for warning in self.warnings)
-        yield from filled(("  folder     {folder}", "  next       {next}"), vars(self))
+        return filled(self.LINES, {**vars(self), "ema": ema})
 
 
 def main(config: TrainConfig, observe: Observe | None = None) -> TrainResult:

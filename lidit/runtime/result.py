@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 from lidit.runtime.printable import one_line, printable
 
+FIRST_NAME = re.compile(r"\{(\w+)")
+
 
 class JobResult:
     """Base of every job's result, which is a dataclass: its fields are the keys of the JSON, and `LINES` its text."""
@@ -41,12 +43,16 @@ class JobResult:
 
 
 def filled(forms: Iterable[str], values: Mapping[str, Any]) -> Iterator[str]:
-    """The forms with the values in place of their {names}, but for those whose first value is zero, empty or not there."""
+    """Yields the forms with the values in place of their {names}.
+
+    A form whose first value is zero, empty or not there is left out; one whose first value is a list comes once for each item.
+    """
     known = defaultdict(int, values)
     for form in forms:
-        first = re.search(r"\{(\w+)", form)
-        if first is None or known[first[1]]:
-            yield form.format_map(known)
+        first = FIRST_NAME.search(form)
+        name, value = (first[1], known[first[1]]) if first else ("", True)
+        for item in value if isinstance(value, (list, tuple)) else [value] if value else []:
+            yield form.format_map(known | {name: item})
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

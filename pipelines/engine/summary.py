@@ -26,8 +26,8 @@ LEFT = (
     "  waiting    {fragments_waiting:,} fragments lack the column to read",
     "  again      {fragments_stale:,} fragments: what they were made from has changed since",
     "  errors     {errors:,} rows have nulls and a reason in `{job}_error`; such as",
-)
-PLACE = (
+    "             {error_examples[error]}",
+    "  {plan}",
     "  cleaned    {orphans_removed} unfinished files of killed runs",
     f"  table      {{store}}/{columns.SAMPLES_TABLE}",
     "  next       {next}",
@@ -87,9 +87,6 @@ class Summary(JobResult):
         yield from filled(DONE, words)
         yield from self.own_lines()
         yield from filled(LEFT, words)
-        yield from (f"             {example['error']}" for example in self.error_examples if self.errors)
-        yield from (f"  {line}" for line in self.plan)
-        yield from filled(PLACE, words)
 
     def own_lines(self) -> Iterable[str]:
         """Lines that this job alone has."""

@@ -28,6 +28,11 @@ def test_a_line_without_a_first_value_is_left_out():
     assert Baked(1200).to_text() == "bake: 1,200 loaves, 0.0 s", "zero seconds are not the line's first value"
     said = Baked(1200, 2.0, 3, {"name": "left"}).to_text().splitlines()
     assert said[1:] == ["  burnt      3 of them", "  oven       left"]
+    assert list(filled(["{n:,} words", "of {words}"], {"n": 2, "words": ["b", "c"]})) == ["2 words", "of b", "of c"]
+    assert list(filled(["error: {errors[text]}"], {"errors": [{"text": "one"}, {"text": "two"}]})) == [
+        "error: one",
+        "error: two",
+    ]
     assert list(filled(["{never}", "of {always}", "plain"], {"always": 1})) == ["of 1", "plain"]
 
 
