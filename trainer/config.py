@@ -87,7 +87,7 @@ class RunPhase(PhaseConfig):
     """Seed of the order of its rows: phases do not repeat each other's order."""
 
     def split(self, world_size: int) -> tuple[int, int]:
-        """(microbatch_size, grad_accum_steps) of a rank: the largest microbatch that its share of the batch divides into.
+        """Returns a rank's (microbatch_size, grad_accum_steps), with the largest microbatch that divides its part of a batch.
 
         Raises:
             ValueError: the global batch does not divide among the ranks.
@@ -212,7 +212,7 @@ class TrainConfig(JobConfig):
         return sum(phase.steps for phase in self.phases)
 
     def phase_at(self, step: int) -> tuple[int, int, int]:
-        """(number of the phase, its step, images seen before it) for a step of the run; past the end: the last phase's end.
+        """Returns (phase number, step in it, images seen before) of a step of the run; past the end, the last phase's end.
 
         Images are counted over all phases: what the randomness of a sample depends on.
         """
@@ -226,7 +226,7 @@ class TrainConfig(JobConfig):
         raise AssertionError("a run has phases")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as values of JSON and YAML."""
+        """Returns all fields as values of JSON and YAML."""
         return to_plain(self)
 
     @classmethod

@@ -136,10 +136,10 @@ class OptimizerConfig(Config):
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.learning_rate
-        first = max(self.warmup_steps, round((1 - self.fall_share) * total_steps))  # step of the fall
+        first = max(self.warmup_steps, round((1 - self.fall_share) * total_steps))  # step at which the decay begins
         done = min(1.0, max(0, step - first) / max(1, total_steps - 1 - first))
-        left = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return self.learning_rate * (self.final_share + (1 - self.final_share) * left)
+        remaining = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.learning_rate * (self.final_share + (1 - self.final_share) * remaining)
 
 
 @dataclass(frozen=True)

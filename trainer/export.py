@@ -44,7 +44,7 @@ VAE_KEYS = (
     "dtype",
     "scaling_factor",
     "shift_factor",
-)  # of the latents' fingerprint
+)  # keys of the latents' fingerprint
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -124,7 +124,7 @@ def main(config: ExportConfig) -> ExportResult:
 
 
 def _choose(storage: Storage, step: int | None) -> tuple[Manifest, dict[str, Any], list[str]]:
-    """The checkpoint asked for, or the newest valid one; with what was skipped on the way."""
+    """Returns manifest and state of the checkpoint asked for, or of the newest valid one, and warnings about those skipped."""
     steps = [step] if step is not None else list(reversed(steps_in(storage)))
     warnings: list[str] = []
     for candidate in steps:
@@ -133,13 +133,13 @@ def _choose(storage: Storage, step: int | None) -> tuple[Manifest, dict[str, Any
             return manifest, read_state(storage, manifest), warnings
         except Damaged as error:
             warnings.append(f"checkpoint skipped: {error}")
-    there = ", ".join(map(str, steps_in(storage))) or "none"
-    raise ValueError(f"{storage.uri}: no checkpoint to export; steps there: {there}{'; '.join(['', *warnings])}")
+    steps_there = ", ".join(map(str, steps_in(storage))) or "none"
+    raise ValueError(f"{storage.uri}: no checkpoint to export; steps there: {steps_there}{'; '.join(['', *warnings])}")
 
 
 @contextlib.contextmanager
 def _files(storage: Storage, manifest: Manifest, prefix: str) -> Iterator[list[Path]]:
-    """The checkpoint's files of one kind, here and checked."""
+    """Yields the local paths of the checkpoint's files with that prefix, downloaded if need be and checked."""
     with tempfile.TemporaryDirectory(prefix="lidit-export-") as temporary:
         folder = Path(storage.path(manifest.place)) if storage.local else Path(temporary)
         paths = []
@@ -170,7 +170,7 @@ def _average(files: list[Path], shapes: Mapping[str, Any]) -> Iterator[Iterator[
 def _raw(
     files: list[Path], shapes: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Iterator[Iterator[tuple[str, Tensor]]]:
-    """The fp32 masters in DeepSpeed's shards (stage 0 in fp32: the weights themselves)."""
+    """Yields (name, fp32 master weight) from DeepSpeed's shards; at stage 0 in fp32 the weights themselves."""
     ordered = sorted(files, key=_rank_of)
     with restricted_unpickling():
         module = next(_load(path) for path in ordered if path.name.endswith("model_states.pt"))
@@ -184,9 +184,9 @@ def _raw(
 
 
 def _rank_of(path: Path) -> int:
-    """`bf16_zero_pp_rank_12_mp_rank_00_optim_states.pt` -> 12; what is not one rank's comes first."""
-    found = re.search(r"zero_pp_rank_(\d+)_", path.name)
-    return int(found[1]) if found else -1
+    """`bf16_zero_pp_rank_12_mp_rank_00_optim_states.pt` -> 12; a file of no single rank: -1."""
+    match = re.search(r"zero_pp_rank_(\d+)_", path.name)
+    return int(match[1]) if match else -1
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _replicated(
     saved: Mapping[str, Any], shapes: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stage 0: the module; in bf16 its optimizer's fp32 copy, group by group."""
+    """Stage 0: yields the module's weights; in bf16 the optimizer's fp32 copy of them, group by group."""
     masters = (saved.get("optimizer") or {}).get("fp32_groups")
     if masters is None:
         yield from ((name, saved["module"][name]) for name in shapes)
@@ -210,7 +210,7 @@ def _replicated(
 
 
 def _equal_pieces(shards: list[dict[str, Any]], groups: list[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """Stage 3: every rank has an equal piece of each parameter, padded at the end; parameters in the order of `groups`."""
+    """Stage 3: joins the equal slices of each parameter, padded at the end, that the ranks hold in the order of `groups`."""
     flat = [shard["fp32_flat_groups"] for shard in shards]
     for number, group in enumerate(groups):
         offset = 0
@@ -223,7 +223,7 @@ def _equal_pieces(shards: list[dict[str, Any]], groups: list[Mapping[str, Any]])
 
 
 def _ranges(shards: list[dict[str, Any]], shapes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Stages 1 and 2: every rank has a range of the flattened group; a parameter's pieces follow each other by rank."""
+    """Stages 1 and 2: joins a parameter's slices in the order of ranks; each rank holds a range of the flattened group."""
     for name, shape in shapes.items():
         pieces = []
         for shard in shards:
@@ -234,7 +234,7 @@ def _ranges(shards: list[dict[str, Any]], shapes: Mapping[str, Any]) -> Iterator
 
 
 def _extra(state: Mapping[str, Any], kind: str, vae: str | None) -> dict[str, Any]:
-    """config.json of the weights: what the model was trained with."""
+    """Returns what the weights' config.json says of the training."""
     table, config = state["table"], state["config"]
     made_with = {key: value for key, value in table["features"]["latents"].items() if key in VAE_KEYS}
     named = vae or config.get("vae")

@@ -59,7 +59,7 @@ class TrainState:
 
 @dataclass
 class Phase:
-    """The phase that the loop is in."""
+    """The current phase of the loop."""
 
     number: int
     end: int
@@ -109,7 +109,7 @@ class Loop:
         self._saved_while_draining = False
 
     def run(self) -> bool:
-        """Trains to the last step, saved. Returns whether it got there: not if it was asked to stop, or data are damaged.
+        """Trains to the last step and saves. Returns False if the run was asked to stop before, or data are damaged.
 
         Raises:
             NotFinite: too many skipped steps in a row.
@@ -128,7 +128,7 @@ class Loop:
     # -- the step -----------------------------------------------------------------------------------------------------
 
     def _train_step(self, phase: Phase) -> Totals:
-        """One step of the run: `global_batch_size` samples over all ranks, one move of the optimizer."""
+        """Takes one optimizer step, on `global_batch_size` samples over all ranks."""
         engine, objective, step = self.engine, phase.table.objective, self.progress.step
         metrics = StepMetrics(list(self.model_config.encoders), self.ranks.device)
         waited = phase.batches.wait_seconds
@@ -160,7 +160,7 @@ class Loop:
             draining=draining(),
         )
 
-        # Move, clipped; or forget this step's gradients, everywhere.
+        # Clip and step; or discard this step's gradients, on every rank.
         if totals.finite:
             self.observe("step")
             set_learning_rate(engine, self.config.optimizer.learning_rate_at(step, self.config.total_steps))
@@ -180,7 +180,7 @@ class Loop:
     # -- around it ----------------------------------------------------------------------------------------------------
 
     def _after_step(self, phase: Phase, totals: Totals) -> bool:
-        """Writes, validates and saves where it is time to. Returns whether the run is to stop here."""
+        """Logs, validates and saves when due. Returns whether the run stops here."""
         step, config = self.progress.step, self.config
         if not totals.finite:
             self._say_skipped(totals)
@@ -257,12 +257,12 @@ class Loop:
     def _save(self, phase: Phase) -> None:
         self.observe("save")
         if self.report is not None:
-            self.report.writer.flush()  # first: whoever goes on from this checkpoint has the lines up to it
+            self.report.writer.flush()  # before the save: a run resumed from this checkpoint has all lines up to it
         self.checkpoints.save(self.progress.step, self.engine, self.ema, self._state(phase))
         phase.meter.reset()
 
     def _state(self, phase: Phase) -> dict[str, Any]:
-        """state.json: all but tensors."""
+        """Returns the content of state.json: the run's state without its tensors."""
         return {
             **asdict(self.progress),
             "images_seen": self.config.phase_at(self.progress.step)[2],

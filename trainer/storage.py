@@ -23,7 +23,7 @@ from lidit.runtime.durable import flush, make_folders, publish
 from lidit.runtime.files import create_exclusively
 from lidit.runtime.outage import outlast
 
-LOOKS = 3  # at a folder that is there and cannot be listed: something else changes it
+LOOKS = 3  # tries to list a folder that exists and cannot be listed: another process changes it
 
 
 class Storage:
@@ -58,14 +58,14 @@ class Storage:
 
     def sizes(self, name: str) -> dict[str, int]:
         """Bytes of all files below a folder, by their path from there."""
-        found = {}
+        sizes = {}
         for entry, kind, size in self._list(name):
             if kind == "directory":
                 below = self.sizes(f"{name}/{entry}" if name else entry)
-                found.update({f"{entry}/{path}": bytes_ for path, bytes_ in below.items()})
+                sizes.update({f"{entry}/{path}": bytes_ for path, bytes_ in below.items()})
             else:
-                found[entry] = size
-        return found
+                sizes[entry] = size
+        return sizes
 
     def exists(self, name: str) -> bool:
         """Whether a file or folder is there now. Raises what storage raises where it cannot tell."""
@@ -95,7 +95,7 @@ class Storage:
         try:
             outlast(lambda: self._create(name, content), f"creating {name}")
         except FileExistsError:
-            if self.read_if_there(name) != content:  # else our own first try did land, and its answer was lost
+            if self.read_if_there(name) != content:  # else our first try succeeded, and its answer was lost
                 raise
 
     def upload(self, source: Path, name: str) -> None:
@@ -135,7 +135,7 @@ class Storage:
         return True
 
     def _list(self, name: str) -> list[tuple[str, str, int]]:
-        """(name, kind, bytes) of what is directly below a folder."""
+        """Returns (name, kind, bytes) of the entries directly below a folder."""
         path = self.path(name)
 
         def look() -> list[dict[str, Any]]:
@@ -161,22 +161,22 @@ class Storage:
             self.fs.pipe_file(self.path(name), content)
             return
         path = Path(self.path(name))
-        with _beside(path, content) as beside:
-            publish(beside, path)
+        with _temporary_file(path, content) as temporary:
+            publish(temporary, path)
 
     def _create(self, name: str, content: bytes) -> None:
         if not self.local:
             create_exclusively(self.fs, self.path(name), content)
             return
         path = Path(self.path(name))
-        with _beside(path, content) as beside:
-            flush(beside)
-            os.link(beside, path)
+        with _temporary_file(path, content) as temporary:
+            flush(temporary)
+            os.link(temporary, path)
             flush(path.parent)
 
 
 def inside(folder: Path, name: str) -> Path:
-    """A name that came out of storage -> the path below a folder of this machine, and never one outside of it.
+    """Joins a name that came from storage to a local folder; never gives a path outside of it.
 
     Raises:
         ValueError: the name is empty, absolute, or has empty parts, `.`, `..`, a backslash or NUL.
@@ -193,12 +193,12 @@ def is_relative(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _beside(path: Path, content: bytes) -> Iterator[Path]:
-    """Inside, a file with that content lies beside its place, under a name of its own."""
+def _temporary_file(path: Path, content: bytes) -> Iterator[Path]:
+    """Yields a temporary file with that content, in the same folder as `path`; it is deleted in the end."""
     make_folders(path.parent)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        beside.write_bytes(content)
-        yield beside
+        temporary.write_bytes(content)
+        yield temporary
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

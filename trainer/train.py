@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +111,7 @@ def main(config: TrainConfig, observe: Observe | None = None) -> TrainResult:
         if outcome["status"] == "failed":
             raise (ValueError if outcome["input"] else RuntimeError)(outcome["error"])
         if outcome["step"] == config.total_steps:
-            lease.check()  # the tags are the run's: where another driver has taken over, they are its own now
+            lease.check()  # tags belong to the run: if another driver has taken over, they are in use
             warnings += _told(tables.unpin(storage))
     known = {f.name for f in dataclasses.fields(summary)}
     for name, value in outcome.items():
@@ -134,7 +135,7 @@ def _told(warnings: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def only_driver(storage: Storage) -> Iterator[Lease]:
-    """Inside, no other driver trains the run. Raises ValueError where one does."""
+    """Holds the run's lease, so that no other driver trains the run. Raises ValueError if one does."""
     with contextlib.ExitStack() as stack:
         try:
             lease = stack.enter_context(Lease(storage.uri, "driver"))
@@ -147,12 +148,12 @@ def only_driver(storage: Storage) -> Iterator[Lease]:
 
 @contextlib.contextmanager
 def stopped_by_signals(storage: Storage) -> Iterator[None]:
-    """Inside, SIGTERM and Ctrl-C ask the workers to save and stop; a second Ctrl-C gives up waiting for them."""
+    """Makes SIGTERM and Ctrl-C ask the workers to save and stop; a second Ctrl-C does not wait for them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    # Here, and not in the storage: that may be away, and a second Ctrl-C must not wait for it.
+    # In memory, not in the storage: that may be away, and a second Ctrl-C must not wait for it.
     asked = threading.Event()
 
     def handle(signum: int, frame: Any) -> None:
@@ -172,18 +173,18 @@ def stopped_by_signals(storage: Storage) -> Iterator[None]:
 
 
 def in_thread(act: Callable[[], Any], lease: Lease) -> Any:
-    """Runs it in another thread, so that this one takes signals meanwhile; raises what it raises.
+    """Calls `act` in another thread, so that this one handles signals meanwhile; returns or raises what `act` does.
 
     Raises:
         LeaseLost: this driver was suspended for so long that another one may train the run now.
     """
-    made: list[Any] = [None, None]
+    outcome: Future[Any] = Future()
 
     def run() -> None:
         try:
-            made[0] = act()
+            outcome.set_result(act())
         except BaseException as error:
-            made[1] = error
+            outcome.set_exception(error)
 
     thread = threading.Thread(target=run, name="fit", daemon=True)
     thread.start()
@@ -193,13 +194,11 @@ def in_thread(act: Callable[[], Any], lease: Lease) -> Any:
         if time.monotonic() - checked > HEARTBEAT_SECONDS:
             checked = time.monotonic()
             _check_lease(lease)
-    if made[1] is not None:
-        raise made[1]
-    return made[0]
+    return outcome.result()
 
 
 def _check_lease(lease: Lease) -> None:
-    """Whether this driver is still the one; where the storage cannot tell now, it is asked again, and every save asks too."""
+    """Raises LeaseLost if another driver holds the run now; while storage is away the next check decides."""
     try:
         lease.check(wait=False)
     except LeaseLost:
@@ -213,7 +212,7 @@ def _check_lease(lease: Lease) -> None:
 
 
 def _start_ray(config: TrainConfig) -> None:
-    """Ray, with as many CPUs as the ranks ask for where it is local."""
+    """Starts Ray; a local one gets at least the CPUs that the ranks ask for."""
     import ray
 
     from lidit.runtime.cluster import start_ray
@@ -224,7 +223,7 @@ def _start_ray(config: TrainConfig) -> None:
 
 
 def _resolve_hardware(config: TrainConfig) -> TrainConfig:
-    """GPUs if the cluster has some and nothing else is asked for. Refuses what a local machine will never have."""
+    """Sets `use_gpu` if it is null: whether the cluster has GPUs. Refuses more ranks than a local machine has GPUs."""
     import ray
 
     resources = ray.cluster_resources()
@@ -241,7 +240,7 @@ def _resolve_hardware(config: TrainConfig) -> TrainConfig:
 def _fit(
     config: TrainConfig, storage: Storage, versions: dict[str, int], observe: Observe | None, lease: Lease
 ) -> dict[str, Any]:
-    """Runs the workers under Ray Train, as long as this driver is the only one; what rank 0 returned."""
+    """Runs the workers under Ray Train while this driver holds the lease; returns what rank 0 returned."""
     import pyarrow.fs
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -282,7 +281,7 @@ def _fit(
 
 
 def _reason(error: Exception) -> str:
-    """The last line of what the first rank that failed has raised."""
+    """Returns the last line of the first failed rank's error."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     for rank, failure in sorted(failures.items()):
         return f"rank {rank}: {(str(failure).strip() or repr(failure)).splitlines()[-1]}"
@@ -290,17 +289,18 @@ def _reason(error: Exception) -> str:
 
 
 def _trainer_class() -> Any:
-    """Ray's TorchTrainer. On a Ray of our own, without its cleaner, which is for clusters whose driver dies, and which asks a
-    dashboard that is not there every second."""
+    """Returns Ray's TorchTrainer; for a local Ray a subclass without its cleaner.
+
+    The cleaner is for clusters whose driver dies, and asks the dashboard, which a local Ray lacks, every second."""
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     class LocalTrainer(TorchTrainer):
-        """On this machine alone: whatever ends the driver ends its Ray, and nothing is left to clean up."""
+        """A trainer for a local Ray, which ends with its driver: there is nothing to clean up."""
 
         def _create_default_callbacks(self) -> list[Any]:
-            made = super()._create_default_callbacks()  # type: ignore[misc]  # the stub knows the older one
-            return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # the stub knows the older one
+            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     return TorchTrainer if os.environ.get("RAY_ADDRESS") else LocalTrainer
 
@@ -311,7 +311,7 @@ def _worker_environment(config: TrainConfig) -> dict[str, str]:
 
 
 def _sigterm_callback() -> Any:
-    """Makes workers save before they go: Ray Train runs their training in a thread, and only the main one takes signals."""
+    """Returns a callback that lets workers save on SIGTERM: only a worker's main thread can install the handler."""
     from ray.train.v2._internal.execution.callback import WorkerCallback
 
     class SaveOnSigterm(WorkerCallback):
@@ -337,7 +337,7 @@ def _check_resume_mode(config: TrainConfig, storage: Storage) -> None:
 
 
 def _plan(config: TrainConfig) -> list[str]:
-    """What a run would need, in lines."""
+    """Returns the lines of a dry run: what the run would need."""
     from trainer.data.survey import survey
     from trainer.planner.estimate import estimate
 

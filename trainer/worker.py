@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from typing import Any
 
-from trainer.checkpoints.resume import Found, Layout, Resume, load_engine
+from trainer.checkpoints.resume import Layout, LocalCheckpoint, Resume, load_engine
 from trainer.checkpoints.save import Checkpoints, Observe, SaveFailed
 from trainer.config import TrainConfig
 from trainer.data.check import DamagedData, DataCheck
@@ -24,7 +24,7 @@ from trainer.storage import Storage
 
 @told_to_ranks
 class WrongInput(ValueError):
-    """Tables, checkpoint and config do not go together; raised on all ranks."""
+    """Tables, checkpoint and config do not fit together; raised on all ranks."""
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -48,16 +48,18 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 def train(
     config: TrainConfig, versions: dict[str, int], observe: Observe = lambda part: None, lease: int = 0
 ) -> dict[str, Any]:
-    """A rank's whole run, in a process group that is there already. Returns the same on all ranks but for figures."""
+    """Trains on one rank, in an initialized process group. Returns the same on all ranks except for figures."""
     ranks, storage = Ranks.here(), Storage(f"{config.storage}/{config.name}")
     tables = Tables(config.run_phases, config.data, versions)
     checkpoints = Checkpoints(storage, ranks, config.checkpoint, observe, lease)
     ranks.from_first(checkpoints.clean_up)
     resume = Resume(storage, ranks, Layout(ranks.world_size, config.zero.stage))
-    with resume.newest() as found:
-        changes = ranks.from_first(lambda: _check(config, found, tables, ranks))
-        engine = build_engine(config, tables.model_config(config.model), ranks, found is not None and found.universal)
-        state = _restore(found, engine, with_average=config.ema.decay > 0)
+    with resume.newest() as checkpoint:
+        changes = ranks.from_first(lambda: _check(config, checkpoint, tables, ranks))
+        engine = build_engine(
+            config, tables.model_config(config.model), ranks, checkpoint is not None and checkpoint.universal
+        )
+        state = _restore(checkpoint, engine, with_average=config.ema.decay > 0)
     progress = state.progress
     with contextlib.ExitStack() as stack:
         report = stop = None
@@ -93,42 +95,42 @@ def train(
     }
 
 
-def _check(config: TrainConfig, found: Found | None, tables: Tables, ranks: Ranks) -> list[str]:
-    """Checks, on rank 0, that the run may begin or go on from a checkpoint; returns the settings that changed since."""
-    number, step_in_phase, _ = config.phase_at(found.step if found else 0)
+def _check(config: TrainConfig, checkpoint: LocalCheckpoint | None, tables: Tables, ranks: Ranks) -> list[str]:
+    """Checks on rank 0 that the run may start, or resume from a checkpoint; returns the settings that changed since."""
+    number, step_in_phase, _ = config.phase_at(checkpoint.step if checkpoint else 0)
     try:
         table = tables.phase(number)
         if config.validation.every_steps:
             Validation(table, config.validation, config.data, config.vae, config.microbatch_size, ranks)
-        if found is None:
+        if checkpoint is None:
             return []
-        changes = config.check_resumable(found.state)
-        tables.check_trained(found.state, number, begun=step_in_phase > 0)
+        changes = config.check_resumable(checkpoint.state)
+        tables.check_trained(checkpoint.state, number, begun=step_in_phase > 0)
         return changes
     except ValueError as error:
         raise WrongInput(str(error)) from error
 
 
 def _check_data(check: DataCheck, ranks: Ranks, report: Report | None, step: int) -> None:
-    """Raises DamagedData, on all ranks, where one has found a file that is not what was written."""
+    """Raises DamagedData on all ranks if any of them found a damaged data file."""
     if report is not None and check.files:
         report.say(check.words())
-    if damaged := [found for found in ranks.gather(check.found) if found]:
+    if damaged := [problem for problem in ranks.gather(check.found) if problem]:
         raise DamagedData(
             f"data are damaged, the run is saved at step {step:,}: {'; '.join(damaged)}. Restore these files, or make their "
             f"columns anew, and run the same command again; `lidit verify` reads all files, data.verify=false trains on"
         )
 
 
-def _restore(found: Found | None, engine: Any, with_average: bool) -> TrainState:
-    """Puts a checkpoint into the engine; with the average, restored or new, and how far the run is."""
-    if found is None:
+def _restore(checkpoint: LocalCheckpoint | None, engine: Any, with_average: bool) -> TrainState:
+    """Loads a checkpoint into the engine; returns the state with the average, restored or new, and the progress."""
+    if checkpoint is None:
         return TrainState(engine, EMA(engine) if with_average else None, Progress())
-    load_engine(found, engine)
+    load_engine(checkpoint, engine)
     ema = EMA(engine) if with_average else None
-    if ema is not None and found.ema:
-        ema.load(list(found.ema))
-    progress = Progress(**{field.name: found.state[field.name] for field in dataclasses.fields(Progress)})
+    if ema is not None and checkpoint.ema:
+        ema.load(list(checkpoint.ema))
+    progress = Progress(**{field.name: checkpoint.state[field.name] for field in dataclasses.fields(Progress)})
     return TrainState(engine, ema, progress)
 
 

@@ -83,7 +83,7 @@ class Manifest:
         return f"{folder_of(self.step)}/{self.folder}" if self.folder else folder_of(self.step)
 
     def to_json(self) -> bytes:
-        """As it is stored, its own digest included."""
+        """Serializes the manifest, with its own digest."""
         content = {
             "format": FORMAT if self.folder else 1,
             "step": self.step,
@@ -94,7 +94,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: bytes, where: str) -> Manifest:
-        """Raises Damaged unless it is what `to_json` gave, unchanged, with no name but those that a save gives."""
+        """Parses what `to_json` gave. Raises Damaged if it was changed, or has a name that no save writes."""
         try:
             values = json.loads(content)
             digest = values.pop("digest")
@@ -117,13 +117,13 @@ def folder_of(step: int) -> str:
 
 
 def steps_in(storage: Storage) -> list[int]:
-    """Steps that have a folder, whole or not, ascending."""
+    """Returns the steps that have a checkpoint's folder, complete or not, ascending."""
     matches = map(STEP.fullmatch, storage.folders(CHECKPOINTS))
     return sorted(int(match[1]) for match in matches if match)
 
 
 def read_manifest(storage: Storage, step: int) -> Manifest:
-    """The manifest of a checkpoint all of whose files are there and as long as they should be.
+    """Reads a checkpoint's manifest, and checks that all its files are there and have their sizes.
 
     Contents are not read: whoever reads a file calls `check_content`.
 
@@ -150,11 +150,11 @@ def read_manifest(storage: Storage, step: int) -> Manifest:
 def check_content(path: Path, expected: File, name: str) -> None:
     """Raises Damaged, naming the file, where a local copy is not what the manifest says."""
     try:
-        found = File.of(path)
+        actual = File.of(path)
     except FileNotFoundError:
         raise Damaged(f"{name}: missing") from None
-    if found != expected:
-        difference = "its content has changed" if found.size == expected.size else f"{found.size:,} bytes"
+    if actual != expected:
+        difference = "its content has changed" if actual.size == expected.size else f"{actual.size:,} bytes"
         raise Damaged(f"{name}: {difference}, expected {expected.size:,} bytes with sha256 {expected.sha256[:12]}...")
 
 
@@ -166,25 +166,25 @@ def to_delete(steps: Iterable[int], keep_last: int, keep_every_steps: int) -> li
 
 
 def new_generation(lease: int) -> str:
-    """Name of a start of the ranks under a driver's lease; it comes after those of all earlier starts."""
+    """Returns a new name for this start of the ranks; it sorts after the names of all earlier starts."""
     return f"g{lease:08d}-{time.time_ns() // 10**6:012x}{secrets.token_hex(2)}"
 
 
 def mark_begun(storage: Storage, step: int, generation: str) -> None:
-    """Says that a save is under way: without such a mark a folder that has no manifest is never removed."""
+    """Marks a step's folder as a save in progress: a folder with neither mark nor manifest is never removed."""
     storage.write(f"{folder_of(step)}/{BEGUN}{generation}", b"")
 
 
 def is_unfinished(storage: Storage, step: int) -> bool:
-    """Whether storage says, asked in two ways, that there is no manifest, and a process of this run has begun a save there."""
+    """Tells whether a save was begun there and left no manifest; storage is asked for the manifest in two ways."""
     if storage.read_if_there(f"{folder_of(step)}/{MANIFEST}") is not None:
         return False
-    there = storage.files(folder_of(step))
-    return MANIFEST not in there and any(name.startswith(BEGUN) for name in there)
+    names = storage.files(folder_of(step))
+    return MANIFEST not in names and any(name.startswith(BEGUN) for name in names)
 
 
 def remove_checkpoint(storage: Storage, step: int) -> None:
-    """Deletes a checkpoint, its manifest first: what a kill leaves behind is no checkpoint, and marked as remains."""
+    """Deletes a checkpoint, manifest first: if it is killed halfway, what remains is marked and is no checkpoint."""
     folder = folder_of(step)
     if not any(name.startswith(BEGUN) for name in storage.files(folder)):
         with contextlib.suppress(OSError):  # a full disk: room is made here
@@ -196,7 +196,7 @@ def remove_checkpoint(storage: Storage, step: int) -> None:
 
 
 def remove_save(storage: Storage, step: int, generation: str) -> None:
-    """Deletes what one generation has written at a step, its mark last, and nothing of another's."""
+    """Deletes the files that one generation has saved at a step, its mark last; other generations' files stay."""
     folder = folder_of(step)
     storage.remove_folder(f"{folder}/{generation}")
     storage.remove(f"{folder}/{BEGUN}{generation}")
@@ -204,7 +204,7 @@ def remove_save(storage: Storage, step: int, generation: str) -> None:
 
 
 def remove_earlier(storage: Storage, step: int, generation: str) -> None:
-    """Deletes what earlier generations have left at a step beside a checkpoint, or before one is saved; never a manifest."""
+    """Deletes the files that earlier generations have saved at a step; never a manifest."""
     folder = folder_of(step)
     for below in storage.folders(folder):
         if below in OLD_FOLDERS or (GENERATION.fullmatch(below) and below < generation):
@@ -216,7 +216,7 @@ def remove_earlier(storage: Storage, step: int, generation: str) -> None:
 
 
 def _strange_names(folder: Any, files: Iterable[str]) -> Any:
-    """The first name that is none of a save's; None if all are."""
+    """Returns the first name that no save writes, or None."""
     if folder != "" and not (isinstance(folder, str) and GENERATION.fullmatch(folder)):
         return folder
     return next((name for name in files if not (is_relative(name) and SAVED.fullmatch(name))), None)

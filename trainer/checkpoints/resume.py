@@ -33,13 +33,13 @@ class Layout:
 
     @property
     def replicated(self) -> bool:
-        """Whether every rank has everything: then any number of ranks loads what rank 0 saved."""
+        """Whether every rank holds the whole state, so that any number of ranks loads what rank 0 saved."""
         return self.zero_stage == 0
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint whose files are here and whole."""
+class LocalCheckpoint:
+    """A checkpoint whose files are on this machine and undamaged."""
 
     step: int
     state: dict[str, Any]
@@ -60,7 +60,7 @@ class Resume:
     Args:
         storage: the run's folder.
         ranks: who takes part.
-        layout: how the run cuts its state now.
+        layout: how the run shards its state now.
     """
 
     def __init__(self, storage: Storage, ranks: Ranks, layout: Layout):
@@ -68,8 +68,8 @@ class Resume:
         self.warnings: list[str] = []
 
     @contextlib.contextmanager
-    def newest(self) -> Iterator[Found | None]:
-        """The newest valid checkpoint, its files at hand inside the context. All ranks call it; None: there is none."""
+    def newest(self) -> Iterator[LocalCheckpoint | None]:
+        """Yields the newest valid checkpoint, its files on this machine, or None. All ranks call it together."""
         refused: set[int] = set()
         with contextlib.ExitStack() as stack:
             while True:
@@ -79,22 +79,22 @@ class Resume:
                     return
                 step, content, state = candidate
                 manifest = Manifest.from_json(content.encode(), f"{folder_of(step)}/{MANIFEST}")
-                found, problem = None, None
+                checkpoint, problem = None, None
                 try:
-                    found = self._fetch(manifest, state, stack)
+                    checkpoint = self._fetch(manifest, state, stack)
                 except Damaged as error:
                     problem = str(error)
                 problems = sorted({problem for problem in self.ranks.gather(problem) if problem})
                 if not problems:
-                    assert found is not None
-                    yield found
+                    assert checkpoint is not None
+                    yield checkpoint
                     return
                 refused.add(step)
                 for problem in problems:
                     self._warn(problem)
 
     def _newest_listed(self, refused: set[int]) -> tuple[int, str, dict[str, Any]] | None:
-        """Rank 0: the newest checkpoint whose manifest (as it is stored), sizes and state hold."""
+        """On rank 0: returns (step, manifest as stored, state) of the newest checkpoint with the right file sizes and state."""
         for step in reversed(steps_in(self.storage)):
             if step in refused:
                 continue
@@ -106,8 +106,8 @@ class Resume:
                 self._warn(str(error))
         return None
 
-    def _fetch(self, manifest: Manifest, state: dict[str, Any], stack: contextlib.ExitStack) -> Found:
-        """Brings the files that this rank needs to this machine, checks them, converts them if need be."""
+    def _fetch(self, manifest: Manifest, state: dict[str, Any], stack: contextlib.ExitStack) -> LocalCheckpoint:
+        """Downloads and checks the files that this rank needs; converts them for another number of ranks."""
         saved = Layout(state["world_size"], state["zero_stage"])
         if saved == self.layout or self.layout.replicated:
             source = 0 if self.layout.replicated else self.ranks.rank
@@ -115,7 +115,7 @@ class Resume:
             local = self._local_folder(manifest, stack)
             self._bring(manifest, names, local)
             ema = tuple(local / name for name in names if name.startswith(f"{EMA_FOLDER}/"))
-            return Found(manifest.step, state, local, ENGINE, False, ema)
+            return LocalCheckpoint(manifest.step, state, local, ENGINE, False, ema)
         leader = self.ranks.local_rank == 0
         shared = self._shared_folder(stack)
         local = Path(self.storage.path(manifest.place)) if self.storage.local else shared
@@ -128,15 +128,15 @@ class Resume:
                 universal.convert(local / ENGINE, shared / "universal")
             except Damaged as error:
                 damage = str(error)
-            except Exception as error:  # told, since the others wait
+            except Exception as error:  # sent to the other ranks instead of raised: they wait for this one
                 failure = str(error)
-        told = self.ranks.gather([damage, failure])
-        if failures := [failure for _, failure in told if failure]:
+        outcomes = self.ranks.gather([damage, failure])
+        if failures := [failure for _, failure in outcomes if failure]:
             raise RuntimeError(failures[0])
-        if damages := [damage for damage, _ in told if damage]:
+        if damages := [damage for damage, _ in outcomes if damage]:
             raise Damaged(damages[0])
         ema = tuple(local / name for name in names if name.startswith(f"{EMA_FOLDER}/"))
-        return Found(manifest.step, state, shared, "universal", True, ema)
+        return LocalCheckpoint(manifest.step, state, shared, "universal", True, ema)
 
     def _bring(self, manifest: Manifest, names: list[str], local: Path) -> None:
         for name in names:
@@ -146,17 +146,18 @@ class Resume:
             check_content(path, manifest.files[name], remote)
 
     def _local_folder(self, manifest: Manifest, stack: contextlib.ExitStack) -> Path:
-        """Where this rank finds its files: in place, or in a temporary folder of its own."""
+        """Returns the folder with this rank's files: the checkpoint's own, or a temporary one for downloads."""
         if self.storage.local:
             return Path(self.storage.path(manifest.place))
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lidit-")))
 
     def _shared_folder(self, stack: contextlib.ExitStack) -> Path:
-        """A temporary folder that the ranks of a node share, and no other user reads; its leader makes it, and deletes it after
-        all have left. The ranks of a node follow each other."""
+        """Makes a temporary folder that the ranks of a node share; other users cannot read it.
+
+        The node's first rank makes it, and deletes it when all ranks have left. Ranks of a node have consecutive numbers."""
         leader = self.ranks.local_rank == 0
-        made = self.ranks.gather(tempfile.mkdtemp(prefix="lidit-universal-") if leader else None)
-        folder = made[self.ranks.rank - self.ranks.local_rank]
+        folders = self.ranks.gather(tempfile.mkdtemp(prefix="lidit-universal-") if leader else None)
+        folder = folders[self.ranks.rank - self.ranks.local_rank]
         assert folder is not None, f"rank {self.ranks.rank - self.ranks.local_rank} is not the leader of a node"
 
         def leave() -> None:
@@ -174,17 +175,17 @@ class Resume:
             print(f"lidit train: WARNING: {message}", file=sys.stderr, flush=True)
 
 
-def load_engine(found: Found, engine: Any) -> None:
-    """Puts a checkpoint's weights and optimizer state into an engine that was built for it (`universal` as found)."""
+def load_engine(checkpoint: LocalCheckpoint, engine: Any) -> None:
+    """Loads a checkpoint's weights and optimizer state into an engine that was built with the checkpoint's `universal`."""
     with universal.restricted_unpickling():
-        path, _ = engine.load_checkpoint(str(found.engine), tag=found.tag, load_lr_scheduler_states=False)
-    assert path is not None, f"DeepSpeed found nothing in {found.engine}/{found.tag}"
-    if found.universal:
+        path, _ = engine.load_checkpoint(str(checkpoint.engine), tag=checkpoint.tag, load_lr_scheduler_states=False)
+    assert path is not None, f"DeepSpeed found nothing in {checkpoint.engine}/{checkpoint.tag}"
+    if checkpoint.universal:
         universal.separate_step_counts(engine)
 
 
 def read_state(storage: Storage, manifest: Manifest) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises Damaged where it is not what the manifest says."""
+    """Reads a checkpoint's state.json. Raises Damaged if it is not the file that the manifest lists."""
     name = f"{manifest.place}/{STATE}"
     with tempfile.TemporaryDirectory(prefix="lidit-") as folder:
         path = Path(folder) / STATE
@@ -199,7 +200,7 @@ def read_state(storage: Storage, manifest: Manifest) -> dict[str, Any]:
 
 
 def _belongs(name: str, rank: int) -> bool:
-    """Whether a rank needs that file to go on where it stopped: its own, and the one that holds all ranks' module."""
+    """Tells whether a rank reads that file when it resumes: its own shards, and the file with the whole module."""
     if name.startswith(f"{ENGINE}/"):
         return f"zero_pp_rank_{rank}_mp" in name or name.startswith(f"{ENGINE}/mp_rank_")
     return name == f"{EMA_FOLDER}/{rank_file(rank)}"

@@ -63,7 +63,7 @@ from trainer.storage import Storage
 COMMITS = 3  # tries to create a manifest where others write, too
 DRIVER = "driver"  # the driver's lease, in the run's folder
 ENGINE, EMA_FOLDER, STATE = "engine", "ema", "state.json"
-WRITING = f"{CHECKPOINTS}/.writing-"  # of a local storage: what ranks have begun; moved from there
+WRITING = f"{CHECKPOINTS}/.writing-"  # work folders of ranks on a local storage; files are moved from there
 
 Observe = Callable[[str], None]
 """Called with the name of what begins now; for profilers, and for tests that kill a process there."""
@@ -115,14 +115,14 @@ class Checkpoints:
         self._saved = step
 
     def _try(self, work: Path, act: Callable[[], dict[str, File]]) -> tuple[dict[str, Any], str | None]:
-        """(files, None), or ({}, what went wrong): told to the others instead of raised, since they wait."""
+        """Returns (files, None) or ({}, the error's text): errors are gathered, not raised, since the other ranks wait."""
         try:
             return {name: vars(file) for name, file in act().items()}, None
         except Exception as error:
             return {}, f"rank {self.ranks.rank}: {error}{_free_space(work, error)}"
 
     def _begin(self, work: Path, step: int) -> dict[str, File]:
-        """Makes room: what is there of that step and is no checkpoint was left by a killed run, or found damaged."""
+        """Makes the work folder; rank 0 also removes what an earlier save of the step left, unless it is a valid checkpoint."""
         (work / ENGINE).mkdir(parents=True)
         if self.ranks.first:
             self._check_lease()
@@ -136,8 +136,9 @@ class Checkpoints:
         return {}
 
     def _write(self, work: Path, step: int, engine: Any, ema: EMA | None, state: dict[str, Any]) -> dict[str, File]:
-        """Everything of this rank, into its own folder, then to its place. What DeepSpeed cannot write is raised after its
-        collectives."""
+        """Writes this rank's files into the work folder, then publishes them.
+
+        What DeepSpeed cannot write is raised after its collectives."""
         self.observe("save:shards")
         with _written_by(engine, self.observe) as failures:
             client_state = universal.client_state(step)
@@ -152,7 +153,7 @@ class Checkpoints:
         return self._publish(work, Manifest(step, {}, self.generation).place)
 
     def _publish(self, work: Path, folder: str) -> dict[str, File]:
-        """Puts this rank's files where they belong; returns them."""
+        """Moves or uploads this rank's files to the checkpoint's folder; returns their sizes and digests."""
         files = {}
         for path in sorted(path for path in work.rglob("*") if path.is_file()):
             name = path.relative_to(work).as_posix()
@@ -174,16 +175,16 @@ class Checkpoints:
         """Rank 0: writes the manifest if everybody has written everything, then deletes what is no longer wanted."""
         problems = [problem for _, problem in outcomes if problem]
         if not problems:
-            files = {name: File(**file) for mine, _ in outcomes for name, file in mine.items()}
+            files = {name: File(**file) for files_of_rank, _ in outcomes for name, file in files_of_rank.items()}
             try:
                 self.observe("save:manifest")
                 self._commit(Manifest(step, files, self.generation))
             except Exception as error:
                 problems.append(f"{error}{_free_space(Path(self.storage.root), error)}")
         if problems:
-            left = self._withdraw(step)
+            rest = self._withdraw(step)
             raise SaveFailed(
-                f"checkpoint of step {step} could not be saved in {self.storage.uri}: {'; '.join(problems)}. {left} and older "
+                f"checkpoint of step {step} could not be saved in {self.storage.uri}: {'; '.join(problems)}. {rest} and older "
                 f"checkpoints are whole: mend the cause and run the same command again"
             )
         self.observe("save:retention")
@@ -197,7 +198,7 @@ class Checkpoints:
             ) from error
 
     def _commit(self, manifest: Manifest) -> None:
-        """Writes the manifest where there is none; one of an earlier generation makes way.
+        """Creates the manifest; an earlier generation's is deleted first.
 
         Raises:
             LeaseLost: another driver may train the run now, or its ranks have saved this step.
@@ -212,8 +213,11 @@ class Checkpoints:
         raise OSError(f"{folder_of(manifest.step)}/{MANIFEST}: something else writes it again and again")
 
     def _make_way(self, step: int) -> bool:
-        """Deletes the manifest of an earlier generation, or a damaged one; whether there was one. Raises LeaseLost where it is
-        a later generation's."""
+        """Deletes an earlier generation's manifest, or a damaged one; returns whether there was one.
+
+        Raises:
+            LeaseLost: it is a later generation's.
+        """
         name = f"{folder_of(step)}/{MANIFEST}"
         content = self.storage.read_if_there(name)
         if content is None:
@@ -230,7 +234,7 @@ class Checkpoints:
         return True
 
     def _withdraw(self, step: int) -> str:
-        """Deletes what this generation, and no other one, has written of a step; says what is left."""
+        """Deletes the files that this generation has saved at a step; returns words about what is left."""
         try:
             remove_save(self.storage, step, self.generation)
         except Exception as error:
@@ -273,7 +277,7 @@ class Checkpoints:
             outlast(lambda: check_number(self.storage.uri, DRIVER, self.lease), "looking for a later lease")
 
     def clean_up(self) -> None:
-        """Rank 0, before a run begins: deletes what killed saves left beside the checkpoints.
+        """Deletes the work folders of killed saves; on rank 0, before a run begins.
 
         Raises:
             SaveFailed: another driver may train the run now.
@@ -288,7 +292,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _work_folder(self) -> Iterator[Path]:
-        """A folder of this rank while it saves; of a local storage on the same disk, so that files are moved, not copied."""
+        """Yields this rank's work folder; on a local storage it is on the same disk, so that files are moved, not copied."""
         if not self.storage.local:
             with tempfile.TemporaryDirectory(prefix="lidit-") as temporary:
                 yield Path(temporary)
@@ -307,13 +311,13 @@ class Checkpoints:
 
 
 def rank_file(rank: int) -> str:
-    """Name of a rank's file in the folders that have one for each."""
+    """Returns the name of a rank's file, in folders with one file per rank."""
     return f"rank_{rank:05d}.safetensors"
 
 
 @contextlib.contextmanager
 def _written_by(engine: Any, observe: Observe) -> Iterator[list[str]]:
-    """Inside, DeepSpeed's writer records a failure where it would raise: the other ranks wait in its next barrier."""
+    """Makes DeepSpeed's writer collect its failures instead of raising: the other ranks wait in its next barrier."""
     writer, failures = engine.checkpoint_engine, list[str]()
     original = writer.save
 
@@ -332,7 +336,7 @@ def _written_by(engine: Any, observe: Observe) -> Iterator[list[str]]:
 
 
 def _free_space(folder: Path, error: Exception) -> str:
-    """Says so where a disk is full: torch's own message does not."""
+    """Returns words about a full disk, which torch's own message leaves out."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

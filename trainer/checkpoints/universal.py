@@ -28,7 +28,7 @@ WORKERS = 4  # processes of a conversion, where there are as many cores
 
 @contextlib.contextmanager
 def restricted_unpickling() -> Iterator[None]:
-    """Inside, `torch.load` accepts tensors, plain values, and what DeepSpeed's own checkpoints are made of; nothing else."""
+    """Restricts `torch.load` to tensors, plain values, and what DeepSpeed's own checkpoints are made of; nothing else."""
     before = os.environ.get(FORCE)
     os.environ[FORCE] = "1"
     try:
@@ -42,7 +42,7 @@ def restricted_unpickling() -> Iterator[None]:
 
 
 def check_names(source: Path) -> None:
-    """Looks whether all names in DeepSpeed's shards are names of parameters and states: its converter makes paths of them.
+    """Checks the names in DeepSpeed's shards before its converter makes file paths of them.
 
     Raises:
         Damaged: one is none, so that a file could be written anywhere; names the shard.
@@ -55,7 +55,7 @@ def check_names(source: Path) -> None:
 
 
 def convert(source: Path, target: Path) -> None:
-    """Shards -> universal form, in a process of its own: DeepSpeed's converter forks, and this one may hold a GPU.
+    """Converts shards to DeepSpeed's universal format, in a subprocess: the converter forks, and this process may hold a GPU.
 
     Raises:
         RuntimeError: it failed; the message is the converter's last line.
@@ -88,7 +88,7 @@ def separate_step_counts(engine: Any) -> None:
 
 
 def _strange_key(content: Any) -> str | None:
-    """The first key, at any depth, that would be no name of a file or asks for experts' files; the engine's settings, which
+    """Returns the first key, at any depth, that is no valid file name or names experts' files; the engine's settings, which
     nothing is made of, left out."""
     if isinstance(content, Mapping):
         for key, value in content.items():

@@ -50,7 +50,7 @@ class Batch:
         return len(self.rows)
 
     def to(self, device: torch.device | str) -> Batch:
-        """On a device; from pinned memory without waiting. The instruction's states stay where they are."""
+        """Moves the batch to a device, asynchronously from pinned memory. The instruction's states stay where they are."""
 
         def moved(value: Tensor) -> Tensor:
             return value.to(device, non_blocking=True)
@@ -65,9 +65,9 @@ class Batch:
         )
 
     def tensors(self) -> list[Tensor]:
-        """All that `to` moves."""
-        found = [self.latents, *self.prompt_embeds.values(), *self.prompt_mask.values(), self.timestep, self.noise]
-        return [value for value in found if value is not None]
+        """Returns all tensors that `to` moves."""
+        optional = [self.latents, *self.prompt_embeds.values(), *self.prompt_mask.values(), self.timestep, self.noise]
+        return [value for value in optional if value is not None]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class HostBuffers:
         self._free: dict[int, collections.deque[np.ndarray]] = collections.defaultdict(collections.deque)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU, its values whatever was there."""
+        """Returns an uninitialized tensor on the CPU."""
         if self._pin:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         size = int(np.prod(shape)) * dtype.itemsize
@@ -175,7 +175,7 @@ class Assembler:
         return texts
 
     def reads(self, rows: np.ndarray, texts: np.ndarray, sample_bytes: float) -> list[Read]:
-        """Rows (n,) and the texts they are shown with (n,) -> the requests for them, in the order of the first that needs each.
+        """Groups rows (n,) with their texts (n,) into requests to the table, in the order in which they are first needed.
 
         Neighbors go together, as long as a request stays below `TAKE_BYTES`.
         """
@@ -183,12 +183,12 @@ class Assembler:
         fragments, places = self.features.locate(rows)
         order = np.lexsort((places, texts, fragments))
         groups = np.flatnonzero(np.diff(fragments[order], prepend=-1) | np.diff(texts[order], prepend=-2))
-        found = []
+        requests = []
         for start, end in zip(groups, [*groups[1:], len(order)]):
             for first in range(start, end, most):
                 members = order[first : min(first + most, end)]
-                found.append(Read(int(fragments[members[0]]), places[members], int(texts[members[0]]), members))
-        return sorted(found, key=lambda read: int(read.members.min()))
+                requests.append(Read(int(fragments[members[0]]), places[members], int(texts[members[0]]), members))
+        return sorted(requests, key=lambda read: int(read.members.min()))
 
     def fetch(self, read: Read) -> dict[str, Values]:
         """Column -> values, in the order of the request's rows."""
@@ -235,7 +235,7 @@ class Assembler:
         )
 
     def read_now(self, bucket: str, rows: np.ndarray, image_numbers: np.ndarray) -> Batch:
-        """A batch of any rows of one bucket, read while the caller waits: for validation."""
+        """Reads a batch of any rows of one bucket, synchronously: for validation."""
         texts = self.choose_texts(rows, image_numbers)
         sources: list[tuple[Mapping[str, Values], int]] = [({}, 0)] * len(rows)
         for read in self.reads(rows, texts, TAKE_BYTES / 8):
@@ -292,14 +292,14 @@ class Assembler:
         return embeds, mask
 
     def _tokens(self, values: Mapping[str, Values], index: int, form: EmbedsFormat) -> np.ndarray:
-        """(L, bytes) uint8, as they lie in the tensor."""
+        """Returns a prompt's states (L, bytes) uint8, in the tensor's memory layout."""
         stored = values[form.column][index]
         if form.codec in DTYPES:
             return stored.reshape(-1, form.bytes_per_token)
         return self._stored(decode_bytes(stored, form.codec, form.width), form)
 
     def _stored(self, states: np.ndarray, form: EmbedsFormat) -> np.ndarray:
-        """float32 (L, E) -> (L, bytes) uint8 in the tensor's dtype."""
+        """Converts float32 (L, E) to (L, bytes) uint8 in the tensor's dtype."""
         return _bytes_of(torch.from_numpy(states.copy()).to(_dtype(form)))
 
     def _formats(self, text: int) -> dict[str, EmbedsFormat]:

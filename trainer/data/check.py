@@ -61,7 +61,7 @@ class DataCheck:
         self._thread.join()
 
     def words(self) -> str:
-        """How far it is, for a person."""
+        """Returns the progress in words."""
         state = self.found or "nothing wrong found"
         return f"data check: {self.checked:,} of this rank's {self.files:,} files read against their digests, {state}"
 
@@ -84,8 +84,8 @@ class DataCheck:
                 return
 
     def _ours(self) -> list[tuple[HeldFile, frozenset[str]]]:
-        """This rank's files and the columns that the run reads, in another order at every start."""
-        wanted: dict[HeldFile, frozenset[str]] = {}
+        """Returns this rank's files with the columns that the run reads of each, shuffled anew at every start."""
+        columns_read: dict[HeldFile, frozenset[str]] = {}
         for features in self._features:
             uri, names = features.table.uri, frozenset(features.columns)
             if not isinstance(url_to_fs(uri)[0], LocalFileSystem):
@@ -93,13 +93,13 @@ class DataCheck:
             for fragment in features.table.get_fragments():
                 for file in held_files(features.table, uri, fragment):
                     if read := names & set(file.columns):
-                        wanted[file] = wanted.get(file, frozenset()) | read
-        ours = list(wanted.items())[self._rank :: self._world_size]
+                        columns_read[file] = columns_read.get(file, frozenset()) | read
+        ours = list(columns_read.items())[self._rank :: self._world_size]
         random.Random(os.urandom(8)).shuffle(ours)
         return ours
 
     def _problem(self, file: HeldFile, names: frozenset[str]) -> str:
-        """What is wrong with a file, empty if nothing is, or if the run is over."""
+        """Returns what is wrong with a file; empty if nothing is, or if the run ended meanwhile."""
 
         def read() -> str:
             image_ids = functools.partial(held_image_ids, LanceFileReader)
@@ -119,7 +119,7 @@ class DataCheck:
             return f"cannot be read: {(str(error) or repr(error)).splitlines()[0]}"
 
     def _wait(self, size: int) -> None:
-        """Keeps the rate. Raises _Over where the run is over."""
+        """Sleeps to keep the reading rate. Raises _Over when the run has ended."""
         now = time.monotonic()
         self._due = max(now, self._due) + size / self._bytes_per_second
         if self._over.wait(self._due - now):
@@ -127,10 +127,10 @@ class DataCheck:
 
 
 class _Over(Exception):
-    """The run is over."""
+    """The run has ended."""
 
 
 def _be_nice() -> None:
-    """The lowest priority for this thread, where the system has such a thing for threads."""
+    """Gives this thread the lowest priority, on systems with priorities for threads."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

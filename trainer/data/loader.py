@@ -40,8 +40,8 @@ class BatchSlice:
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """A sample that has been asked for."""
+class _Requested:
+    """A sample that has been requested from the table."""
 
     source: Future[dict[str, Values]]
     index: int  # in the source
@@ -91,7 +91,7 @@ class Batches:
         self.read_steps = read_steps(data, table.survey, share)
         self._ahead_steps = self.read_steps + data.ahead_steps
         self.wait_seconds = 0.0  # that `next` has waited for data so far
-        self._held: dict[tuple[int, int], _Wanted] = {}  # (bucket, visit) -> sample; the feeder's alone
+        self._held: dict[tuple[int, int], _Requested] = {}  # (bucket, visit) -> sample; the feeder's alone
         self._ready: queue.Queue[Future[Batch] | None] = queue.Queue(data.ahead_steps * (share // part.microbatch_size))
         self._closed = threading.Event()
         # Two pools: a batch whose rows are there must not queue behind the reads of a later block group.
@@ -123,7 +123,7 @@ class Batches:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads; what they hold is let go."""
+        """Stops the threads and frees what they hold."""
         self._closed.set()
         while self._feeder.is_alive():  # it may wait for room
             self._drain()
@@ -145,7 +145,7 @@ class Batches:
         return future.result()
 
     def _next_on_device(self) -> Batch | None:
-        """The batch that was copied meanwhile; and the copy of the next one begins."""
+        """Returns the batch whose copy to the device was started last time, and starts the copy of the next one."""
         assert self._copying is not None
         batch = self._coming or self._copy(self._next_on_host())
         if batch is None:
@@ -172,11 +172,11 @@ class Batches:
     def _feed(self) -> None:
         self._start_thread()
         try:
-            asked = self._steps.start
+            next_step = self._steps.start
             for step in self._steps:
-                while asked < min(step + self._ahead_steps, self._steps.stop):
-                    self._ask(asked)
-                    asked += 1
+                while next_step < min(step + self._ahead_steps, self._steps.stop):
+                    self._ask(next_step)
+                    next_step += 1
                 for microbatch in range(len(self._places) // self._microbatch_size):
                     self._put(self._submit(step, microbatch))
                     if self._closed.is_set():
@@ -196,26 +196,26 @@ class Batches:
                 continue
 
     def _ask(self, step: int) -> None:
-        """Asks for the rows of a step, and for the rows of the same block groups that the bucket's next batches need."""
+        """Requests the rows of a step, and the rows of the same block groups that later batches of the bucket need."""
         bucket, number = self.plan.bucket_at(step)
         visits, missing = self._missing(bucket, number)
         if not missing.any():
             return
         visits = visits[missing]
         groups, images = self.plan.groups_of(bucket, visits), [self._image_numbers(step, self._places[missing])]
-        asked = [visits]
+        requested = [visits]
         for later in range(number + 1, number + self.read_steps):
             visits, missing = self._missing(bucket, later)
             missing &= np.isin(self.plan.groups_of(bucket, visits), groups)
             later_step = self.plan.step_of(bucket, later) if missing.any() else self._steps.stop
             if later_step >= self._steps.stop:
                 break
-            asked.append(visits[missing])
+            requested.append(visits[missing])
             images.append(self._image_numbers(later_step, self._places[missing]))
-        self._read(bucket, np.concatenate(asked), np.concatenate(images))
+        self._read(bucket, np.concatenate(requested), np.concatenate(images))
 
     def _missing(self, bucket: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(this rank's visits in a batch of the bucket, which of them were not asked for yet)."""
+        """Returns (this rank's visits in a batch of the bucket, a mask of those that were not requested yet)."""
         visits = number * self.plan.global_batch_size + self._places
         return visits, np.array([(bucket, visit) not in self._held for visit in visits.tolist()])
 
@@ -225,20 +225,20 @@ class Batches:
         for read in self._assembler.reads(rows, texts, self._sample_bytes):
             source = self._readers.submit(self._assembler.fetch, read)
             for index, member in enumerate(read.members.tolist()):
-                self._held[bucket, int(visits[member])] = _Wanted(source, index, int(rows[member]), read.text)
+                self._held[bucket, int(visits[member])] = _Requested(source, index, int(rows[member]), read.text)
 
     def _submit(self, step: int, microbatch: int) -> Future[Batch]:
         bucket, number = self.plan.bucket_at(step)
         first = microbatch * self._microbatch_size
         places = self._places[first : first + self._microbatch_size]
         visits = number * self.plan.global_batch_size + places
-        wanted = [self._held.pop((bucket, visit)) for visit in visits.tolist()]
-        rows = np.array([sample.row for sample in wanted])
-        texts = np.array([sample.text for sample in wanted], np.int8)
+        requested = [self._held.pop((bucket, visit)) for visit in visits.tolist()]
+        rows = np.array([sample.row for sample in requested])
+        texts = np.array([sample.text for sample in requested], np.int8)
         images, name = self._image_numbers(step, places), self.plan.rows.buckets[bucket]
 
         def work() -> Batch:
-            sources = [(sample.source.result(), sample.index) for sample in wanted]
+            sources = [(sample.source.result(), sample.index) for sample in requested]
             return self._assembler.assemble(step, microbatch, name, rows, images, texts, sources)
 
         return self._assemblers.submit(work)
@@ -257,7 +257,7 @@ class Batches:
 
 
 def read_steps(data: DataConfig, survey: Survey, share: int) -> int:
-    """Batches of a bucket whose rows are read at once: `block_steps`, or as many as `buffer_mb` has room for.
+    """Returns how many batches of a bucket are read at once: `block_steps`, or as many as `buffer_mb` has room for.
 
     Held are at most one such block group for each bucket that is in use, and one on its way.
     """

@@ -151,11 +151,11 @@ class Plan:
     # -- which bucket -------------------------------------------------------------------------------------------------
 
     def batches_before(self, epoch: int) -> int:
-        """Steps before the epoch: the number of its first step."""
+        """Returns the number of the epoch's first step."""
         return sum(epoch * count // self.global_batch_size for count in self._counts)
 
     def epoch_at(self, step: int) -> int:
-        """The epoch of a step; the first is 0."""
+        """Returns the epoch of a step; the first is 0."""
         low, high = 0, 1
         while self.batches_before(high) <= step:
             low, high = high, 2 * high
@@ -165,7 +165,7 @@ class Plan:
         return low
 
     def bucket_at(self, step: int) -> tuple[int, int]:
-        """(bucket of the step's batch, how many batches of that bucket are before it)."""
+        """Returns (the bucket of a step's batch, how many batches of that bucket come before it)."""
         epoch = self.epoch_at(step)
         sequence, by_bucket, starts = self._sequence(epoch)
         within = step - self.batches_before(epoch)
@@ -174,7 +174,7 @@ class Plan:
         return bucket, epoch * self._counts[bucket] // self.global_batch_size + earlier
 
     def step_of(self, bucket: int, number: int) -> int:
-        """The step that has the bucket's batch of that number: the inverse of `bucket_at`."""
+        """Returns the step of the bucket's batch of that number: the inverse of `bucket_at`."""
         # The pass that the batch's last row is in: the batch is complete, and due, in that epoch.
         epoch = ((number + 1) * self.global_batch_size - 1) // self._counts[bucket]
         _, by_bucket, starts = self._sequence(epoch)
@@ -182,7 +182,7 @@ class Plan:
         return self.batches_before(epoch) + int(by_bucket[starts[bucket] + place])
 
     def _make_sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(bucket of every step of the epoch, its steps sorted by bucket, where in those each bucket starts)."""
+        """Returns (the bucket of every step of the epoch, its steps sorted by bucket, where each bucket starts in those)."""
         size = self.global_batch_size
         numbers = [(epoch + 1) * count // size - epoch * count // size for count in self._counts]
         starts = np.concatenate([[0], np.cumsum(numbers)]).astype(np.int64)
@@ -193,7 +193,7 @@ class Plan:
     # -- which rows ---------------------------------------------------------------------------------------------------
 
     def batch(self, step: int, first: int = 0, last: int | None = None) -> StepRows:
-        """The places `first` to before `last` of a step's batch; all of them by default."""
+        """Returns the rows at places first:last of a step's batch; all of them by default."""
         bucket, number = self.bucket_at(step)
         places = np.arange(first, self.global_batch_size if last is None else last)
         visits = number * self.global_batch_size + places
@@ -201,13 +201,13 @@ class Plan:
         return StepRows(step, bucket, number, places, rows, visits, self.groups_of(bucket, visits))
 
     def share(self, rank: int, world_size: int) -> tuple[int, int]:
-        """(first, last) place of a rank, for `batch`."""
+        """Returns the (first, last) place of a rank, for `batch`."""
         assert self.global_batch_size % world_size == 0 and 0 <= rank < world_size
         share = self.global_batch_size // world_size
         return rank * share, (rank + 1) * share
 
     def groups_of(self, bucket: int, visits: np.ndarray) -> np.ndarray:
-        """The block group of every visit, as a number that no other group of the bucket has."""
+        """Returns the number of every visit's block group, unique in the bucket."""
         count = self._counts[bucket]
         return visits // count * (count // self.group_rows + 1) + visits % count // self.group_rows
 
@@ -222,7 +222,7 @@ class Plan:
         return self.rows.select(bucket, positions)
 
     def _positions(self, bucket: int, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Places (n,) of a pass -> positions of their rows in the bucket."""
+        """Maps places (n,) of a pass to positions of their rows in the bucket."""
         count, size = self._counts[bucket], self.block_rows
         lane, turn = self._lane(count, places)
         blocks, short = divmod(count, size)  # whole ones, and one shorter block, if any, that is always the last lane's
@@ -240,7 +240,7 @@ class Plan:
         return (block * size + within + offset) % count
 
     def _lane(self, count: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places of a pass -> (block, before the blocks are shuffled; which of its rows, before those are)."""
+        """Maps places of a pass to (block, row in the block), both before shuffling."""
         size, batch, share = self.block_rows, self.global_batch_size, self.rows_per_batch
         lanes = batch // share  # blocks of a group
         groups = count // self.group_rows
@@ -249,7 +249,7 @@ class Plan:
         lane = group * lanes + place // share
         turn = turn * share + place % share
         rest = group == groups
-        if rest.any():  # less than a group: one row of every block that is left, then the next of every one
+        if rest.any():  # less than a group: one row of every remaining block in turn, then the next row of each
             blocks, short = count // size - groups * lanes, count % size
             index = inside[rest]
             both = short * (blocks + 1)  # rows up to which the shorter block takes part
@@ -278,7 +278,7 @@ class Plan:
         return counts
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that the order depends on, as JSON: a checkpoint's steps mean the same only where this is equal."""
+        """Returns all that the order depends on, as JSON: a checkpoint's steps refer to the same rows only if it is equal."""
         return {
             "plan": 1,
             "rows": self.rows.digest(),

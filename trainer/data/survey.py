@@ -65,12 +65,12 @@ def survey(features: Features, holdout: float = 0.0) -> Survey:
 
 
 def mean_length(histogram: np.ndarray) -> float:
-    """Prompts of 0, 1, 2 .. tokens -> the mean of their tokens; 0 where there are none."""
+    """Returns the mean of a histogram of prompt lengths; 0 if it is empty."""
     return float(np.dot(np.arange(len(histogram)), histogram) / max(1, histogram.sum()))
 
 
 def _codes(column: pa.Array, names: dict[str, int]) -> np.ndarray:
-    """Bucket names -> their numbers, which `names` learns as they come; 65535 for null."""
+    """Maps bucket names to their numbers, 65535 for null; new names are added to `names`."""
     encoded = pc.dictionary_encode(column)
     numbers = [names.setdefault(name, len(names)) for name in encoded.dictionary.to_pylist()]
     indices = pc.fill_null(encoded.indices, len(numbers)).to_numpy(zero_copy_only=False)
@@ -78,14 +78,14 @@ def _codes(column: pa.Array, names: dict[str, int]) -> np.ndarray:
 
 
 def _wider(codes: np.ndarray) -> np.ndarray:
-    """Bytes -> 16 bits, for tables of more buckets than fit."""
+    """Widens codes from 8 to 16 bits, for tables with more buckets than fit."""
     wider = codes.astype(np.uint16)
     wider[codes == left_out(codes)] = left_out(wider)
     return wider
 
 
 def _added(histogram: np.ndarray, more: np.ndarray) -> np.ndarray:
-    """The sum of two histograms, as long as the longer one."""
+    """Adds two histograms of different lengths."""
     total = np.zeros(max(len(histogram), len(more)), np.int64)
     total[: len(histogram)] += histogram
     total[: len(more)] += more
@@ -101,22 +101,22 @@ def _rows(codes: np.ndarray, texts: np.ndarray, names: dict[str, int], holdout: 
     renamed = np.full(out + 1, out, codes.dtype)
     for number, name in enumerate(buckets):
         renamed[names[name]] = number
-    held, no_bucket, no_text = [], 0, 0
+    held_out, no_bucket, no_text = [], 0, 0
     for start in range(0, len(codes), SCAN_ROWS):
         part, has_text = renamed[codes[start : start + SCAN_ROWS]], texts[start : start + SCAN_ROWS] > 0
         whole = (part != out) & has_text
         no_bucket += int((part == out).sum())
         no_text += int(((part != out) & ~has_text).sum())
         kept_out = whole & is_held_out(np.arange(start, start + len(part)), holdout)
-        held.append((start + np.flatnonzero(kept_out), part[kept_out]))
+        held_out.append((start + np.flatnonzero(kept_out), part[kept_out]))
         codes[start : start + SCAN_ROWS] = np.where(whole & ~kept_out, part, out)
     reasons = (("without latents", no_bucket), ("without embeddings", no_text))
     return Rows(
         codes,
         buckets,
         texts if text_count > 1 else None,
-        np.concatenate([rows for rows, _ in held]) if held else None,
-        np.concatenate([part for _, part in held]) if held else None,
+        np.concatenate([rows for rows, _ in held_out]) if held_out else None,
+        np.concatenate([part for _, part in held_out]) if held_out else None,
         {reason: count for reason, count in reasons if count},
     )
 

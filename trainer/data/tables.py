@@ -77,10 +77,10 @@ class Tables:
         if self._surveyed is not None and self._surveyed[0] == number:
             return self._surveyed[1]
         phase, data, features = self.phases[number], self.data, self._features[number]
-        found = survey(features, data.holdout)
-        features.check_resolution(found.rows.buckets, phase.resolution)
-        plan = Plan(found.rows, phase.global_batch_size, phase.order_seed, data.block_rows, data.block_steps)
-        self._surveyed = number, PhaseTable(features, found, plan, phase.objective)
+        surveyed = survey(features, data.holdout)
+        features.check_resolution(surveyed.rows.buckets, phase.resolution)
+        plan = Plan(surveyed.rows, phase.global_batch_size, phase.order_seed, data.block_rows, data.block_steps)
+        self._surveyed = number, PhaseTable(features, surveyed, plan, phase.objective)
         return self._surveyed[1]
 
     def model_config(self, model: ModelConfig) -> LIDiTConfig:
@@ -110,7 +110,7 @@ class Tables:
         return list(dict.fromkeys(warnings))
 
     def stale(self) -> list[str]:
-        """Warnings: columns that were made from captions or images which have changed since; they are read as they are."""
+        """Returns warnings about columns that were made from captions or images that have changed since."""
         warnings = []
         for features in {features.table.uri: features for features in self._features.values()}.values():
             fields = [features.table.schema.field(name) for name in features.columns]
@@ -124,7 +124,7 @@ class Tables:
         return warnings
 
     def unpin(self, storage: Storage) -> list[str]:
-        """Takes this run's tags away, and nobody else's. Returns warnings: stores that keep theirs, or one that may be ours."""
+        """Deletes this run's tags. Returns warnings about stores that keep theirs, or have one that may be this run's."""
         tag, shared, warnings = tag_of(storage), f"{TAG}{storage.name}", []
         for features in self._features.values():
             if (problem := features.unpin(tag)) is not None:
@@ -176,7 +176,7 @@ class Tables:
 
 
 def tag_of(storage: Storage) -> str:
-    """The tag of a run, and of no other one: runs of the same name in another folder, or on another machine, have their own.
+    """Returns the run's tag, which no other run has: runs of the same name in another folder or on another machine differ.
 
     A token is kept in the run's folder; with the folder's URI it makes the tag, so that a copy of a run is another run.
     """
@@ -195,7 +195,7 @@ def pinned_versions(storage: Storage) -> dict[str, int]:
 
 
 def _as_named_now(store: str) -> str:
-    """A store as a config names it once it is settled; earlier versions wrote it down as the user had."""
+    """Returns a store's settled name; earlier versions wrote the name down as the user had typed it."""
     try:
         return store_place(store)
     except ValueError:
@@ -203,7 +203,7 @@ def _as_named_now(store: str) -> str:
 
 
 def write_versions(storage: Storage, tables: Tables, known: Mapping[str, int]) -> None:
-    """Keeps the versions for all later starts of the run; before they are tagged. `known`: what is written down already."""
+    """Writes the versions down for later starts of the run, before they are tagged. `known`: those already written down."""
     if tables.versions != known:
         storage.write(VERSIONS, json.dumps(tables.versions, indent=1).encode())
 

@@ -1,7 +1,7 @@
 """Exponential moving average of the weights: fp32, element-wise, each rank on the partition of the masters that it owns.
 
 No communication and no gathered weights: a rank averages what its optimizer updates. The whole average exists only on disk,
-in pieces (see shards.py), and for a moment in the model while it is validated (`applied`).
+in slices (see shards.py), and for a moment in the model while it is validated (`applied`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self, engine: Any) -> Iterator[None]:
-        """Inside, the model computes with the average; after, with its own weights again, to the bit. All ranks together."""
+        """Swaps the average into the model inside the context, and its own weights back after. All ranks call it together."""
         masters = [partition.master.detach() for partition in self.partitions]
         if masters_are_weights(engine):
             masters = [master.clone() for master in masters]
@@ -44,7 +44,7 @@ class EMA:
             write_weights(engine, masters)
 
     def save(self, path: Path) -> None:
-        """Writes this rank's pieces."""
+        """Writes this rank's slices of the average."""
         pairs = zip(self.average, self.partitions)
         write_shard(
             path,
@@ -57,7 +57,7 @@ class EMA:
 
     @torch.no_grad()
     def load(self, paths: list[Path]) -> None:
-        """Reads this rank's pieces from the files of all ranks that saved, of any number, or from its own alone."""
+        """Reads this rank's slices from the files of all ranks that saved, however many, or from its own file alone."""
         with ShardReader(paths) as reader:
             for average, partition in zip(self.average, self.partitions):
                 flat = average.view(-1)

@@ -21,7 +21,7 @@ NO_DYNAMO = "TORCHDYNAMO_DISABLE"  # read by torch.compile when it is called
 
 
 def prepare_process(use_gpu: bool | None, cpus: float) -> None:
-    """Settings of a worker process that must be made before DeepSpeed is imported. Call it first, and again is harmless."""
+    """Sets up a worker process before DeepSpeed is imported; calling it again is harmless."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     if use_gpu:
         return
@@ -30,7 +30,7 @@ def prepare_process(use_gpu: bool | None, cpus: float) -> None:
 
 
 def build_engine(config: TrainConfig, model_config: LIDiTConfig, ranks: Ranks, universal: bool = False) -> Any:
-    """Model, optimizer and engine, the same initial weights on every rank and for every number of ranks.
+    """Builds model, optimizer and engine, with the same initial weights on every rank and for every number of ranks.
 
     Args:
         universal: a checkpoint of another world size will be loaded (see universal.py).
@@ -58,7 +58,7 @@ def build_engine(config: TrainConfig, model_config: LIDiTConfig, ranks: Ranks, u
         model.compile_blocks()
     optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    # Ours alone: a failed write must not raise on one rank while the others wait for it (see checkpoints/save.py).
+    # No recovery script beside the shards: a failed write of it would raise on one rank while the others wait.
     engine._copy_recovery_script = lambda save_path: None
     return engine
 
@@ -84,8 +84,10 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 
 def _import_muon() -> None:
-    """DeepSpeed asks whether AdamW is its Muon, whose import hands functions to torch.compile: seconds for every process,
-    spent on importing a compiler that nobody will use. Imported here first, without it."""
+    """Imports DeepSpeed's Muon with torch.compile disabled.
+
+    DeepSpeed imports it anyway, to see whether an optimizer is one; its decorators would import a compiler that nobody uses,
+    seconds in every process."""
     before = os.environ.get(NO_DYNAMO)
     os.environ[NO_DYNAMO] = "1"
     try:

@@ -13,7 +13,7 @@ from trainer.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Weight decay, if there is any, on what has two dimensions or more. The rate is set at every step."""
+    """Builds the optimizer. Weight decay applies to tensors of two or more dimensions; the loop sets the learning rate."""
     groups = parameter_groups(model, config)
     matrices = groups.pop(0) if config.name == "muon" else []
     adamw = torch.optim.AdamW(
@@ -27,7 +27,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[list[torch.Tensor]]:
-    """The optimizer's groups in its order: Muon's matrices, what has weight decay, the rest; without decay, all one group."""
+    """Returns the parameter groups in order: Muon's matrices, those with weight decay, the rest (one group without decay)."""
     parameters = [param for param in model.parameters() if param.requires_grad]
     matrices = muon_matrices(model) if config.name == "muon" else []
     taken = {id(param) for param in matrices}
@@ -39,7 +39,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[list[tor
 
 
 def muon_matrices(model: nn.Module) -> list[torch.Tensor]:
-    """The weights that map hidden states to hidden states: of attention and feed-forward layers, in blocks and refiners.
+    """Returns the weights that map hidden states to hidden states: attention and feed-forward layers of blocks and refiners.
 
     Not those that read input or cond or give the prediction: Muon is made for the others (arXiv 2502.16982).
     """
@@ -69,12 +69,12 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
+        """Updates all parameters that have a gradient."""
         for part in self._parts:
             part.step()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Takes what `state_dict` gave."""
+        """Loads what `state_dict` gave."""
         super().load_state_dict(dict(state_dict))
         self._share()
 
@@ -85,5 +85,5 @@ class Muon(torch.optim.Optimizer):
 
 
 def _ndim(param: torch.Tensor) -> int:
-    """Dimensions of a parameter, also where ZeRO-3 has taken its data away."""
+    """Returns a parameter's number of dimensions, also where ZeRO-3 has sharded its data away."""
     return len(getattr(param, "ds_shape", param.shape))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Slice:
-    """A piece of a parameter in a rank's partition."""
+    """A slice of a parameter in a rank's partition."""
 
     name: str
     """Name of the parameter, as in `state_dict()`."""
@@ -177,7 +177,7 @@ def _masters(optimizer: Any, kind: str) -> list[Tensor]:
 
 
 def _whole(engine: Any, kind: str) -> list[tuple[Any, Tensor]]:
-    """(parameter, its fp32 master) of every parameter, where none is cut."""
+    """Yields (parameter, its fp32 master) of every parameter, where none is sharded."""
     optimizer = engine.optimizer
     if kind == "stage0":
         return [(param, param) for group in optimizer.param_groups for param in group["params"]]
@@ -193,7 +193,7 @@ def _rank(optimizer: Any) -> int:
 
 
 def _equal_pieces(group: list[Any], names: dict[Any, str], rank: int) -> tuple[Slice, ...]:
-    """Stage 3: the rank's piece of each parameter, one after the other; the last ranks' pieces may be part padding."""
+    """Stage 3: returns the rank's equal slice of each parameter; the last ranks' slices may end in padding."""
     slices, offset = [], 0
     for param in group:
         piece = param.partition_numel()
@@ -206,13 +206,13 @@ def _equal_pieces(group: list[Any], names: dict[Any, str], rank: int) -> tuple[S
 
 
 def _range(param: Any, name: str) -> Slice:
-    """Stages 1 and 2: what DeepSpeed's own mapping says."""
+    """Stages 1 and 2: returns the slice that DeepSpeed's own mapping gives."""
     mapping = param._hp_mapping
-    there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Slice(name, int(there.start), int(here.start), int(here.numel))
+    in_model, in_master = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Slice(name, int(in_model.start), int(in_master.start), int(in_master.numel))
 
 
 def _gather_persistent(optimizer: Any) -> None:
-    """Stage 3: parameters that stay whole on every rank are made whole again."""
+    """Stage 3: gathers the parameters that stay whole on every rank again, after their masters were changed."""
     if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

@@ -24,7 +24,7 @@ _told: dict[str, type[Exception]] = {"ValueError": ValueError, "RuntimeError": R
 
 
 def told_to_ranks(error: E) -> E:
-    """Decorates an exception that other ranks raise as what it is, when rank 0 raises it in `from_first`."""
+    """Decorates an exception class that all ranks raise when rank 0 raises it in `from_first`."""
     _told[error.__name__] = error
     return error
 
@@ -41,7 +41,7 @@ class Ranks:
 
     @classmethod
     def here(cls) -> Ranks:
-        """This process, as its process group and environment describe it."""
+        """Describes this process from its process group and environment."""
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, device)
@@ -52,33 +52,35 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, in the order of ranks, on every rank. Values are JSON, small ones; tuples arrive as lists."""
-        mine = _to_bytes(value)
-        sizes = [int(size) for size in self.gather_tensors(torch.tensor(len(mine)))]
+        """Gathers a small JSON value of every rank, in the order of ranks, on every rank; tuples arrive as lists."""
+        content = _to_bytes(value)
+        sizes = [int(size) for size in self.gather_tensors(torch.tensor(len(content)))]
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
-        padded[: len(mine)] = mine
-        return [_from_bytes(found[:size]) for found, size in zip(self.gather_tensors(padded), sizes)]
+        padded[: len(content)] = content
+        return [_from_bytes(received[:size]) for received, size in zip(self.gather_tensors(padded), sizes)]
 
     def gather_tensors(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Everybody's tensor on the CPU, in the order of ranks, on every rank; all of one shape and type."""
-        found = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(found, tensor.contiguous())
-        return found
+        """Gathers a CPU tensor of every rank, in the order of ranks, on every rank; all have one shape and dtype."""
+        received = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(received, tensor.contiguous())
+        return received
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, as JSON, on every rank. If it raises there, it raises everywhere: another rank gets the message,
-        as the same class if it is ValueError, RuntimeError, OSError or one that `told_to_ranks` knows."""
-        made, error = None, None
+        """Calls `make` on rank 0 and broadcasts its JSON value; an exception there is raised on every rank.
+
+        Other ranks raise the same message, as the same class if it is ValueError, RuntimeError, OSError or one that
+        `told_to_ranks` knows."""
+        content, error = None, None
         if self.first:
             try:
-                made = _to_bytes([make(), None])
+                content = _to_bytes([make(), None])
             except Exception as raised:
-                error, made = raised, _to_bytes([None, [_known_class(raised), str(raised)]])
-        size = torch.tensor(len(made) if made is not None else 0)
+                error, content = raised, _to_bytes([None, [_known_class(raised), str(raised)]])
+        size = torch.tensor(len(content) if content is not None else 0)
         dist.broadcast(size, src=0)
-        made = made if made is not None else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(made, src=0)
-        value, problem = _from_bytes(made)
+        content = content if content is not None else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(content, src=0)
+        value, problem = _from_bytes(content)
         if error is not None:
             raise error
         if problem is not None:
@@ -92,7 +94,7 @@ class Ranks:
 
 
 def _known_class(error: Exception) -> str:
-    """Name of the first of the exception's classes that other ranks know."""
+    """Returns the name of the first of the exception's classes that other ranks know."""
     return next((base.__name__ for base in type(error).__mro__ if _told.get(base.__name__) is base), "RuntimeError")
 
 

@@ -30,7 +30,7 @@ def write_shard(path: Path, slices: Iterable[tuple[str, int, Tensor]]) -> None:
 
 
 class ShardReader:
-    """Reads what all ranks, or some of them, have written. Use as a context."""
+    """Reads the shards of some or all ranks. Use as a context."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = list(paths)
@@ -57,7 +57,7 @@ class ShardReader:
         self._files, self._pieces = [], {}
 
     def read(self, name: str, start: int, numel: int) -> Tensor:
-        """Elements start .. start + numel of a flattened parameter, (numel,).
+        """Reads elements start .. start + numel of a flattened parameter, (numel,).
 
         Raises:
             ValueError: no file has some of them.
@@ -76,10 +76,10 @@ class ShardReader:
         return torch.cat(parts) if parts else torch.empty(0)
 
     def whole(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A parameter of that shape."""
+        """Reads a whole parameter."""
         return self.read(name, 0, torch.Size(shape).numel()).reshape(tuple(shape))
 
     def state(self, shapes: Mapping[str, Sequence[int]]) -> Iterable[tuple[str, Tensor]]:
-        """(name, parameter) one by one."""
+        """Yields (name, parameter) one by one."""
         for name, shape in shapes.items():
             yield name, self.whole(name, shape)

@@ -75,14 +75,14 @@ class StopFile:
         return self._seen.is_set()
 
     def _watch(self) -> None:
-        told = False
+        warned = False
         while not self._over.is_set():
             try:
                 if self.storage.exists(STOP):
                     self._seen.set()
                     return
             except Exception as error:  # a thread that ended would never see the file: ask again
-                if not told:
+                if not warned:
                     print(f"lidit train: the file `{STOP}` cannot be looked for ({error})", file=sys.stderr, flush=True)
-                told = True
+                warned = True
             self._over.wait(POLL_SECONDS[self.storage.local])

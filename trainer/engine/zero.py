@@ -42,7 +42,7 @@ def deepspeed_config(
         ValueError: a phase's batch, or the secondary partitions, do not divide among the ranks.
     """
     microbatch_size, grad_accum_steps = phases[0].split(world_size)
-    made: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": microbatch_size,
         "gradient_accumulation_steps": grad_accum_steps,
         "train_batch_size": phases[0].global_batch_size,
@@ -56,8 +56,8 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
     }
     if accumulates_in_fp32(zero, precision, phases, world_size):
-        made["data_types"] = {"grad_accum_dtype": "fp32"}
-    return made
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
 
 
 def accumulates_in_fp32(zero: ZeroConfig, precision: Precision, phases: Sequence[RunPhase], world_size: int) -> bool:
@@ -71,7 +71,7 @@ def accumulates_in_fp32(zero: ZeroConfig, precision: Precision, phases: Sequence
 def zero_optimization(zero: ZeroConfig, model: LIDiTConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:
     """Builds the `zero_optimization` part of the dictionary."""
     square = model.width**2
-    made: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "stage": zero.stage,
         "contiguous_gradients": True,
         "overlap_comm": on_gpu,  # there is nothing to overlap with on CPUs
@@ -79,17 +79,17 @@ def zero_optimization(zero: ZeroConfig, model: LIDiTConfig, world_size: int, on_
         "allgather_bucket_size": max(SMALLEST_BUCKET, BLOCK * square),
     }
     if zero.offload_optimizer:
-        made["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+        settings["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if zero.stage < 3:
-        return made
+        return settings
     if world_size % zero.hpz_partition_size:
         raise ValueError(
             f"zero.hpz_partition_size {zero.hpz_partition_size} does not divide among {world_size} ranks: set it to the GPUs "
             f"of a node, or to 1"
         )
     if zero.offload_parameters:
-        made["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
-    return made | {
+        settings["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    return settings | {
         "stage3_prefetch_bucket_size": max(SMALLEST_BUCKET, BLOCK * square),
         "stage3_param_persistence_threshold": persistent_elements(zero, model),
         "stage3_max_live_parameters": max(GATHERED, LIVE_BLOCKS * BLOCK * square),

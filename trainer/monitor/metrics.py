@@ -73,13 +73,13 @@ class MetricsWriter:
         self._gauges = RayGauges.here(run)
 
     def started(self, step: int, world_size: int) -> None:
-        """Keeps a line of this start; earlier ones stay, whatever step they were at."""
+        """Appends a line about this start to starts.jsonl."""
         before = (self.storage.read_if_there(STARTS) or b"").decode()
         line = {"step": step, "time": time.time(), "world_size": world_size}
         self.storage.write(STARTS, f"{before}{json.dumps(line)}\n".encode())
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Figures of a step: numbers, and lists of numbers (one per timestep bin, nan where it is empty)."""
+        """Writes a step's figures: numbers, and lists of numbers (one per timestep bin, nan where it is empty)."""
         self._lines.write(json.dumps({"kind": kind, "step": step, **_json_able(values)}) + "\n")
         self._lines.flush()
         if self._gauges is not None:
@@ -92,7 +92,7 @@ class MetricsWriter:
             self._wandb.log(flat, step=step)
 
     def write_image(self, name: str, step: int, image: np.ndarray) -> None:
-        """A picture (height, width, 3) uint8, also as `samples/step_00001000.png`."""
+        """Writes an image (height, width, 3) uint8, also as `samples/step_00001000.png`."""
         from PIL import Image
 
         path = self.folder / "samples" / f"step_{step:08d}.png"
@@ -106,7 +106,7 @@ class MetricsWriter:
             self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def flush(self) -> None:
-        """Puts all that was written where it belongs; before every checkpoint."""
+        """Flushes all outputs, and uploads them to remote storage; called before every checkpoint."""
         self._lines.flush()
         if self._tensorboard is not None:
             self._tensorboard.flush()
@@ -115,7 +115,7 @@ class MetricsWriter:
                 self.storage.upload(path, path.relative_to(self.folder).as_posix())
 
     def close(self) -> None:
-        """Ends it."""
+        """Flushes and closes all outputs."""
         self.flush()
         self._lines.close()
         if self._tensorboard is not None:
@@ -126,13 +126,13 @@ class MetricsWriter:
             self._temporary.cleanup()
 
     def _open_lines(self, step: int) -> Any:
-        """The file of lines, those of steps after `step` and a line that a kill cut short left out."""
+        """Opens the file of lines to append, after dropping lines of steps after `step` and one that a kill cut short."""
         path = self.folder / LINES
         content = self.storage.read_if_there(LINES)
         self.before = [line for line in _lines_of(content or b"") if line["step"] <= step]
-        beside = path.with_suffix(".new")
-        beside.write_text("".join(f"{json.dumps(line)}\n" for line in self.before))
-        publish(beside, path)
+        temporary = path.with_suffix(".new")
+        temporary.write_text("".join(f"{json.dumps(line)}\n" for line in self.before))
+        publish(temporary, path)
         return open(path, "a")
 
 
@@ -162,12 +162,12 @@ class RayGauges:
 
     @classmethod
     def here(cls, run: str) -> RayGauges | None:
-        """The gauges where this process belongs to a Ray, else None."""
+        """Returns the gauges if this process runs under Ray, else None."""
         ray = sys.modules.get("ray")
         return cls(run) if ray is not None and ray.is_initialized() else None
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Figures of a line; what is not a finite number, or not exported, is left out."""
+        """Sets the gauges of a line's figures; those that are not finite or not exported are left out."""
         self._step.set(step)
         for name, value in values.items():
             gauge = self._gauges.get((kind, name))
@@ -181,7 +181,7 @@ def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def memory_gb() -> float:
-    """Most memory that was in use so far: the GPU's by tensors, or this process's."""
+    """Returns the peak memory so far in GB: of tensors on the GPU, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -207,7 +207,7 @@ def _flat(kind: str, values: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _json_able(values: dict[str, Any]) -> dict[str, Any]:
-    """nan and inf -> null: JSON has neither."""
+    """Replaces nan and inf, which JSON lacks, by None."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, list):

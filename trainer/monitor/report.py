@@ -78,7 +78,7 @@ class Meter:
         with np.errstate(invalid="ignore"):
             by_bin = self.bins[0] / self.bins[1]
         flops = self._flops()
-        made: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "loss": self.loss / self.steps if self.steps else math.nan,
             "loss_bins": by_bin.tolist(),
             "grad_norm": self.norm / self.steps if self.steps else math.nan,
@@ -91,8 +91,8 @@ class Meter:
             "skipped": self.skipped,
         }
         if self.gpu_tflops:
-            made["mfu"] = made["tflops"] / (self.gpu_tflops * self.world_size)
-        return made
+            figures["mfu"] = figures["tflops"] / (self.gpu_tflops * self.world_size)
+        return figures
 
     def _flops(self) -> float:
         total = 0.0
@@ -137,7 +137,7 @@ class Report:
         self.say(f"step {step:,}: held-out loss {values['loss']:.4f}{ema}")
 
     def say(self, words: str) -> None:
-        """One line for whoever watches."""
+        """Prints one line to stderr."""
         print(f"lidit train: {words}", file=sys.stderr, flush=True)
 
     def _words(self, step: int, values: dict[str, Any]) -> str:
@@ -151,7 +151,7 @@ class Report:
 
 
 def _with_loss(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """The figures of lines of one kind, without those whose loss was not finite."""
+    """Returns the figures of lines of one kind, without lines whose loss is not finite."""
     return [
         {name: value for name, value in line.items() if name != "kind"}
         for line in lines

@@ -29,8 +29,8 @@ from trainer.data.tables import PhaseTable
 from trainer.engine.ema import EMA
 from trainer.engine.ranks import Ranks
 
-SEED = 0x76616C  # of noise and captions: not the run's, so that runs can be compared
-COLUMNS = 4  # of a grid of pictures
+SEED = 0x76616C  # seed of noise and captions: not the run's, so that runs can be compared
+COLUMNS = 4  # images in a row of the grid
 
 
 class Validation:
@@ -61,7 +61,7 @@ class Validation:
         self.grid = SampleGrid(table, config, vae, ranks) if config.prompts else None
 
     def __call__(self, engine: Any, ema: EMA | None) -> tuple[dict[str, Any], np.ndarray | None]:
-        """(figures, picture or None). All ranks call it together; figures are the same on all, the picture is rank 0's."""
+        """Returns (figures, picture or None); figures are the same on all ranks, the picture is rank 0's. All ranks call it."""
         values, picture = {}, None
         engine.eval()
         if self.loss is not None:
@@ -93,7 +93,7 @@ class HeldOutLoss:
         self, table: PhaseTable, config: ValidationConfig, data: DataConfig, microbatch_size: int, ranks: Ranks
     ):
         self.objective, self.ranks = table.objective, ranks
-        # Evenly, whatever the recipe's density and shift: those say where training looks, this is a yardstick.
+        # Evenly spaced, whatever the recipe's density and shift: so that losses of different recipes compare.
         fixed = torch.arange(config.timesteps, dtype=torch.float64)
         self.timesteps = ((fixed + 0.5) / config.timesteps).float()
         rows = table.survey.rows
@@ -104,7 +104,7 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, engine: Any) -> dict[str, Any]:
-        """The model's loss as it stands -> {loss, loss_by_timestep}. All ranks call it together."""
+        """Returns the model's current {loss, loss_by_timestep}. All ranks call it together."""
         sums = torch.zeros(2, len(self.timesteps), dtype=torch.float64)  # of losses, of samples
         rounds = -(-len(self.chunks) // self.ranks.world_size)
         for number in range(rounds):
@@ -119,7 +119,7 @@ class HeldOutLoss:
         return {"loss": float(by_timestep.mean()), "loss_by_timestep": by_timestep.tolist()}
 
     def _losses(self, engine: Any, bucket: str, rows: np.ndarray) -> Tensor:
-        """(timesteps, B) float64."""
+        """Returns the losses (timesteps, B) float64 of a chunk of rows."""
         batch = self.assembler.read_now(bucket, rows, rows).to(self.ranks.device)
         losses = []
         for number, timestep in enumerate(self.timesteps):
@@ -210,15 +210,15 @@ def held_out_chunks(rows: np.ndarray, buckets: np.ndarray, most: int, size: int)
             "validation: no row is held out; raise data.holdout (a share of the rows), or set validation.every_steps to 0"
         )
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64))
-    made = []
+    chunks = []
     for bucket in np.unique(buckets[chosen]):
         members = rows[chosen[buckets[chosen] == bucket]]
-        made += [(int(bucket), members[first : first + size]) for first in range(0, len(members), size)]
-    return made
+        chunks += [(int(bucket), members[first : first + size]) for first in range(0, len(members), size)]
+    return chunks
 
 
 def _noise(numbers: np.ndarray, shape: Sequence[int]) -> Tensor:
-    """(B, *shape), each row a function of its number alone."""
+    """Returns noise (B, *shape); each row is a function of its number alone."""
     noise = np.empty((len(numbers), *shape), np.float32)
     for row, number in zip(noise, numbers.tolist()):
         sample_rng(SEED, number, "noise").standard_normal(dtype=np.float32, out=row)
@@ -230,7 +230,7 @@ def _unweighted(objective: Objective) -> Objective:
 
 
 def _read_prompts(store: str, features: Features, most: int) -> dict[str, list[np.ndarray]]:
-    """encoder -> (L, E) float32 of the first rows that have all of them."""
+    """Returns encoder -> list of prompt embeddings (L, E) float32, of the first rows that have all encoders."""
     uri = f"{store.rstrip('/')}/{columns.SAMPLES_TABLE}"
     try:
         table = lance.dataset(uri)
@@ -238,13 +238,13 @@ def _read_prompts(store: str, features: Features, most: int) -> dict[str, list[n
         raise ValueError(f"validation.prompts: no table at {uri}: {str(error).splitlines()[0]}") from error
     names = table.schema.names
     text = next((text for text in features.texts if columns.embeds(text, next(iter(features.encoders))) in names), None)
-    wanted = [columns.embeds(text, name) for name in features.encoders] if text else []
-    if not wanted or any(column not in names for column in wanted):
+    embeds = [columns.embeds(text, name) for name in features.encoders] if text else []
+    if not embeds or any(column not in names for column in embeds):
         raise ValueError(
             f"validation.prompts: {uri} needs embeddings of one of {', '.join(features.texts)} by "
             f"{', '.join(features.encoders)}: run `lidit embed --store {store}` with the same encoders"
         )
-    for name, column in zip(features.encoders, wanted):
+    for name, column in zip(features.encoders, embeds):
         made_with = (table.schema.field(column).metadata or {}).get(columns.META_FINGERPRINT.encode(), b"{}")
         prompts, trained, unrecorded = comparable(json.loads(made_with), features.encoders[name].fingerprint)
         warn_unrecorded(f"validation.prompts: {column} of {uri} and encoder {name!r}", unrecorded)
@@ -253,18 +253,18 @@ def _read_prompts(store: str, features: Features, most: int) -> dict[str, list[n
                 f"validation.prompts: {column} of {uri} was made by another encoder than {name!r} of {features.store}: embed "
                 f"the prompts with the same encoders as the training table"
             )
-    filled = " AND ".join(f"{column} IS NOT NULL" for column in wanted)
-    rows = table.to_table(columns=wanted, filter=filled, limit=most)
+    filled = " AND ".join(f"{column} IS NOT NULL" for column in embeds)
+    rows = table.to_table(columns=embeds, filter=filled, limit=most)
     if not rows.num_rows:
         raise ValueError(f"validation.prompts: {uri} has no embedded prompt")
     decoded = {
-        name: decode(rows[column], table.schema.field(column)) for name, column in zip(features.encoders, wanted)
+        name: decode(rows[column], table.schema.field(column)) for name, column in zip(features.encoders, embeds)
     }
     return {name: [row for row in values if row is not None] for name, values in decoded.items()}
 
 
 def _prompt_batch(rows: dict[str, list[np.ndarray]], features: Features) -> PromptBatch:
-    """Padded to the longest; no prompt at all is a length of 0."""
+    """Pads the prompts to the longest; an empty prompt has length 0."""
     embeds, masks = {}, {}
     for name, states in rows.items():
         lengths = torch.tensor([len(row) for row in states])

@@ -23,7 +23,7 @@ from trainer.data.survey import Survey, mean_length
 from trainer.planner.memory import Memory, count_parameters, memory_of, saved_activations
 
 GB, MB, DAY = 1e9, 1e6, 86400.0
-# What a sample is taken to be where there is no table.
+# Sizes of a sample that are assumed where there is no table yet.
 ASSUMED_WIDTH, ASSUMED_CHANNELS, ASSUMED_DOWNSCALE = 4096, 16, 8
 ASSUMED_TOKENS, ASSUMED_LONGEST, ASSUMED_INSTRUCTION = 100, 256, 40
 ASSUMED_BYTES = 2  # bf16
@@ -114,48 +114,48 @@ class Estimate:
     def lines(self) -> list[str]:
         """Formats the estimate for a person, line by line."""
         config, encoders = self.config, ", ".join(f"{name} {width}" for name, width in self.model.encoders.items())
-        made = [
+        lines = [
             f"run        {config.name}: {self.world_size} ranks, ZeRO stage {config.zero.stage}, {config.precision}",
             f"model      {config.model.size}: {self.parameters:,} parameters; width of the encoders: {encoders}",
             *(f"table      {words}" for words in self.tables),
         ]
         for number, phase in enumerate(self.phases):
-            made += self._phase_lines(number, phase)
+            lines += self._phase_lines(number, phase)
         flops = sum(phase.flops.total * phase.samples for phase in self.phases)
         samples = sum(phase.samples for phase in self.phases)
         return [
-            *made,
+            *lines,
             f"in all     {config.total_steps:,} steps, {samples:,} samples, {flops:.2e} FLOP",
         ]
 
-    def _phase_lines(self, number: int, made: PhaseEstimate) -> list[str]:
-        phase, shapes, memory = made.phase, made.shapes, made.memory
+    def _phase_lines(self, number: int, estimate: PhaseEstimate) -> list[str]:
+        phase, shapes, memory = estimate.phase, estimate.shapes, estimate.memory
         parts = ", ".join(f"{name} {value / GB:.2f}" for name, value in memory.parts().items())
         prompts = ", ".join(
             f"{name} {mean:.0f} (padded to {shapes.padded_tokens[name]})" for name, mean in shapes.prompt_tokens.items()
         )
         lines = [
-            f"phase {number}    {phase.resolution} px, {phase.steps:,} steps of {phase.global_batch_size:,}: {made.samples:,} "
-            f"samples; a rank takes {made.grad_accum_steps} x {made.microbatch_size} a step",
+            f"phase {number}    {phase.resolution} px, {phase.steps:,} steps of {phase.global_batch_size:,}: "
+            f"{estimate.samples:,} samples; a rank takes {estimate.grad_accum_steps} x {estimate.microbatch_size} a step",
             f"  sample   latents {'x'.join(map(str, shapes.latent_size))}; prompt tokens: {prompts}; "
-            f"{shapes.sample_bytes / MB:.3f} MB to read; {made.flops.total / 1e12:.3g} TFLOP",
+            f"{shapes.sample_bytes / MB:.3f} MB to read; {estimate.flops.total / 1e12:.3g} TFLOP",
             f"  memory   {memory.total / GB:.2f} GB a rank: {parts}",
-            f"  host     {made.host_bytes / MB:,.0f} MB a rank for rows that were read and not used yet",
+            f"  host     {estimate.host_bytes / MB:,.0f} MB a rank for rows that were read and not used yet",
         ]
         if memory.host:
             lines.append(f"  offload  {memory.host / GB:.2f} GB more of a rank's host memory")
         if self.config.use_gpu is not False:
-            lines += self._gpu_lines(made)
-        return lines + ([] if made.counts is None else count_lines(made.counts))
+            lines += self._gpu_lines(estimate)
+        return lines + ([] if estimate.counts is None else count_lines(estimate.counts))
 
-    def _gpu_lines(self, made: PhaseEstimate) -> list[str]:
-        hardware, reading = self.config.hardware, made.read_bytes_per_second / MB
+    def _gpu_lines(self, estimate: PhaseEstimate) -> list[str]:
+        hardware, reading = self.config.hardware, estimate.read_bytes_per_second / MB
         lines = [
             f"  speed    if the MFU is {hardware.expected_mfu:.0%} of {hardware.gpu_tflops:g} TFLOP/s: "
-            f"{made.samples_per_second:,.1f} samples/s a GPU, {self.seconds(made) / DAY:,.2f} days; the table is read at "
-            f"{reading:,.0f} MB/s a GPU, {reading * self.world_size:,.0f} MB/s in all"
+            f"{estimate.samples_per_second:,.1f} samples/s a GPU, {self.seconds(estimate) / DAY:,.2f} days; the table is read "
+            f"at {reading:,.0f} MB/s a GPU, {reading * self.world_size:,.0f} MB/s in all"
         ]
-        if made.memory.total > hardware.gpu_memory_gb * GB:
+        if estimate.memory.total > hardware.gpu_memory_gb * GB:
             lines.append(
                 f"  TOO MUCH for a GPU of {hardware.gpu_memory_gb:g} GB: lower `microbatch_size`, or use checkpointing"
             )
@@ -216,7 +216,7 @@ def count_lines(counts: Counts) -> list[str]:
 
 
 def expected_longest(histogram: np.ndarray, draws: int) -> int:
-    """Histogram of lengths -> the length that the longest of so many draws has on average, rounded up."""
+    """Returns the expected longest of so many draws from a histogram of lengths, rounded up."""
     if not histogram.sum():
         return 0
     below = np.cumsum(histogram) / histogram.sum()  # fraction with at most 0, 1, 2 .. tokens
@@ -224,7 +224,7 @@ def expected_longest(histogram: np.ndarray, draws: int) -> int:
 
 
 def mixed(histograms: Sequence[np.ndarray], shares: np.ndarray) -> np.ndarray:
-    """The distribution of lengths of a mix of texts."""
+    """Returns the histogram of lengths of a mix of texts, normalized."""
     total = np.zeros(max(len(histogram) for histogram in histograms))
     for histogram, share in zip(histograms, shares):
         total[: len(histogram)] += share * histogram / max(1, histogram.sum())

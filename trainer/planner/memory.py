@@ -23,7 +23,7 @@ from lidit.model import LIDiT
 from trainer.config import TrainConfig
 from trainer.engine.zero import accumulates_in_fp32, zero_optimization
 
-ADAM_BYTES = 8  # of a weight: two fp32 moments
+ADAM_BYTES = 8  # bytes per weight: two fp32 moments
 MASTER_BYTES = 4  # fp32
 
 
@@ -41,16 +41,16 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """On the GPU. The allocator's waste and CUDA's own gigabyte are not in it."""
+        """Returns the bytes on the GPU, without the allocator's waste and CUDA's own gigabyte."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, float]:
-        """By name, without the host's."""
+        """Returns the bytes on the GPU by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "host"}
 
 
 def count_parameters(model: LIDiTConfig, persistent_elements: int = 0) -> tuple[int, int]:
-    """(all parameters, those in tensors of at most `persistent_elements`)."""
+    """Counts (all parameters, those in tensors of at most `persistent_elements`)."""
 
     def count(config: LIDiTConfig) -> np.ndarray:
         with torch.device("meta"):
