@@ -27,7 +27,7 @@ from lidit.runtime.result import JobResult, filled, table
 from lidit.store import columns
 from pipelines.engine.table import Table
 from pipelines.report.charts import bars, histogram
-from pipelines.report.facts import REASONS_SHOWN, Facts, gather, labels, metadata_of, numbers
+from pipelines.report.facts import REASONS_SHOWN, Facts, gather, labels, numbers
 from pipelines.report.page import Chart, Page, human, render
 from pipelines.report.samples import draw_samples, open_decoder
 
@@ -112,8 +112,8 @@ def _charts(dataset: lance.LanceDataset) -> Iterator[Chart]:
     for stored in dataset.schema:
         if stored.name.endswith("_tokens") and pa.types.is_integer(stored.type):
             yield from of(stored.name, "Length of captions", "tokens of the VLM")
-        elif "_length_" in stored.name and columns.META_ENCODER in metadata_of(stored):
-            yield from of(stored.name, f"Prompt tokens of {metadata_of(stored)[columns.META_ENCODER]}", "tokens")
+        elif "_length_" in stored.name and (encoder := columns.metadata_of(stored).get(columns.META_ENCODER)):
+            yield from of(stored.name, f"Prompt tokens of {encoder}", "tokens")
     if columns.HEIGHT in names and columns.WIDTH in names:
         height, width = (numbers(dataset, name, HISTOGRAM_ROWS) for name in (columns.HEIGHT, columns.WIDTH))
         if len(height) and len(height) == len(width):

@@ -42,8 +42,8 @@ from lidit.store.checksum import no_panic
 from lidit.store.codec import bytes_per_token, decode, decode_bytes, excess, finite_values
 from lidit.store.fingerprints import comparable, warn_unrecorded
 from lidit.store.stale import stale_columns
-from pipelines.engine.table import Table, samples_of
-from pipelines.engine.worker import READS, STAGE_KEY
+from pipelines.engine.table import Table, encoders_of, samples_of
+from pipelines.engine.worker import READS
 from pipelines.report.facts import stale_facts
 from pipelines.verification.files import Unchecked, wrong_content, wrong_places
 from pipelines.verification.latents import latents_fields, latents_problems
@@ -126,8 +126,8 @@ def main(config: VerifyConfig) -> VerifyResult:
     fragments = fragments_since(dataset, config.since)
     stale = stale_columns(LanceFileReader, dataset, table.uri, dataset.schema)
     report.stale = [facts.words for facts in stale_facts(dataset, stale)]
-    made = [f for f in dataset.schema if columns.META_FINGERPRINT.encode() in (f.metadata or {})]
-    embeds = [f for f in made if {columns.META_CODEC.encode(), columns.META_ENCODER.encode()} <= f.metadata.keys()]
+    made = [f for f in dataset.schema if columns.META_FINGERPRINT in columns.metadata_of(f)]
+    embeds = [f for f in made if {columns.META_CODEC, columns.META_ENCODER} <= columns.metadata_of(f).keys()]
 
     def check(name: str, what: str, find: Callable[[], Iterator[str]]) -> None:
         print(f"verify: {name} ...", file=sys.stderr, flush=True)
@@ -174,8 +174,8 @@ def _rows(dataset: lance.LanceDataset) -> Iterator[str]:
 
 
 def _complete(table: Table, dataset: lance.LanceDataset, made: list[pa.Field]) -> Iterator[str]:
-    reads = {f.name: f.metadata[READS.encode()].decode() for f in made}
-    stages = {f.name: f.metadata.get(STAGE_KEY, b"").decode() or "stage's" for f in made}
+    reads = {f.name: columns.metadata_of(f)[READS] for f in made}
+    stages = {f.name: columns.metadata_of(f).get(columns.META_STAGE) or "stage's" for f in made}
     unread = table.missing(sorted(set(reads.values())), dataset)
     for fragment, absent in table.missing(list(reads), dataset).items():
         due = [name for name in absent if reads[name] not in unread.get(fragment, ())]
@@ -191,7 +191,7 @@ def _embeddings(
     stale: Mapping[int, Sequence[str]],
 ) -> Iterator[str]:
     for stored in embeds:
-        metadata = {key.decode(): value.decode() for key, value in stored.metadata.items()}
+        metadata = columns.metadata_of(stored)
         codec, width = metadata[columns.META_CODEC], int(metadata[columns.META_WIDTH])
         text, encoder = metadata[columns.META_TEXT], metadata[columns.META_ENCODER]
         length, error = columns.length(text, encoder), columns.error(metadata[columns.META_STAGE])
@@ -217,11 +217,12 @@ def _embeddings(
 def _again(
     config: VerifyConfig, dataset: lance.LanceDataset, embeds: list[pa.Field], sample: np.ndarray
 ) -> Iterator[str]:
-    encoders = lance.dataset(f"{config.store.rstrip('/')}/{columns.ENCODERS_TABLE}").to_table().to_pylist()
+    table = encoders_of(config.store)
+    encoders = table.open().to_table().to_pylist() if table.exists() else []
     rows_of = {row[columns.ENCODER]: row for row in encoders}
     by_encoder: dict[str, list[pa.Field]] = {}
     for stored in embeds if len(sample) else ():
-        by_encoder.setdefault(stored.metadata[columns.META_ENCODER.encode()].decode(), []).append(stored)
+        by_encoder.setdefault(columns.metadata_of(stored)[columns.META_ENCODER], []).append(stored)
     for encoder, fields in by_encoder.items():
         if encoder not in rows_of:
             yield f"encoder {encoder!r} has no row in {columns.ENCODERS_TABLE}"
@@ -232,7 +233,7 @@ def _again(
         except ValueError as error:
             yield f"encoder {encoder!r} cannot be loaded here: {error}"
             continue
-        wanted = json.loads(fields[0].metadata[columns.META_FINGERPRINT.encode()])
+        wanted = json.loads(columns.metadata_of(fields[0])[columns.META_FINGERPRINT])
         found = {
             "weights": weights_digest(plain.folder),
             "tokenizer": tokenizer_digest(plain.folder),
@@ -258,8 +259,8 @@ def _compare_prefix(plain: PlainEncoder, row: dict[str, Any]) -> Iterator[str]:
 def _compare_rows(
     plain: PlainEncoder, dataset: lance.LanceDataset, stored: pa.Field, sample: np.ndarray, limit: int
 ) -> Iterator[str]:
-    text = stored.metadata[columns.META_TEXT.encode()].decode()
-    codec = stored.metadata[columns.META_CODEC.encode()].decode()
+    metadata = columns.metadata_of(stored)
+    text, codec = metadata[columns.META_TEXT], metadata[columns.META_CODEC]
     taken = dataset.take(sample.tolist(), columns=[columns.IMAGE_ID, text, stored.name])
     values = decode(taken.column(stored.name), dataset.schema.field(stored.name))
     for image_id, prompt, value in zip(taken[columns.IMAGE_ID].to_pylist(), taken[text].to_pylist(), values):

@@ -149,15 +149,15 @@ def read_notes(reader: Reader, uri: str) -> Notes:
     """
     with no_panic():
         schema = reader(uri).metadata().schema
-    found = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-    digests = {key.removeprefix(DIGEST): value for key, value in found.items() if key.startswith(DIGEST)}
-    place = json.loads(found[MADE_FOR]) if MADE_FOR in found else None
+    notes = columns.metadata_of(schema)
+    digests = {key.removeprefix(DIGEST): value for key, value in notes.items() if key.startswith(DIGEST)}
+    place = json.loads(notes[MADE_FOR]) if MADE_FOR in notes else None
     if place is not None and not (
         isinstance(place, dict)
         and place.keys() == PLACE.keys()
         and all(isinstance(place[key], kind) for key, kind in PLACE.items())
     ):
-        raise ValueError(f"its note of the place is damaged: expected {', '.join(PLACE)}, received {found[MADE_FOR]!r}")
+        raise ValueError(f"its note of the place is damaged: expected {', '.join(PLACE)}, received {notes[MADE_FOR]!r}")
     if digests and (absent := [name for name in schema.names if name not in digests]):
         raise ValueError(f"its digest of {', '.join(absent)} is missing: the notes are damaged")
     return Notes(digests, place)

@@ -166,7 +166,7 @@ def decode_latents(
     Raises:
         ValueError: the field is not of latents, or a value does not have the size that its bucket says.
     """
-    metadata = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
+    metadata = columns.metadata_of(field)
     wanted = (columns.META_CODEC, columns.META_CHANNELS, columns.META_DOWNSCALE)
     if any(key not in metadata for key in wanted):
         raise ValueError(

@@ -4,6 +4,10 @@
 `caption_original`), an *encoder* the short key of a frozen LLM (`llama3`, `qwen15`).
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 SAMPLES_TABLE = "samples.lance"
 ENCODERS_TABLE = "encoders.lance"
 RUNS_FOLDER = "runs"
@@ -93,3 +97,8 @@ def bucket_of(latents: str) -> str:
 def error(stage: str) -> str:
     """Column of the reason why a row has nulls instead of the stage's columns (string; null = no error)."""
     return f"{stage}_error"
+
+
+def metadata_of(field: Any) -> dict[str, str]:
+    """Metadata of an Arrow field or schema as text; empty where there is none."""
+    return {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}

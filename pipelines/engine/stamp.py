@@ -47,7 +47,7 @@ def stamp(stage: type[Stage], config: Any, table: Table, fields: Sequence[pa.Fie
                 f"A stamp is for what was not recorded; give the config that made it"
             )
     rows = _compare(stage, config, table, dataset, old) if old else 0
-    keys = {f.name: f.metadata[columns.META_FINGERPRINT.encode()].decode() for f in old}
+    keys = {f.name: columns.metadata_of(f)[columns.META_FINGERPRINT] for f in old}
     table.record({name: {columns.META_FINGERPRINT: fingerprint} for name, fingerprint in keys.items()})
     getattr(stage, "stamped", lambda config: None)(config)
     summary = Summary(stage.name, table.uri.rpartition("/")[0], ok=True, seconds=time.monotonic() - start)
@@ -84,7 +84,7 @@ def _compare(stage: type[Stage], config: Any, table: Table, dataset: lance.Lance
             f"not those that made the columns, or its answers depend on the machine or the library versions and cannot be "
             f"verified here. Put the right files back, or make the columns anew with --overwrite"
         )
-    groups = {f.metadata[columns.META_FINGERPRINT.encode()]: f.name for f in reversed(old)}  # the first of each
+    groups = {columns.metadata_of(f)[columns.META_FINGERPRINT]: f.name for f in reversed(old)}  # the first of each
     if empty := [name for name in groups.values() if not compared[name]]:
         raise ValueError(
             f"{table.uri}: {', '.join(sorted(empty))} has no value in the sample, so there is nothing to compare: make it anew "
@@ -113,7 +113,7 @@ def _draw(fragment: lance.LanceFragment, read: list[str], names: list[str]) -> p
 
 def _agree(before: pa.Array, made: pa.Array, stored: pa.Field) -> np.ndarray:
     """Which rows have the same value, as far as values of that column are the same at all, (rows,) bool."""
-    metadata = {key.decode(): value.decode() for key, value in (stored.metadata or {}).items()}
+    metadata = columns.metadata_of(stored)
     if columns.META_CODEC in metadata and columns.META_WIDTH in metadata:
         codec = metadata[columns.META_CODEC]
         dtype = json.loads(metadata[columns.META_FINGERPRINT])["dtype"]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,7 +142,7 @@ def gather(store: str, version: int | None = None) -> Facts:
 def stale_facts(dataset: lance.LanceDataset, stale: Mapping[int, Sequence[str]]) -> list[StaleFacts]:
     """Sums up what is stale (fragment id -> columns), by stage."""
     found: dict[str, StaleFacts] = {}
-    stages = {f.name: metadata_of(f).get(columns.META_STAGE) for f in dataset.schema}
+    stages = {f.name: columns.metadata_of(f).get(columns.META_STAGE) for f in dataset.schema}
     rows = {fragment.fragment_id: fragment.count_rows() for fragment in dataset.get_fragments()}
     for fragment_id, names in stale.items():
         for stage in dict.fromkeys(stages[name] for name in names):
@@ -154,34 +154,30 @@ def stale_facts(dataset: lance.LanceDataset, stale: Mapping[int, Sequence[str]])
     return list(found.values())
 
 
-def metadata_of(stored: pa.Field) -> dict[str, str]:
-    """A field's metadata as text."""
-    return {key.decode(): value.decode() for key, value in (stored.metadata or {}).items()}
-
-
 def numbers(dataset: lance.LanceDataset, name: str, most_rows: int) -> np.ndarray:
     """Values of a column of numbers, or lengths of a column of texts in characters, nulls left out, of the first rows."""
-    parts, rows = [], 0
-    for batch in dataset.to_batches(columns=[name], batch_size=READ_ROWS, batch_readahead=2):
-        values = batch.column(0).drop_null()
-        parts.append((pc.utf8_length(values) if pa.types.is_string(values.type) else values).to_numpy(False))
-        rows += batch.num_rows
-        if rows >= most_rows:
-            break
+    values = _first_values(dataset, name, most_rows)
+    parts = [(pc.utf8_length(part) if pa.types.is_string(part.type) else part).to_numpy(False) for part in values]
     return np.concatenate(parts) if parts else np.empty(0)
 
 
 def labels(dataset: lance.LanceDataset, name: str, most_rows: int) -> Counter[str]:
     """Counts each value of a column of short texts, in the first rows."""
     counts: Counter[str] = Counter()
+    for part in _first_values(dataset, name, most_rows):
+        for entry in pc.value_counts(part).to_pylist():
+            counts[entry["values"]] += entry["counts"]
+    return counts
+
+
+def _first_values(dataset: lance.LanceDataset, name: str, most_rows: int) -> Iterator[pa.Array]:
+    """Reads a column's values in the first rows, part by part, without nulls."""
     rows = 0
     for batch in dataset.to_batches(columns=[name], batch_size=READ_ROWS, batch_readahead=2):
-        for entry in pc.value_counts(batch.column(0).drop_null()).to_pylist():
-            counts[entry["values"]] += entry["counts"]
+        yield batch.column(0).drop_null()
         rows += batch.num_rows
         if rows >= most_rows:
-            break
-    return counts
+            return
 
 
 def _columns(dataset: lance.LanceDataset) -> list[ColumnFacts]:
@@ -190,8 +186,8 @@ def _columns(dataset: lance.LanceDataset) -> list[ColumnFacts]:
     rows: Counter[str] = Counter()
     for fragment in dataset.get_fragments():
         held = {field_id for file in fragment.metadata.files for field_id in file.fields}
-        there = fragment.count_rows()
-        rows.update({name: there for name, field_id in ids.items() if field_id in held})
+        count = fragment.count_rows()
+        rows.update({name: count for name, field_id in ids.items() if field_id in held})
     facts = []
     for stored in dataset.schema:
         is_large = pa.types.is_large_binary(stored.type) or pa.types.is_binary(stored.type)
@@ -199,14 +195,14 @@ def _columns(dataset: lance.LanceDataset) -> list[ColumnFacts]:
         if not is_large:
             nulls = rows[stored.name] - (dataset.count_rows() - dataset.count_rows(f"`{stored.name}` IS NULL"))
         size = sizes.get(ids[stored.name], 0)
-        stage = metadata_of(stored).get(columns.META_STAGE) or _stage_of_reasons(stored.name)
+        stage = columns.metadata_of(stored).get(columns.META_STAGE) or _stage_of_reasons(stored.name)
         facts.append(ColumnFacts(stored.name, str(stored.type), stage, size, rows[stored.name], nulls, _about(stored)))
     return facts
 
 
 def _about(stored: pa.Field) -> str:
     """Describes in a few words how a column's values are stored, from its metadata."""
-    metadata = metadata_of(stored)
+    metadata = columns.metadata_of(stored)
     codec = metadata.get(columns.META_CODEC)
     if codec is None:
         return ""
@@ -228,7 +224,7 @@ def _stages(dataset: lance.LanceDataset) -> list[StageFacts]:
     ids = field_ids(dataset)
     groups: dict[tuple[str, str], list[str]] = {}
     for stored in dataset.schema:
-        metadata = metadata_of(stored)
+        metadata = columns.metadata_of(stored)
         if columns.META_STAGE in metadata:
             fingerprint = metadata.get(columns.META_FINGERPRINT, "{}")
             groups.setdefault((metadata[columns.META_STAGE], fingerprint), []).append(stored.name)

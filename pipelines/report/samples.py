@@ -25,7 +25,6 @@ from lidit.runtime.uris import shown
 from lidit.store import columns
 from lidit.store.buckets import parse_bucket
 from pipelines.engine.runs import runs_folder
-from pipelines.report.facts import metadata_of
 
 THUMBNAIL = 224  # pixels of the longer side at most
 QUALITY = 82  # of the JPEG inside the page
@@ -78,7 +77,7 @@ def draw_samples(dataset: lance.LanceDataset, count: int, seed: int, decoder: De
     taken = dataset.take(rows.tolist(), columns=wanted)
     samples = [_sample(row) for row in taken.to_pylist()]
     if latents is not None and decoder is not None and decoder.vae is not None:
-        bucket = latents_bucket(latents)
+        bucket = columns.bucket_of(latents)
         shown = taken.slice(0, LATENTS_DECODED)
         images = shown[columns.IMAGE].to_pylist()
         _decode_back(
@@ -90,15 +89,12 @@ def draw_samples(dataset: lance.LanceDataset, count: int, seed: int, decoder: De
 def latents_field(dataset: lance.LanceDataset) -> str | None:
     """The column of latents that is shown: the first one whose bucket column is there too."""
     for stored in dataset.schema:
-        if columns.META_CHANNELS in metadata_of(stored) and latents_bucket(stored.name) in dataset.schema.names:
+        if (
+            columns.META_CHANNELS in columns.metadata_of(stored)
+            and columns.bucket_of(stored.name) in dataset.schema.names
+        ):
             return stored.name
     return None
-
-
-def latents_bucket(latents: str) -> str:
-    """`latents_512`, `latent_moments_512` -> `bucket_512`."""
-    suffix = latents.removeprefix(columns.LATENT_MOMENTS).removeprefix(columns.LATENTS)
-    return f"{columns.BUCKET}{suffix}"
 
 
 def open_decoder(store: str, dataset: lance.LanceDataset, model: str | None) -> Decoder | None:
@@ -109,7 +105,7 @@ def open_decoder(store: str, dataset: lance.LanceDataset, model: str | None) -> 
     latents = latents_field(dataset)
     if latents is None:
         return None
-    wanted = json.loads(metadata_of(dataset.schema.field(latents))[columns.META_FINGERPRINT])
+    wanted = json.loads(columns.metadata_of(dataset.schema.field(latents))[columns.META_FINGERPRINT])
     candidates = _models_of_runs(store) if model is None else [split_revision(model)]
     decoder = Decoder(problem="no run says which autoencoder made the latents; name it with --vae")
     for candidate in candidates:

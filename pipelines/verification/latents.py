@@ -32,7 +32,7 @@ def latents_problems(
     """
     for stored in fields:
         bucket = columns.bucket_of(stored.name)
-        error = columns.error(stored.metadata[columns.META_STAGE.encode()].decode())
+        error = columns.error(columns.metadata_of(stored)[columns.META_STAGE])
         # The images themselves are large and are not read: that there is one is told by its height.
         wanted = [columns.IMAGE_ID, columns.HEIGHT, stored.name, bucket, error]
         present = [name for name in wanted if name in dataset.schema.names]

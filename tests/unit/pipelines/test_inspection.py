@@ -21,7 +21,6 @@ from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.runs import Run
 from pipelines.engine.table import Table
 from pipelines.inspection import InspectConfig
-from pipelines.report import samples as inspect_samples
 from pipelines.report.charts import bars, histogram
 from pipelines.report.facts import Reason, StageFacts, gather, labels, numbers
 from pipelines.report.page import Chart, Page, human, render
@@ -254,8 +253,8 @@ def test_latents_are_decoded_back(store, encoded):
 
 
 def test_moments_are_shown_by_their_mean():
-    assert inspect_samples.latents_bucket("latent_moments_512") == "bucket_512"
-    assert [inspect_samples.latents_bucket(name) for name in ("latents", "latents_b", "latent_moments")] == [
+    assert columns.bucket_of("latent_moments_512") == "bucket_512"
+    assert [columns.bucket_of(name) for name in ("latents", "latents_b", "latent_moments")] == [
         "bucket",
         "bucket_b",
         "bucket",

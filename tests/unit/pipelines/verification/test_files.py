@@ -156,6 +156,11 @@ def test_a_column_of_the_users_own_needs_no_digest(store: Store) -> None:
     assert "3 files of another tool have none" in report.checks["content"]
 
 
+def test_a_store_without_embeddings_has_none_to_make_again(store: Store) -> None:
+    report = main(VerifyConfig(store.uri))
+    assert report.ok and report.checks["again"] == "12 rows of 0 columns"
+
+
 def append(dataset: lance.LanceDataset) -> None:
     rows = dataset.to_table().slice(0, 2)
     ids = pa.array(["new-0", "new-1"])
