@@ -32,7 +32,7 @@ from pipelines.report.page import Chart, Page, human, render
 from pipelines.report.samples import draw_samples, open_decoder
 
 BUCKETS_SHOWN = 16
-HISTOGRAM_ROWS = 1_000_000  # that histograms are made of at most, the first ones
+HISTOGRAM_ROWS = 1_000_000  # first rows that histograms are made of
 SHORT = 88  # characters of a line's text
 
 

@@ -47,7 +47,7 @@ from pipelines.verify import VerifyConfig
 
 StageName = Literal["ingest", "recaption", "embed", "latents", "verify"]
 STAGES: tuple[StageName, ...] = ("ingest", "recaption", "embed", "latents", "verify")
-FOLDER = "preprocess"  # in the store: the lease, and the last result
+FOLDER = "preprocess"  # folder in the store: the lease, and the last result
 LAST, LAST_OK = "last.json", "last_ok.json"
 DEFAULT_STORE = "./store"
 
@@ -115,7 +115,7 @@ class PreprocessResult(JobResult):
     failed_stage: str = ""
     error: str = ""
     new_rows: int = 0  # taken in by this run
-    version: int = 0  # of the samples table at the end
+    version: int = 0  # version of the samples table at the end
     stages: list[dict[str, Any]] = field(default_factory=list)  # summaries, in the order they ran
     retention: dict[str, Any] = field(default_factory=dict)
     started: str = ""  # UTC

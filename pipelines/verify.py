@@ -91,7 +91,7 @@ class VerifyResult(JobResult):
 
     job: str = field(default="verify", init=False)
     store: str
-    version: int = 0  # of the samples table, that was looked at
+    version: int = 0  # version of the samples table that was looked at
     checks: dict[str, str] = field(default_factory=dict)  # name -> what was looked at
     problems: dict[str, list[str]] = field(default_factory=dict)
     unchecked: list[str] = field(default_factory=list)  # what could not be looked at, which is no problem by itself

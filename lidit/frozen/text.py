@@ -227,7 +227,7 @@ class PromptEncoder:
         if loader is transformers.CLIPTextModel:
             config = self.text_config
         try:
-            with no_load_report():  # of the blocks left out
+            with no_load_report():  # it would list the blocks left out
                 model = load_model(loader, self.folder, config=config, dtype=DTYPES[self.config.dtype])
         except (RuntimeError, OSError) as error:
             raise ValueError(f"weights in {self.folder} do not fit its config.json: {error}") from error

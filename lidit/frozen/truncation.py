@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 MARGIN = 64  # tokens that a beginning has beyond those that are read: the cut changes the last ones
-CHARACTERS_PER_TOKEN = 64  # to begin with; words have four, the longest runs of spaces that are a token 128
+CHARACTERS_PER_TOKEN = 64  # first guess; words have four, the longest runs of spaces that are a token 128
 LONGER = 4  # times, where a beginning has too few tokens: of a run of spaces, or of unknown signs, some make one
 
 

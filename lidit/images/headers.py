@@ -18,12 +18,12 @@ import zlib
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 UNNEEDED = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # color profiles are not applied
 HARMLESS = 1000  # bytes of them in all that cannot unpack to more than Pillow takes: it is not worth a copy then
-SIZES = {b"pHYs": 9, b"gAMA": 4, b"cHRM": 32, b"sRGB": 1}  # of notes that no pixel depends on, as the format has them
-LARGEST_CHECKED = 1 << 20  # of an ancillary chunk, whose checksum is looked at
+SIZES = {b"pHYs": 9, b"gAMA": 4, b"cHRM": 32, b"sRGB": 1}  # bytes of notes that no pixel depends on
+LARGEST_CHECKED = 1 << 20  # bytes of an ancillary chunk; the checksum of a larger one is not looked at
 
-MOST_COMPONENTS = 4  # that a picture is made of here
+MOST_COMPONENTS = 4  # components that a picture may have
 LEAST_TILE = 2048  # pixels of a tile, on the average
-FEW_TILES = 4096  # that any picture may have
+FEW_TILES = 4096  # tiles that any picture may have
 MOST_BLOCKS = 4_000_000  # precincts and code-blocks; the tables of one have some hundred bytes
 MOST_PACKETS = 256_000_000  # layers times precincts: two bytes each
 SIZE = re.compile(b"\xff\x51")  # SIZ: of picture and tiles, components
@@ -107,7 +107,7 @@ def _coding(data: bytes | memoryview, at: int) -> tuple[int, int, int, list[int]
     """(layers, log2 of a code-block's width and height, precincts by resolution) of a COD or COC marker, or None."""
     length = data[at + 3] if at + 3 < len(data) else 0
     body = bytes(data[at + 4 : at + 2 + length])
-    skipped = 5 if data[at + 1] == 0x52 else 2  # of a COD: style, order, layers, transform; of a COC: component, style
+    skipped = 5 if data[at + 1] == 0x52 else 2  # COD: style, order, layers, transform; COC: component, style
     if len(body) < skipped + 5 or len(body) != length - 2:
         return None
     levels, wide, high, style, transform, *precincts = body[skipped:]

@@ -46,12 +46,12 @@ HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None  # the extra `heif`
 MAX_PIXELS = 100_000_000  # height times width that an image may have by its header
 SCAN = re.compile(b"\xff\xda")  # a scan's begin in a JPEG; found at a third of the time that `bytes.count` takes
-MAX_SCANS = 100  # that a JPEG may have; the usual progressive one has ten
+MAX_SCANS = 100  # scans that a JPEG may have; the usual progressive one has ten
 MAX_SCAN_PIXELS = 2_000_000_000  # pixels times scans: each of them may cost a few bytes and goes over the whole picture
-MAX_TILE_PIXELS = 4_194_304  # of a TIFF's tile, or the picture's own where that is more: a tile is decoded whole
-MAX_SLOW_PIXELS = 16_000_000  # of what Pillow unpacks in Python (QOI, a BMP in runs, some PPM): up to 3 us each
+MAX_TILE_PIXELS = 4_194_304  # a TIFF's tile, or the picture itself where it is larger: a tile is decoded whole
+MAX_SLOW_PIXELS = 16_000_000  # where Pillow unpacks in Python (QOI, a BMP in runs, some PPM): up to 3 us each
 LARGE_PIXELS = 16_000_000  # decoded images above it are held in memory by one thread at a time
-USUAL_MODES = ("L", "RGB", "RGBA", "P", "LA", "CMYK", "1", "YCbCr")  # that `eight_bits` takes whatever is in them
+USUAL_MODES = ("L", "RGB", "RGBA", "P", "LA", "CMYK", "1", "YCbCr")  # `eight_bits` takes any values of these
 DRAFT_MARGIN = 2  # a JPEG is decoded at no less than so many times the size needed
 RULES = "upright, first frame, centre box, lanczos, white behind, jpeg draft 2x"
 """The treatment above in a few words, for fingerprints: change it whenever a pixel may come out differently."""

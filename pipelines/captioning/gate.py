@@ -46,7 +46,7 @@ words may be what a sign in the image says."""
 LONGEST_LOOP = 24  # words of a phrase that is looked for, repeated at once
 LOOPS = 4  # times that a phrase may not stand in a row
 SENTENCE_REPEATS = 3  # times that a sentence may not stand anywhere
-SENTENCE_WORDS = 4  # that a sentence must have for that
+SENTENCE_WORDS = 4  # words that a sentence must have to count as a repetition
 FEW_NEW_TRIGRAMS = 0.35  # least share of three-word runs that are new, in captions of at least
 MANY_WORDS = 40
 

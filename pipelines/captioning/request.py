@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 INSTRUCTION = "Describe the image in detail."
 HINT = "It came with this text, which may be wrong: {hint}"
-MOST_HINT_CHARACTERS = 400  # of a hint; what is longer is mostly a tag list, and costs as many tokens as the image
+MOST_HINT_CHARACTERS = 400  # longest hint; what is longer is mostly a tag list, and costs as many tokens as the image
 MARKUP = re.compile(r"<[^<>]{0,80}>|\[/?[A-Z_]{2,20}\]")  # HTML, and what chat templates mean by `<image>` or `[INST]`
-GRAY = (127, 127, 127)  # of the blank image
+GRAY = (127, 127, 127)  # color of the blank image
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,9 @@ class Summary(JobResult):
     run: str = ""
     ok: bool = False
     dry_run: bool = False
-    plan: list[str] = field(default_factory=list)  # of a dry run; of a stamp, what was recorded
+    plan: list[str] = field(default_factory=list)  # what a dry run would do; what a stamp has recorded
     fragments: int = 0  # committed by this run
-    fragments_waiting: int = 0  # that lack the column to read
+    fragments_waiting: int = 0  # fragments that lack the column to read
     fragments_stale: int = 0  # done again, as a column that theirs were made from has changed
     rows: int = 0
     errors: int = 0

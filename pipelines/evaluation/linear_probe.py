@@ -15,7 +15,7 @@ from torch import Tensor
 from pipelines.evaluation.intervals import wilson
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the rows of the training part
-SHARES = (0.6, 0.2)  # of the texts, to fit with and to choose the penalty with; the rest is what accuracy is told on
+SHARES = (0.6, 0.2)  # fractions of the texts to fit with and to choose the penalty with; accuracy is told on the rest
 
 
 @dataclass(frozen=True)

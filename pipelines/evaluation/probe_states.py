@@ -20,7 +20,7 @@ from lidit.frozen.early_exit import blocks_of
 from lidit.frozen.text import EncoderConfig, PromptEncoder
 from lidit.frozen.truncation import beginnings
 
-MOST_WORDS = 4096  # of the control's vocabulary, the most frequent tokens
+MOST_WORDS = 4096  # the control's vocabulary: the most frequent tokens
 EPS = 1e-6
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 460, 150  # of a histogram, in SVG units
+WIDTH, HEIGHT = 460, 150  # a histogram's size, in SVG units
 LEFT, BOTTOM, TOP = 6, 22, 18
 BINS = 40
 TAIL = 0.995  # quantile beyond which values share the last bar

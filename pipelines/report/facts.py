@@ -41,9 +41,9 @@ class ColumnFacts:
 
     name: str
     type: str
-    stage: str | None  # that made it; None: ingest
+    stage: str | None  # the stage that made it; None: ingest
     bytes: int
-    rows: int  # in fragments that have a file for it
+    rows: int  # rows of fragments that have a file for it
     nulls: int | None  # among these; None: not counted, the column is large
     about: str = ""  # codec and shape, in words
 
@@ -56,8 +56,8 @@ class StageFacts:
     columns: list[str]
     fingerprint: dict[str, Any]
     digest: str  # short, of the fingerprint
-    fragments: int  # that have them all
-    waiting: int  # that lack one
+    fragments: int  # fragments that have all of the columns
+    waiting: int  # fragments that lack one
 
 
 @dataclass

@@ -27,9 +27,9 @@ from lidit.store.buckets import parse_bucket
 from pipelines.engine.runs import runs_folder
 
 THUMBNAIL = 224  # pixels of the longer side at most
-QUALITY = 82  # of the JPEG inside the page
+QUALITY = 82  # JPEG quality of pictures inside the page
 LATENTS_DECODED = 32  # rows at most: a large autoencoder on a CPU takes seconds each
-PEAK = 255.0  # of a pixel, for PSNR
+PEAK = 255.0  # largest value of a pixel, for PSNR
 
 
 @dataclass
@@ -48,14 +48,14 @@ class Sample:
     image_id: str
     source: str | None = None
     image: Picture | None = None
-    size: str = ""  # of the stored image, HEIGHT x WIDTH
+    size: str = ""  # HEIGHT x WIDTH of the stored image
     bytes: int = 0
     texts: dict[str, str | None] = field(default_factory=dict)  # text column -> text
     notes: dict[str, str] = field(default_factory=dict)  # small columns worth showing -> value
     bucket: str | None = None
     cropped: Picture | None = None  # what the autoencoder was shown
     decoded: Picture | None = None  # what comes back
-    psnr: float | None = None  # of decoded against cropped, dB
+    psnr: float | None = None  # `decoded` against `cropped`, dB
 
 
 @dataclass

@@ -57,7 +57,7 @@ def draw_rows(
     inside = np.array([row if fragment.fragment_id in wanted else 0 for fragment, row in zip(held, rows)], np.int64)
     total = int(inside.sum())
     drawn = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
-    place = np.searchsorted(np.cumsum(inside), drawn, side="right")  # which fragment
+    place = np.searchsorted(np.cumsum(inside), drawn, side="right")  # each row's fragment
     before = np.cumsum(rows) - rows, np.cumsum(inside) - inside
     return before[0][place] + drawn - before[1][place]
 
