@@ -30,8 +30,10 @@ def data() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_rank_outlives_the_tests() -> Iterator[None]:
-    """Processes of ranks are kept from test to test, and end with the last."""
+def no_process_outlives_the_tests() -> Iterator[None]:
+    """Processes of ranks, and a Ray, are kept from test to test, and end with the last."""
     yield
+    if (stores := sys.modules.get("tests.support.stores")) is not None:
+        stores.SharedRay.stop()
     if (training := sys.modules.get("tests.support.training")) is not None:
         training.close_ranks()

@@ -17,6 +17,43 @@ from tests.support.llms import WORDS
 ROOT = Path(__file__).resolve().parents[2]
 
 
+ON_SHARED_RAY = ("ingest", "recaption", "embed", "latents", "generate")
+
+
+def environment() -> dict[str, str]:
+    """What a job's process inherits."""
+    return {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTEST_CURRENT_TEST")}
+
+
+class SharedRay:
+    """One local Ray for all jobs that run to their end. Its workers inherit the environment that it was started with."""
+
+    script = (
+        "import sys, ray; from lidit.runtime.cluster import start_ray; start_ray(ray, log_to_driver=False)\n"
+        "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
+    )
+    started: tuple[subprocess.Popen[str], dict[str, str], str] | None = None
+
+    @classmethod
+    def address(cls) -> str | None:
+        """Its address; None for a job whose environment is another one, which needs a Ray of its own."""
+        env = environment()
+        if cls.started is None:
+            command, pipe = [sys.executable, "-c", cls.script], subprocess.PIPE
+            process = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdin=pipe, stdout=pipe)
+            assert process.stdout is not None
+            cls.started = (process, env, process.stdout.readline().strip())
+            assert cls.started[2], "the shared Ray did not start"
+        return cls.started[2] if env == cls.started[1] else None
+
+    @classmethod
+    def stop(cls) -> None:
+        """Ends it; it also ends with this process."""
+        if cls.started is not None:
+            cls.started[0].communicate(timeout=60)
+            cls.started = None
+
+
 @pytest.fixture
 def world(tmp_path: Path, llms: dict[str, Path]) -> World:
     """A store to be, prompts to put in, and a config for both tiny LLMs."""
@@ -58,10 +95,10 @@ class World:
         path.write_text(yaml.safe_dump(values))
         return path
 
-    def start(self, *argv: object) -> subprocess.Popen[str]:
-        """Starts `lidit ARGV` in a process of its own."""
+    def start(self, *argv: object, ray: str | None = None) -> subprocess.Popen[str]:
+        """Starts `lidit ARGV` in a process of its own, with a Ray of its own if none is named."""
         command = [sys.executable, "-m", "lidit.cli", *map(str, argv)]
-        env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        env = {**environment(), **({"RAY_ADDRESS": ray, "RAY_AUTH_MODE": "token"} if ray else {})}
         return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def finish(self, process: subprocess.Popen[str], expect: int = 0) -> Result:
@@ -71,8 +108,9 @@ class World:
         return Result(stdout, stderr)
 
     def run(self, *argv: object, expect: int = 0) -> Result:
-        """Runs `lidit ARGV` to its end."""
-        return self.finish(self.start(*argv), expect)
+        """Runs `lidit ARGV` to its end; jobs over a table share a Ray, which takes longer to start than they take."""
+        ray = SharedRay.address() if argv[0] in ON_SHARED_RAY else None
+        return self.finish(self.start(*argv, ray=ray), expect)
 
     def ingest(self, prompts: Path, rows_per_fragment: int = 50) -> Result:
         """Ingests a prompt file."""
