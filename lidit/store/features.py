@@ -277,7 +277,7 @@ class Features:
         )
 
     def _metadata(self, column: str, *keys: str) -> dict[str, str]:
-        found = {k.decode(): v.decode() for k, v in (self.table.schema.field(column).metadata or {}).items()}
+        found = columns.metadata_of(self.table.schema.field(column))
         if absent := [key for key in keys if key not in found]:
             raise ValueError(f"column {column!r} of {self.table.uri}: expected field metadata {', '.join(absent)}")
         return found

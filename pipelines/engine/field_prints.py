@@ -34,12 +34,12 @@ def unrecorded_keys(present: pa.Field, wanted: pa.Field, key: str) -> list[str]:
 
 
 def _entries(stored: pa.Field, key: str) -> dict[str, Any]:
-    return flat(json.loads((stored.metadata or {}).get(key.encode(), b"{}")))
+    return flat(json.loads(columns.metadata_of(stored).get(key, "{}")))
 
 
 def made_before(wanted: pa.Field, uri: str, keys: list[str]) -> str:
     """Words the refusal of a column that lacks these entries alone: how to bring it up to date."""
-    stage = (wanted.metadata or {}).get(columns.META_STAGE.encode(), b"JOB").decode()
+    stage = columns.metadata_of(wanted).get(columns.META_STAGE, "JOB")
     return (
         f"column {wanted.name!r} of {uri} was made before {', '.join(keys)} was recorded: run the same `lidit {stage}` command "
         f"with --stamp once. It makes a sample of the rows again and records it if they agree; --overwrite makes all anew"

@@ -22,6 +22,7 @@ from lidit.runtime.fields import Fraction, JobConfig
 from lidit.runtime.places import settled
 from lidit.store import columns
 from lidit.store.checksum import is_ours
+from lidit.store.columns import metadata_of
 from lidit.store.stale import stale_columns
 from pipelines.engine.column_file import ColumnFile
 from pipelines.engine.field_prints import field_differences, unrecorded_keys
@@ -149,8 +150,7 @@ def _check_owner(stage: type[Stage], fields: list[pa.Field], dataset: lance.Lanc
     """Refuses to touch, `--overwrite` or not, a column that this stage did not make."""
     for wanted in fields:
         if wanted.name in dataset.schema.names:
-            metadata = dataset.schema.field(wanted.name).metadata or {}
-            owner = metadata.get(columns.META_STAGE.encode(), b"").decode()
+            owner = metadata_of(dataset.schema.field(wanted.name)).get(columns.META_STAGE, "")
             if owner != stage.name:
                 raise ValueError(
                     f"column {wanted.name!r} of {table.uri} was {f'made by {owner}' if owner else 'ingested'}, not made by "
@@ -160,7 +160,7 @@ def _check_owner(stage: type[Stage], fields: list[pa.Field], dataset: lance.Lanc
 
 def _reads(fields: list[pa.Field]) -> list[str]:
     """The columns that these are made from."""
-    return sorted({f.metadata[READS.encode()].decode() for f in fields})
+    return sorted({metadata_of(f)[READS] for f in fields})
 
 
 def _units(table: Table, fields: list[pa.Field], with_stale: bool = True) -> tuple[list[dict[str, Any]], int]:
@@ -170,7 +170,7 @@ def _units(table: Table, fields: list[pa.Field], with_stale: bool = True) -> tup
     writes nulls where a column was missing: such fragments are looked into, and done again.
     """
     dataset = table.open()
-    reads = {f.name: f.metadata[READS.encode()].decode() for f in fields}
+    reads = {f.name: metadata_of(f)[READS] for f in fields}
     unread = table.missing(_reads(fields), dataset)
     lacking = table.missing(list(reads), dataset)
     rows = {fragment.fragment_id: fragment.count_rows() for fragment in dataset.get_fragments()}
@@ -200,9 +200,9 @@ def _units(table: Table, fields: list[pa.Field], with_stale: bool = True) -> tup
 
 def _has_gaps(fragment: lance.LanceFragment, stored: pa.Field) -> bool:
     """Whether some row has the column read, and neither the column made from it nor a reason."""
-    if pa.types.is_large_binary(stored.type) or MAY_BE_NULL.encode() in stored.metadata:
+    metadata = metadata_of(stored)
+    if pa.types.is_large_binary(stored.type) or MAY_BE_NULL in metadata:
         return False  # another column of the same stage tells as well
-    metadata = {key.decode(): value.decode() for key, value in stored.metadata.items()}
     reason = columns.error(metadata[columns.META_STAGE])
     gaps = f"{metadata[READS]} IS NOT NULL AND {stored.name} IS NULL AND {reason} IS NULL"
     return fragment.count_rows(filter=gaps) > 0
@@ -217,9 +217,9 @@ def _overwrite(table: Table, fields: list[pa.Field], guard: Guard | None = None)
     present = [f for f in fields[:-1] if f.name in schema.names]
     complete = not _units(table, present, with_stale=False)[0]
     drop = {f.name for f in present if complete or field_differences(schema.field(f.name), f, columns.META_FINGERPRINT)}
-    stage = fields[0].metadata[columns.META_STAGE.encode()]
-    kept = [f for f in schema if (f.metadata or {}).get(columns.META_STAGE.encode()) == stage and f.name not in drop]
-    made_from = {f.name for f in schema if (f.metadata or {}).get(READS.encode(), b"").decode() in drop}
+    stage = metadata_of(fields[0])[columns.META_STAGE]
+    kept = [f for f in schema if metadata_of(f).get(columns.META_STAGE) == stage and f.name not in drop]
+    made_from = {f.name for f in schema if metadata_of(f).get(READS) in drop}
     if made_from:
         print(
             f"dropped with {', '.join(sorted(drop))}, being made from it: {', '.join(sorted(made_from))}",

@@ -60,7 +60,7 @@ def _changes(present: pa.Field, wanted: pa.Field) -> list[str]:
 
 
 def _recorded(stored: pa.Field) -> dict[str, str]:
-    return json.loads((stored.metadata or {}).get(columns.META_VERSIONS.encode(), b"{}"))
+    return json.loads(columns.metadata_of(stored).get(columns.META_VERSIONS, "{}"))
 
 
 def _minor(release: str) -> list[str]:

@@ -22,6 +22,7 @@ from lidit.runtime.uris import shown
 from lidit.runtime.watchdog import arm
 from lidit.store import columns
 from lidit.store.checksum import no_panic
+from lidit.store.columns import metadata_of
 from lidit.store.stale import made_from
 from pipelines.engine.column_file import ColumnFileWriter
 from pipelines.engine.field_prints import field_differences
@@ -31,7 +32,6 @@ from pipelines.engine.versions import check_versions, made_with
 
 READS, ALSO_READS = columns.META_READS, columns.META_ALSO_READS
 MAY_BE_NULL = "lidit:may_be_null"  # field metadata: null is an answer too; another column of the stage tells why
-STAGE_KEY = columns.META_STAGE.encode()
 EXAMPLES = 5  # errors of a fragment that are shown in the summary
 
 
@@ -266,7 +266,7 @@ class _Task:
 
     def _earlier_errors(self) -> dict[int, str]:
         """Position -> error of an earlier run of this stage on the fragment, for other columns; mostly empty."""
-        made = [f.name for f in self.dataset.schema if (f.metadata or {}).get(STAGE_KEY) == self.stage.name.encode()]
+        made = [f.name for f in self.dataset.schema if metadata_of(f).get(columns.META_STAGE) == self.stage.name]
         if set(made) <= set(self.wanted):
             return {}  # all that the reasons were about is made anew
         own = tuple(f"{name}: " for name in self.wanted)
@@ -291,8 +291,8 @@ def _next(batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
 
 def columns_read(fields: list[pa.Field], present: list[str]) -> list[str]:
     """The columns that these are made from, those looked at too included where they are present."""
-    needed = {field.metadata[READS.encode()].decode() for field in fields}
-    along = {field.metadata.get(ALSO_READS.encode(), b"").decode() for field in fields}
+    notes = [metadata_of(field) for field in fields]
+    needed, along = {note[READS] for note in notes}, {note.get(ALSO_READS, "") for note in notes}
     return sorted(needed | (along & set(present)))
 
 

@@ -17,7 +17,7 @@ READ_ROWS = 64
 
 def latents_fields(schema: pa.Schema) -> list[pa.Field]:
     """Selects the columns of latents and of their moments."""
-    return [field for field in schema if columns.META_CHANNELS.encode() in (field.metadata or {})]
+    return [field for field in schema if columns.META_CHANNELS in columns.metadata_of(field)]
 
 
 def latents_problems(

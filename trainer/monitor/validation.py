@@ -245,7 +245,7 @@ def _read_prompts(store: str, features: Features, most: int) -> dict[str, list[n
             f"{', '.join(features.encoders)}: run `lidit embed --store {store}` with the same encoders"
         )
     for name, column in zip(features.encoders, embeds):
-        made_with = (table.schema.field(column).metadata or {}).get(columns.META_FINGERPRINT.encode(), b"{}")
+        made_with = columns.metadata_of(table.schema.field(column)).get(columns.META_FINGERPRINT, "{}")
         prompts, trained, unrecorded = comparable(json.loads(made_with), features.encoders[name].fingerprint)
         warn_unrecorded(f"validation.prompts: {column} of {uri} and encoder {name!r}", unrecorded)
         if {**prompts, "codec": None} != {**trained, "codec": None}:
