@@ -129,7 +129,7 @@ def parse_config(job: str, module: Any, argv: list[str]) -> Any:
     if hasattr(module, "RECIPES"):
         parser.add_argument("--recipe", help=f"Fields to start from: {', '.join(module.RECIPES)}.")
     if recipe is not None:
-        parser.set_defaults(_plain(recipe))
+        parser.set_defaults(dataclasses.asdict(recipe))
     try:
         parsed = parser.instantiate(parser.parse_args(_normalise(argv, fields), env=False))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
@@ -249,13 +249,6 @@ def _changed(items: Sequence[Any], index: int, key: str, value: Any, flag: str) 
     if key not in known:
         raise ValueError(f"{flag}: expected one of {', '.join(known)} after the number")
     return tuple(dataclasses.replace(item, **{key: value}) if n == index else item for n, item in enumerate(items))
-
-
-def _plain(value: Any) -> Any:
-    """A config as the parser takes defaults: dictionaries and lists."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _last_cause(error: BaseException) -> str:
