@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lidit.runtime.fields import Config, NonNegativeInt, PositiveInt
+from lidit.runtime.fields import Config, NonNegativeInt, PositiveInt, from_plain
 
 Instruction = Literal["kept", "cut"]
 RefinerAttention = Literal["full", "causal"]
@@ -89,15 +89,7 @@ class LIDiTConfig(Config):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LIDiTConfig:
         """Builds a config from what `to_dict` or a JSON reader gave. Raises ValueError naming unknown or missing fields."""
-        fields = dataclasses.fields(cls)
-        unknown = set(values) - {field.name for field in fields}
-        missing = {field.name for field in fields if field.default is dataclasses.MISSING} - set(values)
-        if unknown or missing:
-            raise ValueError(
-                f"model config: unknown {sorted(unknown) or 'none'}, missing {sorted(missing) or 'none'}; expected the "
-                f"fields {', '.join(field.name for field in fields)}; was it written by another version of lidit?"
-            )
-        return cls(**values)
+        return from_plain(cls, values, "model config")
 
 
 def lidit_tiny(encoders: Mapping[str, int] | None = None, in_channels: int = 16, **changes: Any) -> LIDiTConfig:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lidit.runtime.fields import Config, PositiveFloat, PositiveInt
+from lidit.runtime.fields import Config, PositiveFloat, PositiveInt, from_plain
 
 BINS = 10  # of `timestep_bins`: fixed, so that runs and ranks can be compared and added
 
@@ -168,10 +168,7 @@ def objective_from_dict(values: dict[str, Any]) -> Objective:
     name = values.pop("name", None)
     if name not in OBJECTIVES:
         raise ValueError(f"objective: expected name {' or '.join(OBJECTIVES)}, received {name!r}")
-    known = [field.name for field in dataclasses.fields(OBJECTIVES[name])]
-    if unknown := set(values) - set(known):
-        raise ValueError(f"objective {name}: expected {', '.join(known)}, received also {', '.join(sorted(unknown))}")
-    return OBJECTIVES[name](**values)
+    return from_plain(OBJECTIVES[name], values, f"objective {name}")
 
 
 def shift_timestep(timestep: Tensor, shift: float) -> Tensor:

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from lidit.cli import run
 from lidit.components import Components
-from lidit.runtime.fields import PositiveInt
+from lidit.runtime.fields import PositiveInt, to_plain
 from lidit.runtime.model_files import config_digest, split_revision, weights_digest
 from lidit.runtime.places import settled
 from lidit.sampler import SamplerConfig
@@ -205,7 +205,7 @@ def fingerprint(config: GenerateConfig) -> dict[str, Any]:
         },
         "vae": saved.get("vae", {}).get("fingerprint"),
         "size": list(config.size()),
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config.sampler).items()},
+        **to_plain(config.sampler),
     }
 
 

@@ -20,6 +20,7 @@ import ray
 import yaml
 
 from lidit.cli import run
+from lidit.runtime.fields import to_plain
 from lidit.runtime.outage import outlast
 from lidit.runtime.places import settled
 from lidit.store import columns
@@ -34,7 +35,7 @@ from pipelines.ingestion.filters import FiltersConfig
 from pipelines.ingestion.listed_sizes import note_sizes
 from pipelines.ingestion.summary import IngestSummary
 from pipelines.ingestion.update import update
-from pipelines.ingestion.work import Work, plain
+from pipelines.ingestion.work import Work
 from pipelines.ingestion.worker import EXAMPLES, IngestWorker
 from pipelines.sources.base import Listed, Source
 from pipelines.sources.locations import real_place
@@ -65,7 +66,7 @@ def main(config: IngestConfig) -> IngestSummary:
                 f"another ingest works on {config.store} ({others[0]}): two at once could add a row twice. Run this one "
                 f"when that is over"
             )
-        run.write("config.yaml", yaml.safe_dump(plain(asdict(config)), sort_keys=False))
+        run.write("config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
         work = outlast(lambda: Work.of(config, source, table), "looking what is new")
         table.create(source.schema)
         summary = IngestSummary("ingest", config.store, run.id, counts=dict(work.counts), examples=work.examples)

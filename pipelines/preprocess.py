@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ import yaml
 
 from lidit.cli import run
 from lidit.runtime.durable import flushed_commit
-from lidit.runtime.fields import JobConfig, NonNegativeFloat
+from lidit.runtime.fields import JobConfig, NonNegativeFloat, to_plain
 from lidit.runtime.files import replace_file
 from lidit.runtime.lease import Lease, LeaseHeld, LeaseLost
 from lidit.runtime.outage import outlast
@@ -40,7 +40,6 @@ from pipelines.engine.retention import VERIFIED_TAG, RetentionConfig, clean_up, 
 from pipelines.engine.runs import Run
 from pipelines.engine.table import Table, samples_of
 from pipelines.ingest import IngestConfig
-from pipelines.ingestion.work import plain
 from pipelines.latents import LatentsConfig
 from pipelines.recaption import RecaptionConfig
 from pipelines.verify import VerifyConfig
@@ -151,7 +150,7 @@ def main(config: PreprocessConfig) -> PreprocessResult:
         wait_seconds = config.wait_seconds if config.if_busy == "wait" else 0.0
         with Lease(config.store, FOLDER, wait_seconds) as lease, Run(config.store, FOLDER) as run:
             result.run = run.id
-            run.write("config.yaml", yaml.safe_dump(plain(asdict(config)), sort_keys=False))
+            run.write("config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
             _run_stages(config, lease, result)
             result.seconds = time.monotonic() - start
             run.write("summary.json", result.to_json())

@@ -15,14 +15,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from lidit.cli import run
-from lidit.runtime.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
+from lidit.runtime.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, to_plain
 from lidit.runtime.printable import one_line
 from lidit.runtime.result import filled
 from lidit.store import columns
@@ -105,7 +105,7 @@ class RecaptionConfig(StageConfig):
             "engine": self.engine,
             **model,
             **{name: getattr(self, name) for name in (*own, "seed", "blank_share")},
-            "gate": {**asdict(self.gate), "scripts": list(self.gate.scripts)},
+            "gate": to_plain(self.gate),
             "image": IMAGE_RULES,
         }
 

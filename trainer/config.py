@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from lidit.diffusion import DDPM, Flow, Objective
-from lidit.runtime.fields import Config, Interval, JobConfig, PositiveFloat, PositiveInt
+from lidit.runtime.fields import Config, Interval, JobConfig, PositiveFloat, PositiveInt, from_plain, to_plain
 from lidit.store import columns
 from trainer.config_parts import (
     CheckpointConfig,
@@ -22,8 +22,6 @@ from trainer.config_parts import (
     OptimizerConfig,
     ValidationConfig,
     ZeroConfig,
-    from_plain,
-    to_plain,
 )
 
 __all__ = [

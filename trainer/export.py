@@ -22,7 +22,7 @@ from torch import Tensor
 from lidit.cli import run
 from lidit.config import LIDiTConfig
 from lidit.model import LIDiT
-from lidit.runtime.fields import JobConfig
+from lidit.runtime.fields import JobConfig, from_plain
 from lidit.runtime.model_files import split_revision
 from lidit.runtime.places import absolute
 from lidit.runtime.result import JobResult
@@ -32,7 +32,6 @@ from trainer.checkpoints.resume import read_state
 from trainer.checkpoints.save import EMA_FOLDER, ENGINE
 from trainer.checkpoints.universal import restricted_unpickling
 from trainer.config import OptimizerConfig
-from trainer.config_parts import from_plain
 from trainer.engine.optimizer import parameter_groups
 from trainer.engine.shards import ShardReader
 from trainer.storage import Storage, inside

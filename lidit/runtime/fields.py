@@ -1,4 +1,4 @@
-"""Base classes of configs: a field's range or choice stands in its type, and is checked whoever makes the config.
+"""Base classes of configs, whose fields are checked against their types whoever makes them; configs to and from plain values.
 
     @dataclass(frozen=True)
     class CheckpointConfig(Config):
@@ -11,10 +11,12 @@ What fields have to do with each other a class checks in a `__post_init__` of it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import numbers
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -80,6 +82,44 @@ def check_fields(config: Any) -> None:
             words = [word for kind in kinds for word in _words(kind)]
             expected = " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
             raise ValueError(f"{part}{name}: expected {expected}, received {value!r}")
+
+
+def to_plain(value: Any) -> Any:
+    """Converts a config to dictionaries, lists, numbers and strings, as JSON and YAML have them."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_plain(kind: Any, value: Any, where: str) -> Any:
+    """The inverse of `to_plain`, for a type made of dataclasses, sequences, dictionaries of plain values, and plain values.
+
+    Raises:
+        ValueError: a field is unknown or missing, or a config's own checks refuse it; names the place by `where`.
+    """
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        names = ", ".join(field.name for field in fields(kind))
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: expected fields {names}, received {value!r}")
+        unknown = set(value) - {field.name for field in fields(kind)}
+        missing = {field.name for field in fields(kind) if _is_required(field)} - set(value)
+        if unknown or missing:
+            raise ValueError(
+                f"{where}: expected fields {names}; received unknown {sorted(unknown) or 'none'}, missing "
+                f"{sorted(missing) or 'none'}; was it written by another version of lidit?"
+            )
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: from_plain(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    if isinstance(origin := get_origin(kind), type) and issubclass(origin, Sequence):
+        (item_kind,) = get_args(kind)
+        return tuple(from_plain(item_kind, item, f"{where}[{index}]") for index, item in enumerate(value))
+    return value
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 @functools.cache

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+from lidit.runtime.fields import to_plain
 from lidit.store import columns
 from pipelines.engine.table import Table
 from pipelines.ingestion.compare import Difference, compare
@@ -117,11 +118,4 @@ def packed(parts: list[Item] | list[Piece], rows: int) -> list[dict[str, Any]]:
 def options_of(config: IngestConfig) -> dict[str, Any]:
     """Collects the options that decide which rows a piece gives."""
     kind, _ = parse_spec(config.source)
-    return {"kind": kind, **plain({name: asdict(config)[name] for name in ("columns", "filters", "check")})}
-
-
-def plain(values: Any) -> Any:
-    """Tuples as lists, for YAML and JSON."""
-    if isinstance(values, dict):
-        return {key: plain(value) for key, value in values.items()}
-    return [plain(value) for value in values] if isinstance(values, (list, tuple)) else values
+    return {"kind": kind, **to_plain({name: getattr(config, name) for name in ("columns", "filters", "check")})}

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from demo.world import scenes
+from lidit.runtime.fields import to_plain
 from pipelines import preprocess
 from pipelines.embed import EmbedConfig
 from pipelines.engine.pool import ActorsConfig
@@ -68,7 +69,7 @@ def config_of(world: Any, **changes: Any) -> PreprocessConfig:
 
 def as_yaml(world: Any, config: PreprocessConfig) -> Path:
     """The config as a file for the command line."""
-    values = preprocess.plain(preprocess.asdict(config))
+    values = to_plain(config)
     for part in (*values["ingest"], *(values[name] for name in ("recaption", "embed", "latents", "verify"))):
         part.pop("store")
     path = world.folder / "preprocess.yaml"

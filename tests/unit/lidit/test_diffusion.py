@@ -283,7 +283,10 @@ def test_objective_through_json(objective):
     [
         ({"name": "flw"}, "expected name flow or ddpm, received 'flw'"),
         ({}, "expected name flow or ddpm, received None"),
-        ({"name": "flow", "shft": 3}, "expected shift, density, .* received also shft"),
+        (
+            {"name": "flow", "shft": 3},
+            r"objective flow: expected fields shift, density, .* received unknown \['shft'\]",
+        ),
         ({"name": "flow", "shift": 0}, "flow.shift: expected a number > 0"),
         ({"name": "flow", "logit_std": 0}, "flow.logit_std: expected a number > 0"),
         ({"name": "flow", "density": "cosine"}, "logit_normal or uniform, received 'cosine'"),
