@@ -193,10 +193,13 @@ def test_configs_come_back_from_json_and_yaml(name: str) -> None:
     assert TrainConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
-def test_a_field_that_is_not_known_is_named() -> None:
+def test_a_field_that_is_not_known_or_missing_is_named() -> None:
     values = TrainConfig().to_dict()
     values["optimizer"]["momentum"] = 0.9
     with pytest.raises(ValueError, match=r"config.optimizer: expected fields .*learning_rate.* received .*momentum"):
+        TrainConfig.from_dict(values)
+    del values["optimizer"]["momentum"], values["phases"][0]["steps"]
+    with pytest.raises(ValueError, match=r"config.phases\[0\]: expected fields steps, .* missing \['steps'\]"):
         TrainConfig.from_dict(values)
 
 
