@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ def one_thread() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def whole_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that call `cli.main`, which changes this process: its environment and where its stdout goes."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    stdout = os.dup(1)
+    yield
+    os.dup2(stdout, 1)
+    os.close(stdout)
 
 
 def make_tokenizer(ends: str = "") -> transformers.PreTrainedTokenizerFast:

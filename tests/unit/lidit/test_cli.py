@@ -19,17 +19,6 @@ from pipelines.engine.summary import Summary
 pytestmark = pytest.mark.unit
 
 
-@pytest.fixture
-def whole_job(monkeypatch):
-    """For tests that call `main`, which changes this process: its environment and where its stdout goes."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    stdout = os.dup(1)
-    yield
-    os.dup2(stdout, 1)
-    os.close(stdout)
-
-
 def write_yaml(tmp_path, **values):
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(values))

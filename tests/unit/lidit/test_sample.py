@@ -1,7 +1,6 @@
 """The sample job: a command line -> image files."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +15,7 @@ from lidit.text_to_image import TextToImage
 pytestmark = pytest.mark.unit
 
 
-@pytest.fixture
-def own_stdout(monkeypatch):
-    """For a test that calls the command's `main`, which changes the process's environment and where its stdout goes."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    stdout = os.dup(1)
-    yield
-    os.dup2(stdout, 1)
-    os.close(stdout)
-
-
-def test_command_line(weights_folder, tmp_path, capfd, own_stdout):
+def test_command_line(weights_folder, tmp_path, capfd, whole_job):
     out = tmp_path / "deep" / "star.png"
     flags = ["--out", str(out), "--num-inference-steps", "2", "--images", "2", "--seed", "4", "--device", "cpu"]
     status = cli.main(["sample", "--weights", str(weights_folder), "--prompt", "a red star", *flags])

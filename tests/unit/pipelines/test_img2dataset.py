@@ -1,44 +1,14 @@
 """What img2dataset leaves: folders of files, tars or Parquet."""
 
-import io
-import tarfile
-
 import pytest
 
 from pipelines.sources.archives import PlainFiles, WebDataset
-from pipelines.sources.base import USUAL_NAMES
 from pipelines.sources.registry import open_source
 from pipelines.sources.tables import Parquet
 from tests.support.ingest_rows import IMAGES, put_files
+from tests.support.tars import records, samples, write_tar
 
 pytestmark = pytest.mark.unit
-
-
-def write_tar(path, members, mode="w", format=tarfile.PAX_FORMAT):
-    """Members: (name, bytes), or a TarInfo for what is no file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode, format=format) as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-                continue
-            info = tarfile.TarInfo(member[0])
-            info.size = len(member[1])
-            tar.addfile(info, io.BytesIO(member[1]))
-    return path
-
-
-def samples(count=5):
-    return [
-        member
-        for number in range(count)
-        for member in ((f"{number:04d}.jpg", IMAGES[number]), (f"{number:04d}.txt", f"caption {number}\n".encode()))
-    ]
-
-
-def records(spec, names=USUAL_NAMES):
-    source = open_source(spec, names)
-    return list(source.records(source.pieces()))
 
 
 def test_img2dataset_files(tmp_path):

@@ -1,6 +1,5 @@
 """Hostile text on its way to a terminal: by every way that leads there."""
 
-import os
 import subprocess
 import sys
 import unicodedata
@@ -20,17 +19,6 @@ pytestmark = pytest.mark.unit
 
 # A title, a clipboard, a cleared screen, an 8-bit control sequence, a turned reading order, an erased line, half a pair
 HOSTILE = "a\x1b]0;title\x07 \x1b]52;c;aGk=\x1b\\ \x1b[2J \x9b31m \u202egnp.exe\u2069 x\ry\x08 \x7f \udc9b \u2028z"
-
-
-@pytest.fixture
-def whole_job(monkeypatch):
-    """For tests that call `main`, which changes this process: its environment and where its stdout goes."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    stdout = os.dup(1)
-    yield
-    os.dup2(stdout, 1)
-    os.close(stdout)
 
 
 def acting(text):

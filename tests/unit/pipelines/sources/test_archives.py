@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import tarfile
@@ -13,38 +12,12 @@ import pytest
 
 from pipelines.sources import archives as sources_grouped
 from pipelines.sources.archives import DamagedShard, grouped, tar_files
-from pipelines.sources.base import USUAL_NAMES, ColumnsConfig
+from pipelines.sources.base import ColumnsConfig
 from pipelines.sources.registry import open_source
 from tests.support.ingest_rows import IMAGES, put_files
+from tests.support.tars import records, samples, write_tar
 
 pytestmark = pytest.mark.unit
-
-
-def write_tar(path, members, mode="w", format=tarfile.PAX_FORMAT):
-    """Members: (name, bytes), or a TarInfo for what is no file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode, format=format) as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-                continue
-            info = tarfile.TarInfo(member[0])
-            info.size = len(member[1])
-            tar.addfile(info, io.BytesIO(member[1]))
-    return path
-
-
-def samples(count=5):
-    return [
-        member
-        for number in range(count)
-        for member in ((f"{number:04d}.jpg", IMAGES[number]), (f"{number:04d}.txt", f"caption {number}\n".encode()))
-    ]
-
-
-def records(spec, names=USUAL_NAMES):
-    source = open_source(spec, names)
-    return list(source.records(source.pieces()))
 
 
 def test_samples(tmp_path):
