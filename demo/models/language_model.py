@@ -16,7 +16,7 @@ CONTEXT = 1024
 
 
 def build_model(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A freshly initialised model (torch's global generator), about 1.4 million parameters, embeddings tied.
+    """A freshly initialized model (torch's global generator), about 1.4 million parameters, embeddings tied.
 
     The projections that write to the residual stream begin at zero, so that every block begins as the identity.
     """
@@ -28,7 +28,7 @@ def build_model(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
 
 
 def untrained(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The family's architecture, with transformers' own initialisation."""
+    """The family's architecture, with transformers' own initialization."""
     shared = dict(
         vocab_size=len(tokenizer),
         num_hidden_layers=6,

@@ -20,7 +20,7 @@ def weighted_loss(logits: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 def build_optimizers(model: PreTrainedModel, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for embeddings and norms.
 
-    With AdamW alone, models this small sat for hundreds of steps before they learnt to look a word up in a caption.
+    With AdamW alone, models this small sat for hundreds of steps before they learned to look a word up in a caption.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     matrices = [value for value in model.parameters() if value.ndim == 2 and id(value) not in tables]

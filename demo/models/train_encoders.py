@@ -47,9 +47,9 @@ class TrainEncodersConfig:
     work: Path = Path(".work/encoders")
     """Folder of the checkpoints."""
     base_steps: int = 1200
-    """Optimiser steps of a base variant."""
+    """Optimizer steps of a base variant."""
     tuned_steps: int = 1500
-    """Optimiser steps of a tuned variant, on top of its base."""
+    """Optimizer steps of a tuned variant, on top of its base."""
     rows: int = 6
     """Rows per step."""
     row_length: int = 320
@@ -71,7 +71,7 @@ class TrainEncodersConfig:
     exam_tasks: int = 200
     """Held-out tasks of each kind."""
     seed: int = 0
-    """Decides initialisation, data and their order."""
+    """Decides initialization, data and their order."""
     threads: int = 1
     """Torch threads; the weights are equal between runs of the same number."""
 

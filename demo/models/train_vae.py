@@ -52,11 +52,11 @@ class TrainVAEConfig:
     latent_channels: int = 4
     """Channels of the latents."""
     groups: int = 1
-    """Groups of every GroupNorm. Few: a group of few channels forgets how bright and how coloured a plain image is."""
+    """Groups of every GroupNorm. Few: a group of few channels forgets how bright and how colored a plain image is."""
     steps: int = 7000
-    """Optimiser steps."""
+    """Optimizer steps."""
     small_steps: int = 4000
-    """The first of them, on scenes of half the size: a quarter of the work, and colours are learnt as well from them."""
+    """The first of them, on scenes of half the size: a quarter of the work, and colors are learned as well from them."""
     images: int = 8
     """Scenes per step."""
     learning_rate: float = 5e-3
@@ -66,7 +66,7 @@ class TrainVAEConfig:
     kl_weight: float = 1e-3
     """Weight of the KL term (mean over latent values) against the pixel term (mean over pixel values)."""
     edge_weight: float = 0.5
-    """Weight of the differences between neighbouring pixels: what keeps edges and corners sharp."""
+    """Weight of the differences between neighboring pixels: what keeps edges and corners sharp."""
     checkpoint_seconds: float = 20.0
     """Seconds between checkpoints."""
     stop_after_steps: int | None = None
@@ -76,7 +76,7 @@ class TrainVAEConfig:
     exam_images: int = 500
     """Held-out scenes that the figures are measured on."""
     seed: int = 0
-    """Decides initialisation, data and noise."""
+    """Decides initialization, data and noise."""
     threads: int = 1
     """Torch threads; the weights are equal between runs of the same number."""
 
@@ -170,7 +170,7 @@ def scene_pixels(seed: int, height: int, width: int) -> torch.Tensor:
 
 
 def loss_of(model: AutoencoderKL, pixels: torch.Tensor, noise: torch.Generator, config: TrainVAEConfig) -> torch.Tensor:
-    """L1 of pixels, L1 of differences between neighbours, and the KL divergence of the latents from a unit normal."""
+    """L1 of pixels, L1 of differences between neighbors, and the KL divergence of the latents from a unit normal."""
     posterior = model.encode(pixels).latent_dist
     decoded = model.decode(posterior.sample(noise)).sample
     error = decoded - pixels

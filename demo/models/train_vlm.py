@@ -58,7 +58,7 @@ class Recipe:
     tokenizer_texts: int = 2000
     """Training scenes whose texts the tokenizer learns from."""
     seed: int = 0
-    """Decides initialisation, data and their order."""
+    """Decides initialization, data and their order."""
     threads: int = 1
     """Torch threads; the weights are equal between runs of the same number."""
 
@@ -132,7 +132,7 @@ def train(config: TrainVlmConfig, processor: LlavaProcessor, student: VlmStudent
                 optimizer.step()
             student.zero_grad()
 
-            # bookkeeping: the loss of what is being learnt
+            # bookkeeping: the loss of what is being learned
             recent = [*recent[-49:], (seeing if saying is None else saying).item()]
             progress.update(bar, advance=1, loss=sum(recent) / len(recent), description="say" if speak else "see")
             done, now = step + 1, time.monotonic()

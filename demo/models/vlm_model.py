@@ -71,7 +71,7 @@ def build_processor(texts: int, seed: int) -> LlavaProcessor:
 def build_vlm(
     processor: LlavaProcessor, width: int, vision_blocks: int, text_blocks: int
 ) -> LlavaForConditionalGeneration:
-    """A freshly initialised model (torch's global generator); every block begins as the identity."""
+    """A freshly initialized model (torch's global generator); every block begins as the identity."""
     tokenizer = processor.tokenizer
     vision = SiglipVisionConfig(
         hidden_size=width,

@@ -8,7 +8,7 @@ from transformers import LlavaForConditionalGeneration
 from demo.models.vlm_examples import ASPECTS, IGNORED, VlmBatch
 
 PATCH_WEIGHT = 0.3
-"""Weight of the loss of seeing while the model learns to say: the tower keeps what it has learnt."""
+"""Weight of the loss of seeing while the model learns to say: the tower keeps what it has learned."""
 
 
 class VlmStudent(torch.nn.Module):
