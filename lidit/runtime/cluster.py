@@ -9,11 +9,14 @@ import secrets
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 TRIES = 3  # of starting a local node
 SOCKET_TOO_LONG = "AF_UNIX path length"  # what Ray says of a long temporary folder
+LEVEL_WAS_READ = "Set ray log level from environment variable"
+PRINTS_WORKERS_OUTPUT = "ray_print_logs"  # Ray's name of the handler that does
 TOO_SLOW = "timed out during startup"  # what Ray says when its node did not come up within 30 s, a limit of its own
 
 
@@ -39,7 +42,7 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
         return
     options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
+        _init(ray, **options)
         return
     is_given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not is_given:
@@ -47,7 +50,7 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
     options |= {"include_dashboard": False, "object_store_memory": 256 << 20, **local}
     for number in range(1, TRIES + 1):
         try:
-            ray.init(**options)
+            _init(ray, **options)
             return
         except Exception as error:  # Ray raises no class of its own
             ray.shutdown()
@@ -62,6 +65,42 @@ def start_ray(ray: Any, log_to_driver: bool = True, **local: Any) -> None:
         f"Ray's node did not start within 30 s, {TRIES} times: this machine is too busy. Stop other work, or set RAY_ADDRESS "
         f"to a running cluster"
     )
+
+
+def _init(ray: Any, **options: Any) -> None:
+    """Calls `ray.init`; Ray's processes do not say that they have read `RAY_BACKEND_LOG_LEVEL`, neither here nor later."""
+    with _stderr_without(LEVEL_WAS_READ):
+        ray.init(**options)
+    if not options["log_to_driver"]:
+        return
+    from ray._private import ray_logging, worker  # has no public hook for what is printed of the workers' output
+
+    def show(data: dict[str, Any]) -> None:
+        lines = [line for line in data["lines"] if LEVEL_WAS_READ not in line]
+        if lines:
+            worker.print_to_stdstream({**data, "lines": lines}, False)
+
+    ray_logging.global_worker_stdstream_dispatcher.remove_handler(PRINTS_WORKERS_OUTPUT)
+    ray_logging.global_worker_stdstream_dispatcher.add_handler(PRINTS_WORKERS_OUTPUT, show)
+
+
+@contextlib.contextmanager
+def _stderr_without(words: str) -> Iterator[None]:
+    """Holds back what is written to stderr meanwhile, by C++ too, and writes it afterwards, but for lines with these words."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            for line in held:
+                if words.encode() not in line:
+                    sys.stderr.write(line.decode(errors="replace"))
 
 
 def _without_place(error: Exception) -> str | None:

@@ -102,8 +102,9 @@ class World:
         return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def finish(self, process: subprocess.Popen[str], expect: int = 0) -> Result:
-        """Waits for it; asserts the exit status."""
+        """Waits for it; asserts the exit status, and that Ray's C++ did not talk to the user."""
         stdout, stderr = process.communicate(timeout=300)
+        assert ".cc:" not in stderr, stderr
         assert process.returncode == expect, f"exit status {process.returncode}, not {expect}\n{stderr}"
         return Result(stdout, stderr)
 
