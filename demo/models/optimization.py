@@ -1,4 +1,4 @@
-"""How the demo's language models are optimised: loss, optimisers and learning-rate schedule."""
+"""Loss and optimizers of the demo's language models."""
 
 from __future__ import annotations
 
@@ -29,13 +29,3 @@ def build_optimizers(model: PreTrainedModel, learning_rate: float) -> list[torch
         torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-
-
-def schedule(step: int, warmup_steps: int, steps: int) -> float:
-    """Share of the peak learning rate at `step`: linear warm-up, constant, and a linear fall over the last third.
-
-    The long constant part is what gets the model off the plateaus on which it has yet to learn one more look-up.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return max(0.02, min(1.0, (steps - step) / max(1, steps - 2 * steps // 3)))

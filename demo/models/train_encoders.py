@@ -9,28 +9,23 @@ checkpoint, and the weights equal those of an unbroken run.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import os
-import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from demo.models import training
 from demo.models.card import model_card
 from demo.models.exam import examine
 from demo.models.language_model import CONTEXT, build_model
-from demo.models.optimization import build_optimizers, schedule, weighted_loss
+from demo.models.optimization import build_optimizers, weighted_loss
 from demo.models.packing import CONTEXT_WEIGHT, packed_batch
+from demo.models.training import Plan, finished, fit, publish
 from demo.models.vocabulary import train_tokenizer, wrap
 
 ENCODERS = ("llama-base", "llama-tuned", "qwen-base", "qwen-tuned")
@@ -104,7 +99,7 @@ def main(config: TrainEncodersConfig) -> None:
     torch.set_num_threads(config.threads)
     for name in config.encoders:
         family, variant = name.split("-")
-        if finished(config, name):
+        if finished(config.out / name, config.recipe(variant)):
             print(f"{name}: finished already, skipped")
             continue
         tokenizer, model, origin = start(config, family, variant)
@@ -112,7 +107,7 @@ def main(config: TrainEncodersConfig) -> None:
         if result is None:
             print(f"{name}: stopped after {config.stop_after_steps} steps; run again to go on")
             return
-        publish(config, name, tokenizer, model, result)
+        save_encoder(config, name, tokenizer, model, result)
 
 
 def start(
@@ -134,171 +129,74 @@ def start(
 def train(
     config: TrainEncodersConfig, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, origin: str
 ) -> dict[str, float] | None:
-    """Train `model` in place, from its checkpoint if there is one; wall seconds and last loss, or None if stopped."""
+    """Trains in place, from the checkpoint if there is one; returns wall seconds and last loss, or None if stopped."""
     family, variant = name.split("-")
     recipe = config.recipe(variant)
-    path = config.work / f"{name}.pt"
-    model.train()
-    optimizers = build_optimizers(model, config.learning_rate)
-    first, seconds, recent = restore(path, recipe | {"origin": origin}, model, optimizers)
-    steps, started, saved = recipe["steps"], time.monotonic(), time.monotonic()
 
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "loss {task.fields[loss]:.3f}")
-    timing = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-    with Progress(*columns, *timing) as progress:
-        bar = progress.add_task(name, total=steps, completed=first, loss=recent[-1] if recent else math.nan)
-        for step in range(first, steps):
-            # data: a function of seed and step alone
-            batch = packed_batch(
-                tokenizer, family, variant, config.rows, config.row_length, config.seed, step, config.context_weight
-            )
-
-            # step
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = config.learning_rate * schedule(step, config.warmup_steps, steps)
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits  # (B, L, V)
-            loss = weighted_loss(logits, batch)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-                raise FloatingPointError(
-                    f"{name}: loss or gradient not finite at step {step}; lower the learning rate."
-                )
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad()
-
-            # bookkeeping
-            recent = [*recent[-49:], loss.item()]
-            progress.update(bar, advance=1, loss=sum(recent) / len(recent))
-            done, now = step + 1, time.monotonic()
-            stopping = config.stop_after_steps is not None and done - first >= config.stop_after_steps and done < steps
-            if stopping or done == steps or now - saved >= config.checkpoint_seconds:
-                elapsed = seconds + now - started
-                save_checkpoint(path, recipe | {"origin": origin}, model, optimizers, done, elapsed, recent)
-                progress.console.print(
-                    f"{name}: step {done}/{steps}, loss {sum(recent) / len(recent):.4f}, {elapsed:.0f} s"
-                )
-                saved = now
-            if stopping:
-                return None
-    return {"seconds": seconds + time.monotonic() - started, "loss": sum(recent) / len(recent)}
-
-
-def save_checkpoint(
-    path: Path,
-    recipe: dict[str, Any],
-    model: torch.nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    step: int,
-    seconds: float,
-    recent: list[float],
-) -> None:
-    """Replace the checkpoint in one move: a kill while writing leaves the former one."""
-    optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
-    state = {"model": model.state_dict(), "optimizers": optimizer_states, "step": step, "seconds": seconds}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state | {"recent": recent, "recipe": json.dumps(recipe)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def restore(
-    path: Path, recipe: dict[str, Any], model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> tuple[int, float, list[float]]:
-    """Load the checkpoint if there is one; the step to go on from, wall seconds so far, and the last losses."""
-    if not path.exists():
-        return 0, 0.0, []
-    state = torch.load(path, weights_only=True)
-    if json.loads(state["recipe"]) != recipe:
-        raise ValueError(
-            f"{path} belongs to another recipe: expected {recipe}, found {state['recipe']}. "
-            "Delete it to begin anew, or name another --work folder."
+    def loss_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = packed_batch(
+            tokenizer, family, variant, config.rows, config.row_length, config.seed, step, config.context_weight
         )
-    model.load_state_dict(state["model"])
-    for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(optimizer_state)
-    return state["step"], state["seconds"], state["recent"]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits  # (B, L, V)
+        loss = weighted_loss(logits, batch)
+        return loss, loss
+
+    plan = Plan(
+        config.work / f"{name}.pt", recipe | {"origin": origin}, [(name, recipe["steps"])], config.warmup_steps,
+        config.checkpoint_seconds, config.stop_after_steps,
+    )  # fmt: skip
+    return fit(plan, model, build_optimizers(model, config.learning_rate), loss_of)
 
 
-def publish(
+def save_encoder(
     config: TrainEncodersConfig,
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     result: dict[str, float],
 ) -> None:
-    """Save in bfloat16, examine what was saved, write record and card, and move the folder into place."""
+    """Saves in bfloat16, examines what was saved, writes record and card, and moves the folder into place."""
     family, variant = name.split("-")
-    folder, partial = config.out / name, config.out / f"{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.bfloat16().save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
 
-    began = time.monotonic()
-    (partial / "model.safetensors").chmod(0o644)
-    weights = (partial / "model.safetensors").read_bytes()
-    record = {
-        "name": name,
-        "family": family,
-        "variant": variant,
-        "architecture": type(model).__name__,
-        "layers": model.config.num_hidden_layers,
-        "width": model.config.hidden_size,
-        "heads": model.config.num_attention_heads,
-        "kv_heads": model.config.num_key_value_heads,
-        "vocabulary": len(tokenizer),
-        "context": CONTEXT,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "weight_bytes": len(weights),
-        "sha256": hashlib.sha256(weights).hexdigest(),
-        "context_weight": config.context_weight,
-        **result,
-        "config": config.recipe(variant),
-        "exam": {"captions": config.exam_captions, "tasks_per_kind": config.exam_tasks},
-        "figures": examine(partial, variant, config.exam_captions, config.exam_tasks),
-    }
+    def save(folder: Path) -> None:
+        model.bfloat16().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def describe(folder: Path, weights: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "name": name,
+            "family": family,
+            "variant": variant,
+            "architecture": type(model).__name__,
+            "layers": model.config.num_hidden_layers,
+            "width": model.config.hidden_size,
+            "heads": model.config.num_attention_heads,
+            "kv_heads": model.config.num_key_value_heads,
+            "vocabulary": len(tokenizer),
+            "context": CONTEXT,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            **weights,
+            "context_weight": config.context_weight,
+            **result,
+            "config": config.recipe(variant),
+            "exam": {"captions": config.exam_captions, "tasks_per_kind": config.exam_tasks},
+            "figures": examine(folder, variant, config.exam_captions, config.exam_tasks),
+        }
+
     base = None
     if variant == "tuned":
         base = json.loads((config.out / f"{family}-base" / "training.json").read_text())
-    (partial / "README.md").write_text(model_card(record, base))
-    # Last, because it is what says that the folder is complete.
-    (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, folder)
-    figures = record["figures"]
+    figures = publish(config.out / name, save, describe, lambda record: model_card(record, base))["figures"]
     print(
         f"{name}: perplexity {figures['perplexity']:.3f}, exact answers {figures['mean_accuracy']:.1%} "
-        f"{figures['accuracy']}, examined in {time.monotonic() - began:.0f} s"
+        f"{figures['accuracy']}"
     )
 
 
-def finished(config: TrainEncodersConfig, name: str) -> bool:
-    """Whether the encoder stands complete in `out`; refuses one that was made by another recipe."""
-    path = config.out / name / "training.json"
-    if not path.exists():
-        return False
-    found, wanted = json.loads(path.read_text())["config"], config.recipe(name.split("-")[1])
-    if found != wanted:
-        raise ValueError(
-            f"{path.parent} was made by another recipe: expected {wanted}, found {found}. "
-            "Delete the folder to train it anew, or name another --out folder."
-        )
-    return True
-
-
 def parse(arguments: list[str] | None = None) -> TrainEncodersConfig:
-    """The config of a command line (or of a YAML file given as --config, overridden by the command line)."""
-    parser = ArgumentParser(prog="python -m demo.models.train_encoders", description=__doc__)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(TrainEncodersConfig)
-    values = parser.parse_args(arguments).as_dict()
-    values.pop("config")
-    return TrainEncodersConfig(**values)
+    """Returns the config of a command line."""
+    return training.parse(TrainEncodersConfig, "demo.models.train_encoders", __doc__, arguments)
 
 
 if __name__ == "__main__":

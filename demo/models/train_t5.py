@@ -9,11 +9,6 @@ goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
-import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,20 +18,19 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, processors
 from torch import Tensor
-from tqdm import trange
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
 from demo.models.language_model import CONTEXT
-from demo.models.optimization import build_optimizers, schedule
-from demo.models.train_encoders import restore, save_checkpoint
+from demo.models.optimization import build_optimizers
+from demo.models.training import Plan, finished, fit, publish
 from demo.world.language import HELD_OUT_SEEDS, TRAIN_SEEDS, draw_scene, plain_text
 
 FOLDER = Path(__file__).resolve().parent.parent / "encoders"
 MASK, EOS, PAD = "<mask>", "</s>", "<pad>"
 MASKED = 0.3  # share of tokens
 TEXTS, LONGEST = 16, 160  # of a batch; tokens of a text
-SAVE_SECONDS = 20.0  # between checkpoints
+LEARNING_RATE, WARMUP_STEPS, SAVE_SECONDS = 6e-3, 30, 20.0  # seconds between checkpoints
 CARD = """---
 license: apache-2.0
 language: en
@@ -97,32 +91,25 @@ def predict(model: T5EncoderModel, given: Tensor, masked: Tensor, real: Tensor) 
     return states @ model.shared.weight.T * model.config.d_model**-0.5
 
 
+def recipe_of(steps: int) -> dict[str, Any]:
+    """Returns all that decides the weights."""
+    return {"steps": steps, "texts": TEXTS, "masked": MASKED, "learning_rate": LEARNING_RATE}
+
+
 def train(tokenizer: PreTrainedTokenizerFast, steps: int, work: Path) -> tuple[T5EncoderModel, dict[str, Any]]:
-    """The trained model, and what is to be said of its training."""
+    """Returns the trained model, and what is to be said of its training."""
     torch.manual_seed(0)
-    model, learning_rate = build_model(len(tokenizer), tokenizer.pad_token_id), 6e-3
-    optimizers = build_optimizers(model, learning_rate)
-    recipe = {"steps": steps, "texts": TEXTS, "masked": MASKED, "learning_rate": learning_rate}
-    first, before, recent = restore(work / "t5-base.pt", recipe, model, optimizers)
-    started = saved = time.monotonic()
-    for step in trange(first, steps, initial=first, total=steps, desc="t5-base"):
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate * schedule(step, 30, steps)
+    model, recipe = build_model(len(tokenizer), tokenizer.pad_token_id), recipe_of(steps)
+
+    def loss_of(step: int) -> tuple[Tensor, Tensor]:
         tokens, given, masked, real = batch(tokenizer, TRAIN_SEEDS, np.random.default_rng([0, 8, step]))
         loss = F.cross_entropy(predict(model, given, masked, real), tokens[masked])
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            raise FloatingPointError(f"t5-base: loss or gradient not finite at step {step}; lower the learning rate.")
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-        recent, now = [*recent[-49:], loss.item()], time.monotonic()
-        if now - saved > SAVE_SECONDS or step + 1 == steps:
-            save_checkpoint(work / "t5-base.pt", recipe, model, optimizers, step + 1, before + now - started, recent)
-            saved = now
-    seconds = before + time.monotonic() - started
-    return model, {**recipe, "seconds": seconds, "loss": sum(recent) / len(recent)}
+        return loss, loss
+
+    plan = Plan(work / "t5-base.pt", recipe, [("t5-base", steps)], WARMUP_STEPS, SAVE_SECONDS)
+    result = fit(plan, model, build_optimizers(model, LEARNING_RATE), loss_of)
+    assert result is not None, "it is never stopped"
+    return model, {**recipe, **result}
 
 
 @torch.no_grad()
@@ -143,28 +130,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path(".work/encoders"), help="folder of the checkpoint")
     parser.add_argument("--steps", type=int, default=1200, help="of training (default %(default)s)")
     values = parser.parse_args(argv)
+    if finished(values.out, recipe_of(values.steps), key=None):
+        print(f"{values.out}: finished already, skipped")
+        return
     torch.set_num_threads(1)
     disable_progress_bar()
     tokenizer = build_tokenizer()
-    model, record = train(tokenizer, values.steps, values.work)
+    model, result = train(tokenizer, values.steps, values.work)
     model = model.bfloat16().float().eval()  # what will be read back
-    record["accuracy"] = accuracy(model, tokenizer)
-    record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    partial = values.out.with_name(f"{values.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.bfloat16().save_pretrained(partial)
-    (partial / "model.safetensors").chmod(0o644)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(CARD.format(**record))
-    (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    if values.out.exists():
-        written = {path.name for path in partial.iterdir()}
-        if strange := sorted(path.name for path in values.out.iterdir() if path.name not in written):
-            raise SystemExit(
-                f"{values.out} is not replaced: it holds {strange[0]!r}, which is none of the model's; it is in {partial}"
-            )
-        shutil.rmtree(values.out)
-    os.replace(partial, values.out)
+
+    def save(folder: Path) -> None:
+        model.bfloat16().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    facts = {
+        "accuracy": accuracy(model, tokenizer),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    record = publish(
+        values.out, save, lambda folder, weights: {**result, **facts}, lambda record: CARD.format(**record)
+    )
     print(f"{values.out}: {record['accuracy']:.1%} of held-out masked tokens right, loss {record['loss']:.3f}")
 
 

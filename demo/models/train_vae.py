@@ -8,12 +8,7 @@ Run it again after any kind of end: it goes on from its last checkpoint, and the
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from jsonargparse import ArgumentParser
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from demo.models.optimization import schedule
-from demo.models.train_encoders import restore, save_checkpoint
+from demo.models import training
+from demo.models.training import Plan, finished, fit, publish
 from demo.models.vae_card import model_card
 from demo.world.language import HELD_OUT_SEEDS, TRAIN_SEEDS
 from demo.world.scenes import image_size, make_scene, render
@@ -98,7 +91,7 @@ class TrainVAEConfig:
 def main(config: TrainVAEConfig) -> None:
     """Train, save and examine, unless that is done already."""
     torch.set_num_threads(config.threads)
-    if finished(config):
+    if finished(config.out, config.recipe()):
         print(f"{config.out}: finished already, skipped")
         return
     torch.manual_seed(config.seed)
@@ -107,7 +100,7 @@ def main(config: TrainVAEConfig) -> None:
     if result is None:
         print(f"vae: stopped after {config.stop_after_steps} steps; run again to go on")
         return
-    publish(config, model, result)
+    save_vae(config, model, result)
 
 
 def build(config: TrainVAEConfig) -> AutoencoderKL:
@@ -146,9 +139,6 @@ def build_optimizers(model: AutoencoderKL, learning_rate: float) -> tuple[list[t
         torch.optim.Muon([matrix for _, matrix in pairs], learning_rate, 0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, OTHERS_SHARE * learning_rate, betas=(0.9, 0.99), weight_decay=0.0),
     ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
     return optimizers, pairs
 
 
@@ -169,7 +159,9 @@ def scene_pixels(seed: int, height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1)
 
 
-def loss_of(model: AutoencoderKL, pixels: torch.Tensor, noise: torch.Generator, config: TrainVAEConfig) -> torch.Tensor:
+def pixel_loss(
+    model: AutoencoderKL, pixels: torch.Tensor, noise: torch.Generator, config: TrainVAEConfig
+) -> torch.Tensor:
     """L1 of pixels, L1 of differences between neighbors, and the KL divergence of the latents from a unit normal."""
     posterior = model.encode(pixels).latent_dist
     decoded = model.decode(posterior.sample(noise)).sample
@@ -180,49 +172,23 @@ def loss_of(model: AutoencoderKL, pixels: torch.Tensor, noise: torch.Generator, 
 
 
 def train(config: TrainVAEConfig, model: AutoencoderKL) -> dict[str, float] | None:
-    """Train `model` in place, from its checkpoint if there is one; wall seconds and last loss, or None if stopped."""
-    path, recipe, steps = config.work / "vae.pt", config.recipe(), config.steps
-    model.train()
+    """Trains in place, from the checkpoint if there is one; returns wall seconds and last loss, or None if stopped."""
     optimizers, pairs = build_optimizers(model, config.learning_rate)
-    first, seconds, recent = restore(path, recipe, model, optimizers)
-    started = saved = time.monotonic()
 
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "loss {task.fields[loss]:.4f}")
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()) as progress:
-        bar = progress.add_task("vae", total=steps, completed=first, loss=recent[-1] if recent else math.nan)
-        for step in range(first, steps):
-            # data and noise: functions of seed and step alone
-            pixels = batch_of_scenes(config, step)
-            noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    def loss_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        loss = pixel_loss(model, batch_of_scenes(config, step), noise, config)
+        return loss, loss
 
-            # step
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = group["peak"] * schedule(step, config.warmup_steps, steps)
-            loss = loss_of(model, pixels, noise, config)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-                raise FloatingPointError(f"vae: loss or gradient not finite at step {step}; lower the learning rate.")
-            for kernel, matrix in pairs:
-                matrix.grad = kernel.grad.view(matrix.shape)  # type: ignore[union-attr]
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad()
+    def hand_over_gradients() -> None:
+        for kernel, matrix in pairs:
+            matrix.grad = kernel.grad.view(matrix.shape)  # type: ignore[union-attr]
 
-            # bookkeeping
-            recent = [*recent[-49:], loss.item()]
-            progress.update(bar, advance=1, loss=sum(recent) / len(recent))
-            done, now = step + 1, time.monotonic()
-            stopping = config.stop_after_steps is not None and done - first >= config.stop_after_steps and done < steps
-            if stopping or done == steps or now - saved >= config.checkpoint_seconds:
-                elapsed = seconds + now - started
-                save_checkpoint(path, recipe, model, optimizers, done, elapsed, recent)
-                mean = sum(recent) / len(recent)
-                progress.console.print(f"vae: step {done}/{steps}, loss {mean:.4f}, {elapsed:.0f} s")
-                saved = now
-            if stopping:
-                return None
-    return {"seconds": seconds + time.monotonic() - started, "loss": sum(recent) / len(recent)}
+    plan = Plan(
+        config.work / "vae.pt", config.recipe(), [("vae", config.steps)], config.warmup_steps, config.checkpoint_seconds,
+        config.stop_after_steps,
+    )  # fmt: skip
+    return fit(plan, model, optimizers, loss_of, hand_over_gradients)
 
 
 @torch.inference_mode()
@@ -269,59 +235,33 @@ def examine(folder: Path, images: int) -> dict[str, Any]:
     }
 
 
-def publish(config: TrainVAEConfig, model: AutoencoderKL, result: dict[str, float]) -> None:
-    """Note the latents' moments, save in float16, examine what was saved, write record and card, move into place."""
+def save_vae(config: TrainVAEConfig, model: AutoencoderKL, result: dict[str, float]) -> None:
+    """Notes the latents' moments, saves in float16, examines what was saved, writes record and card, moves into place."""
     model.eval()
     mean, deviation = measure_latents(model, config.measured_images)
     model.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
-    partial = config.out.with_name(f"{config.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.half().save_pretrained(partial)
-    weights_file = partial / "diffusion_pytorch_model.safetensors"
-    weights_file.chmod(0o644)
-    weights = weights_file.read_bytes()
-    record = {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "encoder_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
-        "downscale": 2 ** (len(config.widths) - 1),
-        "scaling_factor": 1 / deviation,
-        "shift_factor": mean,
-        "weight_bytes": len(weights),
-        "sha256": hashlib.sha256(weights).hexdigest(),
-        **result,
-        "config": config.recipe(),
-        "exam_images": config.exam_images,
-        "figures": examine(partial, config.exam_images),
-    }
-    (partial / "README.md").write_text(model_card(record))
-    # Last, because it is what says that the folder is complete.
-    (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, config.out)
+
+    def describe(folder: Path, weights: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "encoder_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
+            "downscale": 2 ** (len(config.widths) - 1),
+            "scaling_factor": 1 / deviation,
+            "shift_factor": mean,
+            **weights,
+            **result,
+            "config": config.recipe(),
+            "exam_images": config.exam_images,
+            "figures": examine(folder, config.exam_images),
+        }
+
+    record = publish(config.out, lambda folder: model.half().save_pretrained(folder), describe, model_card)
     print(f"vae: {record['figures']['psnr_db']:.2f} dB on {config.exam_images} held-out scenes, in {config.out}")
 
 
-def finished(config: TrainVAEConfig) -> bool:
-    """Whether the autoencoder stands complete in `out`; refuses one that was made by another recipe."""
-    path = config.out / "training.json"
-    if not path.exists():
-        return False
-    found, wanted = json.loads(path.read_text())["config"], config.recipe()
-    if found != wanted:
-        raise ValueError(
-            f"{path.parent} was made by another recipe: expected {wanted}, found {found}. "
-            "Delete the folder to train it anew, or name another --out folder."
-        )
-    return True
-
-
 def parse(arguments: list[str] | None = None) -> TrainVAEConfig:
-    """The config of a command line (or of a YAML file given as --config, overridden by the command line)."""
-    parser = ArgumentParser(prog="python -m demo.models.train_vae", description=__doc__)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(TrainVAEConfig)
-    values = parser.parse_args(arguments).as_dict()
-    values.pop("config")
-    return TrainVAEConfig(**values)
+    """Returns the config of a command line."""
+    return training.parse(TrainVAEConfig, "demo.models.train_vae", __doc__, arguments)
 
 
 if __name__ == "__main__":

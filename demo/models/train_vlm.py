@@ -10,24 +10,16 @@ those of an unbroken run.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
-import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import LlavaProcessor
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from demo.models.optimization import schedule
-from demo.models.train_encoders import restore, save_checkpoint
+from demo.models import training
+from demo.models.training import Plan, finished, fit, publish
 from demo.models.vlm_card import vlm_card
 from demo.models.vlm_exam import examine
 from demo.models.vlm_examples import vlm_batch
@@ -88,7 +80,7 @@ class TrainVlmConfig:
 def main(config: TrainVlmConfig) -> None:
     """Train, save and examine the model, unless it is finished."""
     recipe = config.recipe
-    if finished(config):
+    if finished(config.out, asdict(recipe), "recipe"):
         print(f"{config.out}: finished already")
         return
     torch.set_num_threads(recipe.threads)
@@ -99,111 +91,55 @@ def main(config: TrainVlmConfig) -> None:
     if result is None:
         print(f"stopped after {config.stop_after_steps} steps; run again to go on")
         return
-    publish(config, processor, student, result)
+    save_vlm(config, processor, student, result)
 
 
 def train(config: TrainVlmConfig, processor: LlavaProcessor, student: VlmStudent) -> dict[str, float] | None:
-    """Train in place, from the checkpoint if there is one; wall seconds and last loss, or None if stopped."""
-    recipe, path = config.recipe, config.work / "vlm.pt"
-    student.train()
-    optimizers = build_vlm_optimizers(student, recipe.learning_rate)
-    first, seconds, recent = restore(path, asdict(recipe), student, optimizers)
-    started = saved = time.monotonic()
+    """Trains in place, from the checkpoint if there is one; returns wall seconds and last loss, or None if stopped."""
+    recipe = config.recipe
 
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "loss {task.fields[loss]:.3f}")
-    timing = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-    with Progress(*columns, *timing) as progress:
-        bar = progress.add_task("vlm", total=recipe.steps, completed=first, loss=recent[-1] if recent else math.nan)
-        for step in range(first, recipe.steps):
-            # data: a function of seed and step alone
-            batch = vlm_batch(processor, recipe.batch, recipe.seed, step)
+    def loss_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is learned now is what is shown: to see, then to say."""
+        batch = vlm_batch(processor, recipe.batch, recipe.seed, step)
+        seeing, saying = student(batch, step >= recipe.see_steps)
+        return (seeing, seeing) if saying is None else (saying + PATCH_WEIGHT * seeing, saying)
 
-            # step
-            speak = step >= recipe.see_steps
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = recipe.learning_rate * schedule(step, recipe.warmup_steps, recipe.steps)
-            seeing, saying = student(batch, speak)
-            loss = seeing if saying is None else saying + PATCH_WEIGHT * seeing
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-                raise FloatingPointError(f"loss or gradient not finite at step {step}; lower the learning rate.")
-            for optimizer in optimizers:
-                optimizer.step()
-            student.zero_grad()
-
-            # bookkeeping: the loss of what is being learned
-            recent = [*recent[-49:], (seeing if saying is None else saying).item()]
-            progress.update(bar, advance=1, loss=sum(recent) / len(recent), description="say" if speak else "see")
-            done, now = step + 1, time.monotonic()
-            stopping = config.stop_after_steps is not None and done - first >= config.stop_after_steps
-            if stopping or done in (recipe.see_steps, recipe.steps) or now - saved >= config.checkpoint_seconds:
-                elapsed = seconds + now - started
-                save_checkpoint(path, asdict(recipe), student, optimizers, done, elapsed, recent)
-                progress.console.print(
-                    f"{'say' if speak else 'see'}: step {done}/{recipe.steps}, loss {sum(recent) / len(recent):.4f}, "
-                    f"{elapsed:.0f} s"
-                )
-                saved = now
-            if stopping and done < recipe.steps:
-                return None
-    return {"seconds": seconds + time.monotonic() - started, "loss": sum(recent) / len(recent)}
+    plan = Plan(
+        config.work / "vlm.pt", asdict(recipe), [("see", recipe.see_steps), ("say", recipe.steps)], recipe.warmup_steps,
+        config.checkpoint_seconds, config.stop_after_steps,
+    )  # fmt: skip
+    return fit(plan, student, build_vlm_optimizers(student, recipe.learning_rate), loss_of)
 
 
-def publish(config: TrainVlmConfig, processor: LlavaProcessor, student: VlmStudent, result: dict[str, float]) -> None:
-    """Save in bfloat16, examine what was saved, write record and card, and move the folder into place."""
-    folder, partial, model = config.out, config.out.with_name(f"{config.out.name}.partial"), student.model
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.bfloat16().save_pretrained(partial)
-    processor.save_pretrained(partial)
+def save_vlm(config: TrainVlmConfig, processor: LlavaProcessor, student: VlmStudent, result: dict[str, float]) -> None:
+    """Saves in bfloat16, examines what was saved, writes record and card, and moves the folder into place."""
+    model = student.model
 
-    began = time.monotonic()
-    (partial / "model.safetensors").chmod(0o644)
-    weights = (partial / "model.safetensors").read_bytes()
-    record: dict[str, Any] = {
-        "name": folder.name,
-        "architecture": type(model).__name__,
-        "vocabulary": len(processor.tokenizer),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "weight_bytes": len(weights),
-        "sha256": hashlib.sha256(weights).hexdigest(),
-        **result,
-        "recipe": asdict(config.recipe),
-        "exam_scenes": config.exam_scenes,
-        "figures": examine(partial, config.exam_scenes),
-    }
-    (partial / "README.md").write_text(vlm_card(record))
-    # Last, because it is what says that the folder is complete.
-    (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, folder)
-    figures = record["figures"]
+    def save(folder: Path) -> None:
+        model.bfloat16().save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    def describe(folder: Path, weights: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "name": config.out.name,
+            "architecture": type(model).__name__,
+            "vocabulary": len(processor.tokenizer),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            **weights,
+            **result,
+            "recipe": asdict(config.recipe),
+            "exam_scenes": config.exam_scenes,
+            "figures": examine(folder, config.exam_scenes),
+        }
+
+    figures = publish(config.out, save, describe, vlm_card)["figures"]
     shares = ", ".join(f"{name} {figures[name]:.1%}" for name in ("objects", "relations", "right", "declined"))
-    print(f"{folder}: {shares}, examined in {time.monotonic() - began:.0f} s")
-
-
-def finished(config: TrainVlmConfig) -> bool:
-    """Whether the model stands complete in `out`; refuses one that was made by another recipe."""
-    path = config.out / "training.json"
-    if not path.exists():
-        return False
-    found, wanted = json.loads(path.read_text())["recipe"], asdict(config.recipe)
-    if found != wanted:
-        raise ValueError(
-            f"{path.parent} was made by another recipe: expected {wanted}, found {found}. "
-            "Delete the folder to train it anew, or name another --out folder."
-        )
-    return True
+    print(f"{config.out}: {shares}")
 
 
 def parse(arguments: list[str] | None = None) -> TrainVlmConfig:
-    """The config of a command line (or of a YAML file given as --config, overridden by the command line)."""
-    parser = ArgumentParser(prog="python -m demo.models.train_vlm", description=__doc__)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(TrainVlmConfig)
-    values: dict[str, Any] = vars(parser.instantiate(parser.parse_args(arguments)))
-    values.pop("config")
-    return TrainVlmConfig(**values)
+    """Returns the config of a command line."""
+    return training.parse(TrainVlmConfig, "demo.models.train_vlm", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ HINT_SHARE = 0.12
 """Of the steps: those whose prompts carry the text that came with the image."""
 
 IGNORED = -100  # a label that says nothing
-REACH = 0.02  # how far, in canvas units, a patch's centre may lie outside a box and still show its object
+REACH = 0.02  # how far, in canvas units, a patch's center may lie outside a box and still show its object
 ASPECTS: dict[str, list[str]] = {
     "background": list(BACKGROUNDS),
     "colour": ["none", *COLOURS],
@@ -44,13 +44,13 @@ class VlmBatch:
     """B images and their captions in L tokens, S patches each.
 
     `pixels` (B, 3, height, width) float in [-1, 1]; `labels` (B, S, aspects) int64, IGNORED where there is nothing to say;
-    `centres` (B, S, 2) float, the object's centre in canvas units, NaN without one; `tokens` (B, L) int64;
+    `centers` (B, S, 2) float, the object's center in canvas units, NaN without one; `tokens` (B, L) int64;
     `targets` (B, L) int64, the tokens of the caption, IGNORED elsewhere.
     """
 
     pixels: torch.Tensor
     labels: torch.Tensor
-    centres: torch.Tensor
+    centers: torch.Tensor
     tokens: torch.Tensor
     targets: torch.Tensor
 
@@ -59,7 +59,7 @@ def vlm_batch(processor: LlavaProcessor, size: int, seed: int, step: int) -> Vlm
     """The batch of one training step."""
     rng = np.random.default_rng([seed, 8, step])
     with_hints = rng.random() < HINT_SHARE
-    images, rows, labels, centres = [], [], [], []
+    images, rows, labels, centers = [], [], [], []
     for _ in range(size):
         scene = draw_scene(rng, TRAIN_SEEDS)
         height, width = image_size(scene.seed)
@@ -69,17 +69,17 @@ def vlm_batch(processor: LlavaProcessor, size: int, seed: int, step: int) -> Vlm
         rows.append((prompt_text(INSTRUCTION, hint), canonical_caption(scene) if is_scene else REFUSAL))
         shown, where = patch_labels(scene, height, width) if is_scene else nothing_shown()
         labels.append(shown)
-        centres.append(where)
+        centers.append(where)
     tokens, targets = token_rows(processor, rows)
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    return VlmBatch(pixels, torch.from_numpy(np.stack(labels)), torch.from_numpy(np.stack(centres)), tokens, targets)
+    return VlmBatch(pixels, torch.from_numpy(np.stack(labels)), torch.from_numpy(np.stack(centers)), tokens, targets)
 
 
 def patch_labels(scene: Scene, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each patch shows, (S, aspects) int64, and the centre of its object, (S, 2) float32 (NaN for none)."""
-    labels, centres = nothing_shown()
+    """What each patch shows, (S, aspects) int64, and the center of its object, (S, 2) float32 (NaN for none)."""
+    labels, centers = nothing_shown()
     labels[:, 0] = ASPECTS["background"].index(scene.background)
-    across = np.tile((np.arange(GRID) + 0.5) / GRID, GRID)  # (S,) centres of the patches, row by row
+    across = np.tile((np.arange(GRID) + 0.5) / GRID, GRID)  # (S,) centers of the patches, row by row
     down = np.repeat((np.arange(GRID) + 0.5) / GRID, GRID)
     for group in scene.groups:
         look = [
@@ -93,12 +93,12 @@ def patch_labels(scene: Scene, height: int, width: int) -> tuple[np.ndarray, np.
             left, top, right, bottom = item.box(height, width)
             inside = (across > left - REACH) & (across < right + REACH) & (down > top - REACH) & (down < bottom + REACH)
             labels[inside, 1:] = look
-            centres[inside] = (item.x, item.y)
-    return labels, centres
+            centers[inside] = (item.x, item.y)
+    return labels, centers
 
 
 def nothing_shown() -> tuple[np.ndarray, np.ndarray]:
-    """Labels and centres of a picture without objects and without a known background."""
+    """Labels and centers of a picture without objects and without a known background."""
     labels = np.full((GRID * GRID, len(ASPECTS)), IGNORED, np.int64)
     labels[:, 1] = 0  # colour: none
     return labels, np.full((GRID * GRID, 2), np.nan, np.float32)

@@ -40,9 +40,9 @@ class VlmStudent(torch.nn.Module):
 
 
 def patch_loss(outputs: torch.Tensor, batch: VlmBatch) -> torch.Tensor:
-    """Mean over aspects of the cross-entropy per patch, and the squared error of the centres; outputs (B, S, sizes + 2)."""
+    """Mean over aspects of the cross-entropy per patch, and the squared error of the centers; outputs (B, S, sizes + 2)."""
     sizes = [len(names) for names in ASPECTS.values()]
-    *logits, centres = outputs.split([*sizes, 2], dim=-1)
+    *logits, centers = outputs.split([*sizes, 2], dim=-1)
     losses = [
         torch.nn.functional.cross_entropy(
             logit.flatten(0, 1), batch.labels[..., aspect].flatten(), ignore_index=IGNORED
@@ -50,9 +50,9 @@ def patch_loss(outputs: torch.Tensor, batch: VlmBatch) -> torch.Tensor:
         for aspect, logit in enumerate(logits)
         if (batch.labels[..., aspect] != IGNORED).any()
     ]
-    known = ~batch.centres[..., 0].isnan()
+    known = ~batch.centers[..., 0].isnan()
     if known.any():
-        losses.append(10 * (centres[known] - batch.centres[known]).square().mean())
+        losses.append(10 * (centers[known] - batch.centers[known]).square().mean())
     return torch.stack(losses).mean()
 
 

@@ -64,7 +64,7 @@ def canonical_caption(scene: Scene) -> str:
     """The dense caption in one fixed wording and order: what the demo's VLM learns to write of an image.
 
     "Two small striped red circles and one large solid blue star on a white background. The red circles are above and
-    left of the blue star." Groups stand in reading order; relations are those between neighbours in that order.
+    left of the blue star." Groups stand in reading order; relations are those between neighbors in that order.
     """
     order = reading_order(scene)
     groups = [scene.groups[index] for index in order]

@@ -2,7 +2,7 @@
 
 Pixels that differ from the background form patches; a patch is an object. Its colour is the world's colour that most of its
 pixels have (a stripe's darker shade counts as its own), its shape that of the rendered object which, laid over it at the
-same area and centre, differs least, its size by the side that such an object of this area has.
+same area and center, differs least, its size by the side that such an object of this area has.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from demo.world.scenes import render
 from demo.world.world import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURES, Scene, SceneObject
 
 LEAST_AREA = 0.007  # of the shorter side squared; the smallest object (a small star) has 0.013
-GRID = 20  # samples along a side of a normalised silhouette
+GRID = 20  # samples along a side of a normalized silhouette
 REACH = 2.0  # half its side, in root areas
 BORDER = 2  # pixels of the frame that tell the background
-FOREGROUND = 0.45  # of the way from the background to the patch's colour: what makes neighbours one patch
+FOREGROUND = 0.45  # of the way from the background to the patch's colour: what makes neighbors one patch
 LEAST_CONTRAST = 48.0  # RGB distance from the background that is surely no noise
 WORST_FIT = 0.30  # mean difference of silhouettes beyond which a patch is none of the world's shapes
 OFFSETS = (0.0, 0.5)  # of a pixel: where the rendered objects stand that patches are compared with
@@ -38,9 +38,9 @@ class Seen:
     shape: str
     size: str
     x: float
-    """Centre, from the left."""
+    """Center, from the left."""
     y: float
-    """Centre, from the top."""
+    """Center, from the top."""
     height: float
     """Of its box."""
     width: float
@@ -103,7 +103,7 @@ def _palette(ground: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _patches(mask: np.ndarray) -> list[np.ndarray]:
-    """Connected parts (8 neighbours) of a mask, each as a mask with its holes filled."""
+    """Connected parts (8 neighbors) of a mask, each as a mask with its holes filled."""
     from scipy import ndimage
 
     labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
@@ -123,7 +123,7 @@ def _coverage(values: np.ndarray, ground: np.ndarray, colour: np.ndarray, patch:
 
 def _identify(coverage: np.ndarray, area: float, colour: str, background: str, short: int) -> Seen:
     height, width = coverage.shape
-    outline = _normalised(coverage, area)
+    outline = _normalized(coverage, area)
     kinds, outlines = _templates(short, colour, background)
     misfits = np.abs(outlines - outline).sum(axis=(1, 2)) / np.maximum(outlines, outline).sum(axis=(1, 2))
     best, misfit = kinds[int(misfits.argmin())], float(misfits.min())
@@ -143,8 +143,8 @@ def _identify(coverage: np.ndarray, area: float, colour: str, background: str, s
     )
 
 
-def _normalised(coverage: np.ndarray, area: float) -> np.ndarray:
-    """Coverage (height, width) -> (GRID, GRID) around its centre of mass, scaled by its root area."""
+def _normalized(coverage: np.ndarray, area: float) -> np.ndarray:
+    """Coverage (height, width) -> (GRID, GRID) around its center of mass, scaled by its root area."""
     from scipy import ndimage
 
     rows, columns = np.arange(coverage.shape[0]), np.arange(coverage.shape[1])
@@ -172,15 +172,15 @@ def _templates(short: int, colour: str, background: str) -> tuple[list[_Template
     kinds, outlines = [], []
     ground = np.array(BACKGROUNDS[background], np.float32)
     for shape, size, texture, offset in itertools.product(SHAPES, SIZES, TEXTURES, OFFSETS):
-        centre = 0.5 + offset / short
-        scene = Scene((SceneObject(colour, shape, size, texture, centre, centre),), background, seed=0)
+        center = 0.5 + offset / short
+        scene = Scene((SceneObject(colour, shape, size, texture, center, center),), background, seed=0)
         values = np.asarray(render(scene, short, short), np.float32)
         patches = _patches(np.linalg.norm(values - ground, axis=-1) > LEAST_CONTRAST)
         patch = max(patches, key=lambda mask: mask.sum())
         coverage = _coverage(values, ground, np.array(COLOURS[colour], np.float32), patch)
         area = float(coverage.sum())
         kinds.append(_Template(shape, texture, SIZES[size] * short / float(np.sqrt(area))))
-        outlines.append(_normalised(coverage, area))
+        outlines.append(_normalized(coverage, area))
     return kinds, np.stack(outlines)
 
 

@@ -42,7 +42,7 @@ MARGIN = 0.02
 """Least distance of a box from its cell's edge, in canvas units."""
 
 CLEAR = 0.2
-"""Centres must differ by this much on an axis before a relation on that axis counts as true."""
+"""Centers must differ by this much on an axis before a relation on that axis counts as true."""
 
 GROUP_COUNTS = (
     (1,),
@@ -64,7 +64,7 @@ GROUP_COUNTS = (
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its attributes and its centre in relative coordinates."""
+    """One object: its attributes and its center in relative coordinates."""
 
     colour: str
     shape: str
@@ -155,7 +155,7 @@ def draw_looks(rng: np.random.Generator, count: int) -> list[tuple[str, str, str
 
 
 def draw_cells(rng: np.random.Generator, count: int) -> Iterator[tuple[float, float, float, float]]:
-    """`count` disjoint cells (left, top, right, bottom) of a 1 x 1, 1 x 2, 2 x 1 or 2 x 2 grid, neighbours in sequence.
+    """`count` disjoint cells (left, top, right, bottom) of a 1 x 1, 1 x 2, 2 x 1 or 2 x 2 grid, neighbors in sequence.
 
     Cells come row by row or column by column, so that the members of a group lie together and relations
     between groups stay clear.
@@ -180,7 +180,7 @@ def draw_cells(rng: np.random.Generator, count: int) -> Iterator[tuple[float, fl
 def place_in_cell(
     rng: np.random.Generator, cell: tuple[float, float, float, float], side: float
 ) -> tuple[float, float]:
-    """A centre inside the cell, at most a third of the cell's free room away from its middle."""
+    """A center inside the cell, at most a third of the cell's free room away from its middle."""
     left, top, right, bottom = cell
     slack_x = max(0.0, min((right - left - side) / 2 - MARGIN, (right - left) / 6))
     slack_y = max(0.0, min((bottom - top - side) / 2 - MARGIN, (bottom - top) / 6))
@@ -213,7 +213,7 @@ def all_relations(scene: Scene) -> list[Relation]:
 
 
 def stated_relations(scene: Scene) -> list[Relation]:
-    """The relations that a dense caption states: those between neighbours in `Scene.groups`."""
+    """The relations that a dense caption states: those between neighbors in `Scene.groups`."""
     return [relation for relation in all_relations(scene) if relation.other == relation.subject + 1]
 
 

@@ -7,7 +7,8 @@ import diffusers
 import pytest
 import torch
 
-from demo.models.train_vae import TrainVAEConfig, examine, finished, scene_pixels
+from demo.models.train_vae import TrainVAEConfig, examine, scene_pixels
+from demo.models.training import finished
 from demo.models.vae_card import model_card
 from demo.world.language import HELD_OUT_SEEDS
 from demo.world.scenes import image_size
@@ -36,7 +37,7 @@ def test_folder_is_complete_and_small(record):
 
 
 def test_it_was_made_by_the_script_s_defaults():
-    assert finished(TrainVAEConfig(out=FOLDER))
+    assert finished(FOLDER, TrainVAEConfig().recipe())
 
 
 def test_card_is_what_the_script_writes_from_the_record(record):

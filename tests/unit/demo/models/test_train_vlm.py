@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from demo.models.train_vlm import Recipe, TrainVlmConfig, finished, main, parse, train
+from demo.models.train_vlm import Recipe, TrainVlmConfig, main, parse, train
+from demo.models.training import finished
 from demo.models.vlm_examples import vlm_batch
 from demo.models.vlm_model import build_processor, build_vlm
 from demo.models.vlm_optimization import Muon, VlmStudent, patch_accuracy
@@ -32,13 +33,17 @@ def config(tmp_path: Path, **changes: object) -> TrainVlmConfig:
     )
 
 
+def is_finished(config: TrainVlmConfig) -> bool:
+    return finished(config.out, dataclasses.asdict(config.recipe), "recipe")
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     whole, parts = config(tmp_path / "whole"), config(tmp_path / "parts", stop_after_steps=2)
     main(whole)
     for _ in range(3):  # 2 steps of seeing, the third and the first of saying, the rest
-        assert not finished(parts)
+        assert not is_finished(parts)
         main(parts)
-    assert finished(parts) and finished(whole)
+    assert is_finished(parts) and is_finished(whole)
     one, other = (load_file(made.out / "model.safetensors") for made in (whole, parts))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     record = json.loads((whole.out / "training.json").read_text())
