@@ -49,7 +49,7 @@ class CellConfig:
     """`fp32`; or `bf16`: mixed precision, for GPUs."""
 
     def model(self, encoders: dict[str, int], channels: int, changes: dict[str, Any]) -> LIDiTConfig:
-        """The model's shape under a setting."""
+        """Returns the model's config under a setting."""
         shape = {"depth": self.depth, "width": self.width, "heads": self.heads, "position": "rope"}
         return LIDiTConfig(encoders=encoders, in_channels=channels, **{**shape, **changes})
 
@@ -88,7 +88,7 @@ class Cell:
         self.step = 0
 
     def advance(self, steps: int) -> float:
-        """Trains for so many steps; their mean loss."""
+        """Trains for so many steps; returns their mean loss."""
         losses = [self._train_step() for _ in range(steps)]
         loss = float(torch.stack(losses).mean())
         if not np.isfinite(loss):
@@ -102,7 +102,7 @@ class Cell:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the model has its averaged weights, in evaluation mode."""
+        """Gives the model its averaged weights, in evaluation mode, while the context lasts."""
         own = [parameter.detach().clone() for parameter in self.parameters]
         self._write(self.average)
         self.model.eval()
@@ -113,7 +113,7 @@ class Cell:
             self.model.train()
 
     def save(self, path: Path) -> None:
-        """All that the next step depends on, in one move."""
+        """Writes all that the next step depends on, in one move."""
         state = {
             "config": json.dumps(dataclasses.asdict(self.config)),
             "model": self.model.state_dict(),
@@ -135,7 +135,7 @@ class Cell:
         self.average, self.step = state["average"], state["step"]
 
     def _train_step(self) -> Tensor:
-        """One step as in `trainer.loop`; its mean loss, on the device."""
+        """Does one step as `trainer.loop` does; returns its mean loss, on the device."""
         size = self.config.batch_size
         numbers = range(self.step * size, (self.step + 1) * size)
         rows = training_rows(self.seed, numbers, len(self.latents))

@@ -56,13 +56,13 @@ class States:
         return prompt_embeds * mask[..., None], mask
 
     def to(self, device: torch.device) -> States:
-        """The same on another device."""
+        """Returns a copy on another device."""
         return States(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts under all encoders."""
+    """Prompts as all encoders give them."""
 
     texts: tuple[str, ...]
     states: dict[str, States]
@@ -106,7 +106,7 @@ def encode_prompts(
 
 
 def _encode(encoder: PromptEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
-    """The fields of `States`; a prompt that stands there twice is encoded once."""
+    """Encodes prompts into the fields of `States`; a prompt that stands there twice is encoded once."""
     distinct = list(dict.fromkeys(texts))
     place = {text: number for number, text in enumerate(distinct)}
     parts: list[Tensor] = []
@@ -128,7 +128,7 @@ def _digest(values: object) -> str:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """In one move: a file that is there is whole."""
+    """Writes the file in one move: one that is there is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)

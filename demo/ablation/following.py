@@ -40,18 +40,18 @@ SAMPLER = SamplerConfig(num_inference_steps=20, guidance_scale=3.5)
 
 
 class Asked(Protocol):
-    """What losses are asked of: a cell, or trained weights."""
+    """A model whose losses are examined: a cell of the grid, or trained weights."""
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """Names of the encoders, in the model's order."""
+        """Returns the names of the encoders, in the model's order."""
 
     @property
     def objective(self) -> Objective:
-        """What the model was trained with."""
+        """Returns the objective that the model was trained with."""
 
     def predict(self, noisy_latents: Tensor, timestep: Tensor, *prompts: Any) -> Tensor:
-        """The model's prediction (B, C, H, W)."""
+        """Returns the model's prediction (B, C, H, W)."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ SAVE_EVERY = 400  # steps
 
 @dataclass(frozen=True)
 class Curves:
-    """What is run."""
+    """Settings, seeds and budgets of a run, and where its results go."""
 
     out: Path
     results: Path
@@ -69,7 +69,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Rows:
-    """All data of a run, on its device."""
+    """Training rows and exams of a run, on its device."""
 
     latents: torch.Tensor
     prompts: Prompts
@@ -156,7 +156,7 @@ def point(curves: Curves, rows: Rows, setting: Setting, seed: int, images: int) 
 
 
 def summary(found: dict[str, Any]) -> str:
-    """A point in a line."""
+    """Describes a point in one line."""
     held_out, pictures = found["held_out"], " ".join(f"{task} {share:.2f}" for task, share in found["pictures"].items())
     accuracies = " ".join(f"{kind} {figure['accuracy']:.2f}" for kind, figure in found["swaps"].items())
     return f"loss {held_out['loss']:.4f}, told {held_out['told']:.4f}, {accuracies}; pictures: {pictures}"
@@ -167,7 +167,7 @@ def _prompt(seed: int) -> str:
 
 
 def _budgets(path: Path, curves: Curves) -> list[int]:
-    """Budgets that a cell's file lacks."""
+    """Lists the budgets that a cell's file lacks."""
     there = {one["images"] for one in (_read(path) or {"points": []})["points"]}
     return [images for images in curves.images if images not in there]
 
@@ -202,7 +202,7 @@ def _write(record: dict[str, Any], path: Path) -> None:
 
 
 def _commit() -> str:
-    """Of the working tree; `+` where files differ from it."""
+    """Returns the commit of the working tree, with a `+` where files differ from it."""
     asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
     return subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "unknown"
 
@@ -238,7 +238,7 @@ def add_arguments(
 
 
 def curves_of(values: argparse.Namespace) -> Curves:
-    """Flags -> the run."""
+    """Makes the run that the flags describe."""
     torch.set_num_threads(values.threads)
     precision = values.precision or ("bf16" if values.device == "cuda" else "fp32")
     shape = CellConfig(depth=values.depth, width=values.width, heads=max(1, values.width // 32), precision=precision)

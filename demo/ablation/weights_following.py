@@ -38,7 +38,7 @@ class Trained:
     model: torch.nn.Module
 
     def predict(self, noisy_latents: Tensor, timestep: Tensor, *prompts: Any) -> Tensor:
-        """The model's prediction."""
+        """Returns the model's prediction (B, C, H, W)."""
         return self.model(noisy_latents, timestep, *prompts)
 
 

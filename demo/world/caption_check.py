@@ -71,7 +71,7 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """Nothing to complain of."""
+        """Whether looks, relations and background are all right."""
         return self.looks and self.relations and self.background
 
 

@@ -35,7 +35,7 @@ ROWS = 2048  # of a row group: a worker's unit of reading
 
 
 def example(seed: int) -> dict[str, object]:
-    """One row."""
+    """Makes the row of one scene."""
     scene = plain_scene(seed)
     buffer = io.BytesIO()
     render(scene, SIDE, SIDE).save(buffer, format="PNG")
@@ -45,13 +45,13 @@ def example(seed: int) -> dict[str, object]:
 
 
 def tokens(prompt: str) -> int:
-    """Of the LLM that needs more of them for it."""
+    """Returns how many tokens a prompt has under the LLM that needs more of them."""
     return max(len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for tokenizer in tokenizers())
 
 
 @functools.cache
 def tokenizers() -> tuple[PreTrainedTokenizerBase, ...]:
-    """Of the demo's two LLMs."""
+    """Loads the tokenizers of the demo's two LLMs."""
     folder = Path(__file__).resolve().parent.parent / "encoders"
     return tuple(AutoTokenizer.from_pretrained(folder / name) for name in ("llama-tuned", "qwen-tuned"))
 
