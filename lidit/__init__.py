@@ -17,6 +17,8 @@ _HOME = {"TextToImage": "lidit.text_to_image", "from_pretrained": "lidit.weights
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("lidit")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -15,6 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, NoReturn, TextIO
 
 from lidit.runtime.config_files import check_flags, load_yaml, packages
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"lidit {version('lidit')}")
         return 0
     if argv[0] not in JOBS:
         print(f"lidit: no job {argv[0]!r}\n\n{_usage()}", file=sys.stderr)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import yaml
 
+import lidit
 from lidit import cli
 from lidit.cli import main, parse_config
 from lidit.frozen.text import EncoderConfig
@@ -58,6 +59,11 @@ def test_unknown_job(capsys):
 def test_module_is_the_command():
     process = subprocess.run([sys.executable, "-m", "lidit.cli", "nothing"], capture_output=True, text=True)
     assert process.returncode == 2 and "no job 'nothing'" in process.stderr
+
+
+def test_version_is_the_package_s(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lidit {lidit.__version__}\n" and lidit.__version__[0].isdigit()
 
 
 def test_help_explains_every_field(capsys):

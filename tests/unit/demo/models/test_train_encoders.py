@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from demo.models.optimization import schedule
 from demo.models.train_encoders import TrainEncodersConfig, main, parse
+from demo.models.training import schedule
 
 pytestmark = pytest.mark.unit
 
