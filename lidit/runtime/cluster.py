@@ -73,15 +73,16 @@ def _init(ray: Any, **options: Any) -> None:
         ray.init(**options)
     if not options["log_to_driver"]:
         return
-    from ray._private import ray_logging, worker  # has no public hook for what is printed of the workers' output
+    worker = ray._private.worker  # Ray has no public hook for what is printed of the workers' output
+    printing = ray._private.ray_logging.global_worker_stdstream_dispatcher
 
     def show(data: dict[str, Any]) -> None:
         lines = [line for line in data["lines"] if LEVEL_WAS_READ not in line]
         if lines:
             worker.print_to_stdstream({**data, "lines": lines}, False)
 
-    ray_logging.global_worker_stdstream_dispatcher.remove_handler(PRINTS_WORKERS_OUTPUT)
-    ray_logging.global_worker_stdstream_dispatcher.add_handler(PRINTS_WORKERS_OUTPUT, show)
+    printing.remove_handler(PRINTS_WORKERS_OUTPUT)
+    printing.add_handler(PRINTS_WORKERS_OUTPUT, show)
 
 
 @contextlib.contextmanager
