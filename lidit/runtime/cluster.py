@@ -71,15 +71,19 @@ def _init(ray: Any, **options: Any) -> None:
     """Calls `ray.init`; Ray's processes do not say that they have read `RAY_BACKEND_LOG_LEVEL`, neither here nor later."""
     with _stderr_without(LEVEL_WAS_READ):
         ray.init(**options)
-    if not options["log_to_driver"]:
-        return
-    worker = ray._private.worker  # Ray has no public hook for what is printed of the workers' output
-    printing = ray._private.ray_logging.global_worker_stdstream_dispatcher
+    if options["log_to_driver"]:
+        with contextlib.suppress(AttributeError):  # a Ray that prints in another way says it
+            _print_without(ray._private, LEVEL_WAS_READ)
+
+
+def _print_without(private: Any, words: str) -> None:
+    """Has lines with these words left out of what Ray prints of its workers' output, for which it has no public hook."""
+    printing = private.ray_logging.global_worker_stdstream_dispatcher
 
     def show(data: dict[str, Any]) -> None:
-        lines = [line for line in data["lines"] if LEVEL_WAS_READ not in line]
+        lines = [line for line in data["lines"] if words not in line]
         if lines:
-            worker.print_to_stdstream({**data, "lines": lines}, False)
+            private.worker.print_to_stdstream({**data, "lines": lines}, False)
 
     printing.remove_handler(PRINTS_WORKERS_OUTPUT)
     printing.add_handler(PRINTS_WORKERS_OUTPUT, show)
