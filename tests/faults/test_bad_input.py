@@ -206,7 +206,7 @@ def test_broken_model_folder(world: Any, tmp_path: Path, what: str) -> None:
         ({"stor": "x"}, "Option 'stor' is not accepted"),
         ({"store": "/nonexistent/store"}, "ingest rows first"),
         ({"text": ["captoin"]}, "reads column 'captoin'"),
-        ({"max_error_rate": 2}, "max_error_rate: expected a share from 0 to 1"),
+        ({"max_error_rate": 2}, "max_error_rate: expected a number >= 0 and <= 1, received 2"),
         ({"encoders": []}, "encoders: expected at least one"),
     ],
 )

@@ -301,7 +301,7 @@ def test_the_command_line_says_what_happened(world: Any, vlm_server: Any) -> Non
         ({"url": "localhost:8000"}, "expected http"),
         ({"url": f"http://user:{SECRET}@host/v1"}, "expected no credentials"),
         ({"url": f"http://host/v1?key={SECRET}"}, "expected no credentials"),
-        ({"concurrency": 0}, "concurrency and tries >= 1"),
+        ({"concurrency": 0}, "endpoint.concurrency: expected a whole number >= 1, received 0"),
     ],
 )
 def test_wrong_config(change: dict[str, Any], message: str) -> None:
