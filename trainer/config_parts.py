@@ -1,4 +1,4 @@
-"""The parts of a `TrainConfig`: model, data, optimizer, and what surrounds them; configs to and from plain values."""
+"""The parts of a `TrainConfig`: model, data, optimizer, and what surrounds them."""
 
 from __future__ import annotations
 

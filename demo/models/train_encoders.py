@@ -25,7 +25,7 @@ from demo.models.exam import examine
 from demo.models.language_model import CONTEXT, build_model
 from demo.models.optimization import build_optimizers, weighted_loss
 from demo.models.packing import CONTEXT_WEIGHT, packed_batch
-from demo.models.training import Plan, finished, fit, publish
+from demo.models.training import FitConfig, finished, fit, publish
 from demo.models.vocabulary import train_tokenizer, wrap
 
 ENCODERS = ("llama-base", "llama-tuned", "qwen-base", "qwen-tuned")
@@ -142,11 +142,11 @@ def train(
         loss = weighted_loss(logits, batch)
         return loss, loss
 
-    plan = Plan(
+    fit_config = FitConfig(
         config.work / f"{name}.pt", recipe | {"origin": origin}, [(name, recipe["steps"])], config.warmup_steps,
         config.checkpoint_seconds, config.stop_after_steps,
     )  # fmt: skip
-    return fit(plan, model, build_optimizers(model, config.learning_rate), loss_of)
+    return fit(fit_config, model, build_optimizers(model, config.learning_rate), loss_of)
 
 
 def save_encoder(

@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from demo.models.language_model import CONTEXT
 from demo.models.optimization import build_optimizers
-from demo.models.training import Plan, finished, fit, publish
+from demo.models.training import FitConfig, finished, fit, publish
 from demo.world.language import HELD_OUT_SEEDS, TRAIN_SEEDS, draw_scene, plain_text
 
 FOLDER = Path(__file__).resolve().parent.parent / "encoders"
@@ -106,8 +106,8 @@ def train(tokenizer: PreTrainedTokenizerFast, steps: int, work: Path) -> tuple[T
         loss = F.cross_entropy(predict(model, given, masked, real), tokens[masked])
         return loss, loss
 
-    plan = Plan(work / "t5-base.pt", recipe, [("t5-base", steps)], WARMUP_STEPS, SAVE_SECONDS)
-    result = fit(plan, model, build_optimizers(model, LEARNING_RATE), loss_of)
+    fit_config = FitConfig(work / "t5-base.pt", recipe, [("t5-base", steps)], WARMUP_STEPS, SAVE_SECONDS)
+    result = fit(fit_config, model, build_optimizers(model, LEARNING_RATE), loss_of)
     assert result is not None, "it is never stopped"
     return model, {**recipe, **result}
 

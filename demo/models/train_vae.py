@@ -18,7 +18,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from demo.models import training
-from demo.models.training import Plan, finished, fit, publish
+from demo.models.training import FitConfig, finished, fit, publish
 from demo.models.vae_card import model_card
 from demo.world.language import HELD_OUT_SEEDS, TRAIN_SEEDS
 from demo.world.scenes import image_size, make_scene, render
@@ -184,11 +184,11 @@ def train(config: TrainVAEConfig, model: AutoencoderKL) -> dict[str, float] | No
         for kernel, matrix in pairs:
             matrix.grad = kernel.grad.view(matrix.shape)  # type: ignore[union-attr]
 
-    plan = Plan(
+    fit_config = FitConfig(
         config.work / "vae.pt", config.recipe(), [("vae", config.steps)], config.warmup_steps, config.checkpoint_seconds,
         config.stop_after_steps,
     )  # fmt: skip
-    return fit(plan, model, optimizers, loss_of, hand_over_gradients)
+    return fit(fit_config, model, optimizers, loss_of, hand_over_gradients)
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from transformers import LlavaProcessor
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from demo.models import training
-from demo.models.training import Plan, finished, fit, publish
+from demo.models.training import FitConfig, finished, fit, publish
 from demo.models.vlm_card import vlm_card
 from demo.models.vlm_exam import examine
 from demo.models.vlm_examples import vlm_batch
@@ -104,11 +104,11 @@ def train(config: TrainVlmConfig, processor: LlavaProcessor, student: VlmStudent
         seeing, saying = student(batch, step >= recipe.see_steps)
         return (seeing, seeing) if saying is None else (saying + PATCH_WEIGHT * seeing, saying)
 
-    plan = Plan(
+    fit_config = FitConfig(
         config.work / "vlm.pt", asdict(recipe), [("see", recipe.see_steps), ("say", recipe.steps)], recipe.warmup_steps,
         config.checkpoint_seconds, config.stop_after_steps,
     )  # fmt: skip
-    return fit(plan, student, build_vlm_optimizers(student, recipe.learning_rate), loss_of)
+    return fit(fit_config, student, build_vlm_optimizers(student, recipe.learning_rate), loss_of)
 
 
 def save_vlm(config: TrainVlmConfig, processor: LlavaProcessor, student: VlmStudent, result: dict[str, float]) -> None:

@@ -25,7 +25,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(frozen=True)
-class Plan:
+class FitConfig:
     """How long to train, and where the checkpoint is.
 
     Args:
@@ -47,7 +47,7 @@ class Plan:
 
 
 def fit(
-    plan: Plan,
+    config: FitConfig,
     model: torch.nn.Module,
     optimizers: list[torch.optim.Optimizer],
     loss_of: Callable[[int], tuple[Tensor, Tensor]],
@@ -66,16 +66,18 @@ def fit(
     """
     model.train()
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    first, seconds, recent = restore(plan, model, optimizers)
-    steps = plan.phases[-1][1]
+    first, seconds, recent = restore(config, model, optimizers)
+    steps = config.phases[-1][1]
     started = saved = time.monotonic()
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "loss {task.fields[loss]:.4f}")
     with Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()) as progress:
-        bar = progress.add_task("", total=steps, completed=first, loss=recent[-1] if recent else math.nan)
+        bar = progress.add_task(
+            config.phases[0][0], total=steps, completed=first, loss=recent[-1] if recent else math.nan
+        )
         for step in range(first, steps):
-            name, done = plan.phase(step), step + 1
+            name, done = config.phase(step), step + 1
             for group, peak in zip((g for optimizer in optimizers for g in optimizer.param_groups), peaks):
-                group["lr"] = peak * schedule(step, plan.warmup_steps, steps)
+                group["lr"] = peak * schedule(step, config.warmup_steps, steps)
             loss, shown = loss_of(step)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -91,10 +93,10 @@ def fit(
             recent = [*recent[-49:], shown.item()]
             mean, now = sum(recent) / len(recent), time.monotonic()
             progress.update(bar, advance=1, loss=mean, description=name)
-            stopping = plan.stop_after_steps is not None and done - first >= plan.stop_after_steps
-            if stopping or any(done == end for _, end in plan.phases) or now - saved >= plan.checkpoint_seconds:
+            stopping = config.stop_after_steps is not None and done - first >= config.stop_after_steps
+            if stopping or any(done == end for _, end in config.phases) or now - saved >= config.checkpoint_seconds:
                 elapsed, saved = seconds + now - started, now
-                save_checkpoint(plan, model, optimizers, {"step": done, "seconds": elapsed, "recent": recent})
+                save_checkpoint(config, model, optimizers, {"step": done, "seconds": elapsed, "recent": recent})
                 progress.console.print(f"{name}: step {done}/{steps}, loss {mean:.4f}, {elapsed:.0f} s")
             if stopping and done < steps:
                 return None
@@ -112,29 +114,29 @@ def schedule(step: int, warmup_steps: int, steps: int) -> float:
 
 
 def save_checkpoint(
-    plan: Plan, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], progress: dict[str, Any]
+    config: FitConfig, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], progress: dict[str, Any]
 ) -> None:
     """Replaces the checkpoint in one move: a kill while writing leaves the former one."""
     state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    plan.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    partial = plan.checkpoint.with_suffix(".partial")
+    config.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    partial = config.checkpoint.with_suffix(".partial")
     with partial.open("wb") as file:
-        torch.save({**state, **progress, "recipe": json.dumps(plan.recipe)}, file)
+        torch.save({**state, **progress, "recipe": json.dumps(config.recipe)}, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, plan.checkpoint)
+    os.replace(partial, config.checkpoint)
 
 
 def restore(
-    plan: Plan, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]
+    config: FitConfig, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> tuple[int, float, list[float]]:
     """Loads the checkpoint if there is one; returns the step to go on from, wall seconds so far, and the last losses."""
-    if not plan.checkpoint.exists():
+    if not config.checkpoint.exists():
         return 0, 0.0, []
-    state = torch.load(plan.checkpoint, weights_only=True)
-    if json.loads(state["recipe"]) != plan.recipe:
+    state = torch.load(config.checkpoint, weights_only=True)
+    if json.loads(state["recipe"]) != config.recipe:
         raise ValueError(
-            f"{plan.checkpoint} belongs to another recipe: expected {plan.recipe}, found {state['recipe']}. "
+            f"{config.checkpoint} belongs to another recipe: expected {config.recipe}, found {state['recipe']}. "
             "Delete it to begin anew, or name another --work folder."
         )
     model.load_state_dict(state["model"])

@@ -97,8 +97,8 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
                 check_versions(table.open().schema, fields[:-1], config.strict_versions)
             summary.fragments_stale += sum(unit.pop("stale") for unit in units)
             rows, rate = sum(unit.pop("rows") for unit in units), config.max_error_rate
-            over = StagePass(stage.name, table, run, summary, rows=rows, when=config.commit, max_error_rate=rate)
-            over.send(FragmentWorker, {"stage": stage, "config": config}, units, config.actors)
+            stage_pass = StagePass(stage.name, table, run, summary, rows=rows, when=config.commit, max_error_rate=rate)
+            stage_pass.send(FragmentWorker, {"stage": stage, "config": config}, units, config.actors)
         else:
             raise RuntimeError(
                 f"{len(units)} fragments are still missing after {PASSES} passes: other jobs keep changing them. Run the "
@@ -113,6 +113,10 @@ def run_stage(stage: type[Stage], config: StageConfig) -> Summary:
 
 class StagePass(UnitPass):
     """Attaches column files to their fragments; counts only what this run really added."""
+
+    commit_share = (
+        0.005  # a table of many fragments is dear to commit to, and a GPU's hour is dearer than what a kill undoes
+    )
 
     def accept(self, result: Result) -> bool:
         """A fragment that another run did first, or that is gone, has no file."""

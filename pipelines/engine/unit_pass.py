@@ -21,7 +21,6 @@ from pipelines.engine.runs import Run
 from pipelines.engine.summary import Summary
 from pipelines.engine.table import Table
 
-COMMIT_SHARE = 0.005  # of the time at most, the last commit apart
 ERROR_BASE = 1000  # rows that the error rate is taken over at least (or all, if there are fewer)
 
 Result = dict[str, Any]
@@ -55,6 +54,8 @@ class UnitPass(ABC):
     finished = "fragments"
     """What an error message calls units."""
     remedy = "Mend the cause, or raise max_error_rate"
+    commit_share = 1.0
+    """Share of the time that commits may take, the last one apart."""
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class UnitPass(ABC):
     def is_due(self) -> bool:
         """Whether enough waits, or has waited for long, and the last commit was not too dear for another one now."""
         now = time.monotonic()
-        if not self.pending or now - self.last_commit < self.last_commit_took / COMMIT_SHARE:
+        if not self.pending or now - self.last_commit < self.last_commit_took / self.commit_share:
             return False
         return self.waiting() >= self.when.fragments or now - self.oldest >= self.when.seconds
 

@@ -57,27 +57,33 @@ def update(config: IngestConfig, table: Table, run: Run, differences: Sequence[D
     Raises:
         RuntimeError: a worker failed, or somebody else changed a fragment meanwhile; what is committed is kept.
     """
-    over = UpdatePass("ingest --update", table, run, summary, rows=len(differences))
     units = units_of(differences)
-    over.unsettled = {unit["name"] for unit in units}
-    over.send(UpdateWorker, {"config": config}, units, config.actors)
-    if over.unsettled:
+    update_pass = UpdatePass(table, run, summary, {unit["name"] for unit in units}, len(differences))
+    update_pass.send(UpdateWorker, {"config": config}, units, config.actors)
+    if update_pass.unsettled:
         raise RuntimeError(
-            f"{len(over.unsettled):,} fragments with rows to update were changed by another job meanwhile, or gave no "
+            f"{len(update_pass.unsettled):,} fragments with rows to update were changed by another job meanwhile, or gave no "
             f"result. Run the same command again: what is committed is kept"
         )
 
 
 class UpdatePass(UnitPass):
-    """Attaches the new files, and counts what it attached."""
+    """Attaches the new files, and counts what it attached.
 
-    unsettled: set[str] = set()  # units without a result that counts
-    seen: frozenset[str] = frozenset()
+    Args:
+        units: names of the units.
+        rows: to update.
+    """
+
+    def __init__(self, table: Table, run: Run, summary: Summary, units: set[str], rows: int):
+        super().__init__("ingest --update", table, run, summary, rows=rows)
+        self.unsettled = units  # without a result that counts
+        self.seen: set[str] = set()
 
     def accept(self, result: Result) -> bool:
         """The first result of each unit counts."""
         is_first = result["name"] not in self.seen
-        self.seen |= {result["name"]}
+        self.seen.add(result["name"])
         return is_first
 
     def commit(self, results: list[Result]) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import tarfile
+import time
 
 import pyarrow as pa
 import pytest
@@ -333,3 +334,17 @@ def test_tar_of_many_small_shards_shares_units(job, photo, tmp_path):
     assert len(made.work.units) == 1 and made.work.rows is None
     made.run()
     assert len(made.rows()) == 4
+
+
+def test_a_dear_commit_does_not_put_off_the_next(job, photo, tmp_path):
+    """What waits is lost by a kill: units are committed by number and age, and only a commit's own time is between two."""
+    write(tmp_path / "a.parquet", [(photo(0), "x")])
+    made = job(f"parquet:{tmp_path}/a.parquet")
+    driver = ingest.IngestPass(made.config, made.table, None, made.work, IngestSummary("ingest", "s"))
+    driver.pending = [{"files": [None] * 32}]
+    driver.last_commit_took, driver.last_commit = 5.0, time.monotonic() - 6
+    assert driver.is_due()
+    driver.pending = [{"files": [None] * 31}]
+    assert not driver.is_due()
+    driver.oldest = time.monotonic() - 31
+    assert driver.is_due()

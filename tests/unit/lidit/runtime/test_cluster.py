@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,3 +172,28 @@ def test_a_temporary_folder_of_somebody_else(starts: Starts, monkeypatch: pytest
     with pytest.raises(RuntimeError, match="Set RAY_TMPDIR to a folder") as found:
         cluster.start_ray(starts)
     assert _last_cause(found.value) == str(found.value), "what the command line shows"
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("no node")])
+def test_only_the_line_of_the_log_level_is_kept_from_the_user(capfd, error):
+    """Also what C++ writes, and what is said before a failure."""
+    with contextlib.suppress(RuntimeError), cluster._stderr_without("log level"):
+        os.write(2, "Set ray log level to 3\nthe disk is full: größer\n".encode())
+        if error is not None:
+            raise error
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "the disk is full: größer\nafter\n"
+
+
+def test_only_that_line_is_kept_from_what_workers_say():
+    said = []
+    handlers = {"ray_print_logs": None}
+    printing = SimpleNamespace(remove_handler=handlers.pop, add_handler=handlers.__setitem__)
+    private = SimpleNamespace(
+        ray_logging=SimpleNamespace(global_worker_stdstream_dispatcher=printing),
+        worker=SimpleNamespace(print_to_stdstream=lambda data, ignore_prefix: said.append(data["lines"])),
+    )
+    cluster._print_without(private, "log level")
+    handlers["ray_print_logs"]({"lines": ["Set ray log level to 3"], "pid": 1})
+    handlers["ray_print_logs"]({"lines": ["step 10", "the log level", "step 20"], "pid": 1})
+    assert said == [["step 10", "step 20"]]

@@ -26,13 +26,6 @@ from tests.unit.pipelines.conftest import Near
 pytestmark = pytest.mark.unit
 
 
-def updating(table, run, summary, units):
-    """The driver's side of an update of these units."""
-    made = UpdatePass("ingest --update", table, run, summary, rows=len(units))
-    made.unsettled = set(units)
-    return made
-
-
 class Edited:
     """A folder of pictures with text files, ingested; then edited by the test."""
 
@@ -64,7 +57,7 @@ class Edited:
         results = self.results(**options)
         with Run(self.uri, "ingest") as run:
             summary = IngestSummary("ingest", self.uri)
-            committer = updating(self.table, run, summary, {result["name"] for result in results})
+            committer = UpdatePass(self.table, run, summary, {result["name"] for result in results}, rows=1)
             for result in results:
                 committer.take(result)
                 committer.take(result)  # Ray may give a result twice
@@ -347,7 +340,9 @@ def test_a_fragment_that_others_changed_is_not_overwritten(edited):
     one.put("1.txt", "second")
     assert one.update() == {"updated": 1}
     with Run(one.uri, "ingest") as run:
-        committer = updating(one.table, run, IngestSummary("ingest", one.uri), {result["name"] for result in late})
+        committer = UpdatePass(
+            one.table, run, IngestSummary("ingest", one.uri), {result["name"] for result in late}, rows=1
+        )
         committer.take(late[0])
         committer.flush()
         assert committer.unsettled == {"fragment 0"} and one.rows()["1.jpg"]["caption_original"] == "second"
@@ -364,7 +359,7 @@ def test_a_run_that_was_taken_for_dead_updates_nothing(edited):
     results = one.results()
     with pytest.raises(Fenced), Run(one.uri, "ingest") as run:
         run._mark(run.id, "fence")
-        committer = updating(one.table, run, IngestSummary("ingest", one.uri), {"fragment 0"})
+        committer = UpdatePass(one.table, run, IngestSummary("ingest", one.uri), {"fragment 0"}, rows=1)
         committer.take(results[0])
         committer.flush()
     assert one.rows()["1.jpg"]["caption_original"] == "text 1"
